@@ -1,0 +1,79 @@
+"""The command line: the only file that knows all the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mmrec import __version__
+from mmrec.errors import UserError, exit_status, nearest
+from mmrec.parsing import Parser
+
+LIGHTNING_COMMANDS = {
+    "fit": "train a model, and validate it as it learns",
+    "validate": "score a checkpoint on the validation text",
+    "test": "the same, under the name test/ instead of val/",
+    "predict": "write how well each token of the validation text was predicted",
+}
+OTHER_COMMANDS = {
+    "prepare": "turn a corpus, a file or a folder into training and validation tokens",
+    "generate": "write text with a trained model",
+}
+COMMANDS = OTHER_COMMANDS | LIGHTNING_COMMANDS
+
+
+def run() -> None:
+    """Run the command that the process was started with, and exit."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(args: Sequence[str]) -> int:
+    """Run one command and return its exit status.
+
+    0 where it went well, 2 after one line that says what was wrong with what was given, 130 or 143 where
+    training was stopped by Ctrl-C or SIGTERM (after saving).
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"mmrec {__version__}")
+        return 0
+    return exit_status(lambda: _dispatch(args[0], list(args[1:])))
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: mmrec COMMAND [options]; 'mmrec COMMAND --help' says more\n\n"
+        f"Train a recurrent-memory language model on your own text.\n\n{rows}\n\n"
+        "First steps:\n"
+        "  mmrec prepare tiny_shakespeare\n"
+        "  mmrec fit --config tiny\n"
+        '  mmrec generate --prompt "ROMEO:"'
+    )
+
+
+def _dispatch(command: str, args: list[str]) -> None:
+    match command:
+        case "prepare":
+            from mmrec.prepare import prepare
+
+            parser = Parser(prog="mmrec prepare", description=OTHER_COMMANDS[command])
+            parser.add_argument(
+                "corpus", nargs="?", help="tiny_shakespeare, shakespeare_plays, sample, file or directory"
+            )
+            parser.add_function_arguments(prepare, skip={"corpus"})
+            prepare(**vars(parser.parse_args(args)))
+        case "generate":
+            from mmrec.generate import generate
+
+            parser = Parser(prog="mmrec generate", description=OTHER_COMMANDS[command])
+            parser.add_function_arguments(generate)
+            generate(**vars(parser.parse_args(args)))
+        case _ if command in LIGHTNING_COMMANDS:
+            from mmrec.lightning_cli import run_lightning
+
+            run_lightning(command, args)
+        case _:
+            raise UserError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")

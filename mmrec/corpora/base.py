@@ -1,0 +1,55 @@
+"""What a corpus is: a name, and documents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that belongs together; a split never cuts one of several."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say of where a corpus comes from; each corpus takes what concerns it.
+
+    Args:
+        input_file: of the corpus "file".
+        input_dir: of the corpus "directory".
+        encoding: of the input files.
+        glob: names of the files that count in ``input_dir``.
+        mirror: folder or URL used instead of the internet; the variable MMREC_MIRROR if None.
+    """
+
+    input_file: Path | None = None
+    input_dir: Path | None = None
+    encoding: str = "utf-8"
+    glob: str = "*.txt"
+    mirror: str | None = None
+
+
+class Corpus(ABC):
+    """A source of documents.
+
+    Attributes:
+        title: says to a person what it is.
+        default_tokenizer: used where the user names none.
+    """
+
+    default_tokenizer: ClassVar[str] = "bytes"
+    title: str
+
+    @abstractmethod
+    def __init__(self, options: Options) -> None: ...
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Yield every document, in an order that does not change. UserError where they cannot be had."""

@@ -1,0 +1,50 @@
+"""Your own text: a folder and its subfolders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mmrec.corpora.base import Corpus, Document, Options
+from mmrec.errors import UserError
+from mmrec.text_files import check_encoding, read_text
+
+
+class Directory(Corpus):
+    """Every file of a folder whose name matches, as one document each, in the order of their paths.
+
+    Hidden files and folders are left out, and so are empty files; links to folders are not followed.
+    """
+
+    def __init__(self, options: Options) -> None:
+        if options.input_dir is None:
+            raise UserError("the corpus 'directory' needs --input_dir")
+        self.folder = options.input_dir
+        self.encoding = options.encoding
+        self.glob = options.glob
+        self.title = f"the texts in {self.folder.name or self.folder}"
+
+    def documents(self) -> Iterator[Document]:
+        check_encoding(self.encoding)
+        if not self.folder.exists():
+            raise UserError(f"{self.folder}: no such folder")
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is not a folder; give a file as --input_file")
+        paths = [path for path in self._paths() if path.stat().st_size]
+        if not paths:
+            raise UserError(f"{self.folder}: no text in files named {self.glob}; try another --glob, as '*.md'")
+        for path in paths:
+            yield Document(str(path.relative_to(self.folder)), read_text(path, self.encoding))
+
+    def _paths(self) -> list[Path]:
+        def refuse(error: OSError) -> None:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+        found: list[Path] = []
+        for parent, folders, files in os.walk(self.folder, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = (name for name in files if not name.startswith(".") and fnmatch(name, self.glob))
+            found.extend(path for name in names if (path := Path(parent, name)).is_file())
+        return sorted(found)

@@ -1,0 +1,136 @@
+"""Tiny Shakespeare (Karpathy 2015): one megabyte of plays, the text that small models are compared on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from mmrec.corpora.base import Corpus, Document, Options
+from mmrec.errors import UserError, one_line
+from mmrec.text_files import decode_text
+
+FILE = "tinyshakespeare.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SIZE = 1_115_394
+MIRRORS = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
+    "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt",
+)
+CONNECT_SECONDS = 2.5
+"""For each mirror: with three of them, a machine without a network is told so within 10 seconds."""
+
+
+class TinyShakespeare(Corpus):
+    """Downloaded once, from the first mirror that answers, and checked against its sha256."""
+
+    default_tokenizer = "characters"
+    title = "Tiny Shakespeare"
+
+    def __init__(self, options: Options) -> None:
+        self.mirror = options.mirror or os.environ.get("MMREC_MIRROR") or None
+
+    def documents(self) -> Iterator[Document]:
+        path = self._from_mirror(self.mirror) if self.mirror else self._download()
+        yield Document(FILE, decode_text(path.read_bytes(), path, "utf-8"))
+
+    def _from_mirror(self, mirror: str) -> Path:
+        parts = urlsplit(mirror)
+        if parts.scheme in ("http", "https"):
+            base = mirror.rstrip("/")
+            return self._first([base] if base.endswith(".txt") else [f"{base}/{FILE}", f"{base}/input.txt"])
+        folder = Path(url2pathname(parts.path)) if parts.scheme == "file" else Path(mirror)
+        for path in (folder, folder / FILE, folder / "input.txt"):
+            if path.is_file():
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+                if found != SHA256:
+                    raise UserError(f"{path}: is not Tiny Shakespeare: sha256 {found}, expected {SHA256}")
+                return path
+        raise UserError(f"{mirror}: no {FILE} there; name a folder or URL that holds it")
+
+    def _download(self) -> Path:
+        return self._first(MIRRORS)
+
+    def _first(self, urls: tuple[str, ...] | list[str]) -> Path:
+        """Return the file from the first of ``urls`` that has it, or from the cache."""
+        import pooch
+
+        pooch.get_logger().setLevel("WARNING")  # the progress bar says enough
+        reasons: list[str] = []
+        for url in urls:
+            try:
+                return Path(
+                    pooch.retrieve(
+                        url,
+                        known_hash=f"sha256:{SHA256}",
+                        fname=FILE,
+                        path=pooch.os_cache("mmrec"),
+                        downloader=_fetch,
+                    )
+                )
+            except UserError as error:
+                reasons.append(str(error))
+            except ValueError:  # pooch's word for a wrong hash; it has removed what it fetched
+                raise UserError(f"{url}: is not Tiny Shakespeare: its sha256 is not {SHA256}") from None
+        raise UserError(
+            f"Tiny Shakespeare could not be downloaded ({reasons[0]}); without a network put {FILE} into a "
+            f"folder and give --mirror FOLDER"
+        )
+
+
+def _fetch(url: str, output_file: str, _pooch: object) -> None:
+    """Download ``url`` for pooch, at most :data:`SIZE` bytes of it; UserError says why it could not be."""
+    import pooch
+    import requests
+
+    _resolve(urlsplit(url).hostname or "")
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), timeout=(CONNECT_SECONDS, 10 * CONNECT_SECONDS), allow_redirects=True
+    )
+    try:
+        downloader(url, output_file, None)
+    except (requests.RequestException, OSError) as error:
+        raise UserError(_reason(error, url)) from None
+    size = os.path.getsize(output_file)
+    if size > SIZE:
+        raise UserError(f"{url}: {size:,} bytes instead of {SIZE:,}")
+
+
+def _reason(error: Exception, url: str) -> str:
+    import requests
+
+    host = urlsplit(url).hostname
+    match error:
+        case requests.HTTPError() if error.response is not None:
+            return f"{host} answered {error.response.status_code}"
+        case requests.Timeout():
+            return f"{host} does not answer"
+        case requests.ConnectionError():
+            return f"no connection to {host}"
+    return one_line(error)[:120]
+
+
+def _resolve(host: str) -> None:
+    """Look ``host`` up with a time limit: a resolver that is not there can take far longer than a connection."""
+    answers: list[object] = []
+
+    def look_up() -> None:
+        try:
+            answers.append(socket.getaddrinfo(host, None))
+        except OSError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if not answers:
+        raise UserError(f"the name {host} could not be resolved in {CONNECT_SECONDS:g} s")
+    if isinstance(answers[0], OSError):
+        raise UserError(f"the name {host} could not be resolved")

@@ -1,0 +1,106 @@
+"""The LightningDataModule: prepares a corpus when it is not there yet, and serves its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch import LightningDataModule
+
+from mmrec.errors import UserError
+from mmrec.prepare import prepare
+from mmrec.stream import RowLoader, RowStream, TextLoader
+from mmrec.tokens import TokenFolder, open_tokens
+
+
+class TextData(LightningDataModule):
+    """Token streams of one corpus.
+
+    Args:
+        corpus: corpus to prepare where ``data_dir`` is not there yet: tiny_shakespeare, shakespeare_plays or
+            sample. For your own text run ``mmrec prepare`` first and give ``data_dir`` alone.
+        data_dir: token folder, as ``mmrec prepare`` writes it; data/CORPUS if left out.
+        batch_size: rows that are read side by side, per process.
+        seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
+        reset_probability: chance that a row starts a batch with an empty memory.
+        seed: of the order in which the text is read.
+    """
+
+    def __init__(
+        self,
+        corpus: str = "tiny_shakespeare",
+        data_dir: Path | None = None,
+        batch_size: int = 4,
+        seq_len: int = 512,
+        reset_probability: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if not 0 <= reset_probability <= 1:
+            raise UserError(f"data.reset_probability is {reset_probability}; it must lie in 0..1")
+        if seed < 0:
+            raise UserError(f"data.seed is {seed}; it must be at least 0")
+        self.corpus = corpus
+        self.data_dir = data_dir or Path("data") / corpus
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.reset_probability = reset_probability
+        self.seed = seed
+        self._tokens: TokenFolder | None = None
+
+    @property
+    def tokens(self) -> TokenFolder:
+        """The token folder; prepared first where it is not there."""
+        if self._tokens is None:
+            self.prepare_data()
+            self._tokens = open_tokens(self.data_dir)
+        return self._tokens
+
+    @property
+    def tokenizer_state(self) -> dict[str, Any]:
+        """What the model is told of the tokenizer."""
+        return self.tokens.tokenizer.state()
+
+    def prepare_data(self) -> None:
+        """Prepare the corpus where its folder is not there yet; one process does, the others wait."""
+        if self.data_dir.exists():
+            return
+        self.data_dir.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.data_dir.parent / f".{self.data_dir.name}.lock"):
+            if not self.data_dir.exists():
+                prepare(self.corpus, self.data_dir)
+
+    def _stream(self) -> RowStream:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return RowStream(
+            self.tokens.train, self.batch_size, self.seq_len, self.seed, self.reset_probability, rank, world
+        )
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what TensorBoard's table of runs shows of the data."""
+        return {
+            "corpus": self.tokens.manifest["corpus"]["name"],
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+        }
+
+    def batches_per_epoch(self) -> int:
+        """Return the number of training batches of an epoch, on each process."""
+        return len(self._stream())
+
+    def train_dataloader(self) -> RowLoader:
+        return RowLoader(self._stream())
+
+    def val_dataloader(self) -> TextLoader:
+        return TextLoader(self.tokens.val, self.batch_size * self.seq_len)
+
+    def test_dataloader(self) -> TextLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> TextLoader:
+        return self.val_dataloader()

@@ -1,0 +1,120 @@
+"""Writing text: constant memory and constant time per token, however much has been read or written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmrec.checkpoint import load_trained
+from mmrec.errors import UserError
+from mmrec.model import MemoryLM, State
+from mmrec.runs import find_checkpoint
+from mmrec.tokenizers import StreamDecoder
+
+READ_CHUNK = 2048
+"""Tokens of the prompt that are read at a time: bounds the memory that a long prompt takes."""
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:
+    """Draw the next token of each row.
+
+    Args:
+        logits: [B, N].
+        temperature: 0 takes the most likely token; 1 draws from the model's own distribution.
+        top_k: only the ``top_k`` most likely tokens may be drawn; 0 allows all.
+        top_p: only the most likely tokens that together reach this probability may be drawn (nucleus
+            sampling, Holtzman et al. 2020); at least one always may.
+        random: source of the draw.
+
+    Returns:
+        [B], int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=random).squeeze(-1)
+
+
+@torch.inference_mode()
+def read(net: MemoryLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    """Read ``tokens`` [B, T], T at least 1; return the logits after the last one [B, N] and the state."""
+    for part in tokens.split(READ_CHUNK, dim=1):
+        logits, state = net(part, state)
+    return logits[:, -1], state
+
+
+@torch.inference_mode()
+def continue_text(
+    net: MemoryLM,
+    prompt: Tensor,
+    length: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens."""
+    random = torch.Generator(device=prompt.device).manual_seed(seed)
+    logits, state = read(net, prompt[None], net.zero_state(1))
+    for remaining in range(length, 0, -1):
+        token = choose(logits, temperature, top_k, top_p, random)
+        yield int(token)
+        if remaining > 1:
+            logits, state = net(token[None], state)
+            logits = logits[:, -1]
+
+
+def generate(
+    ckpt: str = "best",
+    prompt: str = "\n",
+    length: int = 500,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Continue a text with a trained model; the text appears as it is written.
+
+    Args:
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        prompt: the text to continue.
+        length: number of tokens to write.
+        temperature: 0 always takes the most likely token; higher is more varied.
+        top_k: draw among so many most likely tokens; 0 means all.
+        top_p: draw among the most likely tokens that together reach this probability.
+        seed: another seed gives another text.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+    """
+    for name, value, good, rule in (
+        ("prompt", prompt, bool(prompt), "it must not be empty"),
+        ("length", length, length >= 0, "it must be at least 0"),
+        ("temperature", temperature, temperature >= 0, "it must be at least 0"),
+        ("top_k", top_k, top_k >= 0, "it must be at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "it must lie above 0 and be at most 1"),
+    ):
+        if not good:
+            raise UserError(f"--{name} is {value!r}; {rule}")
+    trained = load_trained(find_checkpoint(root, run, ckpt))
+    tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
+    decoder = StreamDecoder(trained.tokenizer)
+    sys.stdout.write(prompt)
+    for token in continue_text(trained.net, tokens, length, temperature, top_k, top_p, seed):
+        sys.stdout.write(decoder.push(token))
+        sys.stdout.flush()
+    sys.stdout.write(decoder.flush() + "\n")

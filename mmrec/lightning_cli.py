@@ -1,0 +1,219 @@
+"""The commands that Lightning runs: fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from mmrec import runs
+from mmrec.callbacks import (
+    DurableCheckpointIO,
+    FinalScore,
+    GradientNorm,
+    LastCheckpoint,
+    Patience,
+    ProgressBar,
+    Stopped,
+    Summary,
+    TextSample,
+    Throughput,
+)
+from mmrec.data import TextData
+from mmrec.errors import UserError
+from mmrec.module import TextModule
+from mmrec.parsing import given, parse_error, resolve_configs
+
+BEST_DEFAULTS = {
+    "monitor": "val/loss",
+    "filename": runs.BEST,
+    "auto_insert_metric_name": False,
+    "enable_version_counter": False,
+    "save_on_train_epoch_end": False,
+}
+PATIENCE_DEFAULTS = {"monitor": "val/loss", "patience": 5, "check_on_train_epoch_end": False}
+TRAINER_DEFAULTS = {
+    "max_epochs": 10,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    # The check costs a pass over validation batches at every start, and all that it finds the first
+    # validation finds too.
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # callbacks.Summary takes its place
+}
+
+
+class TextArgumentParser(LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise parse_error(self, message)
+
+
+class TextCLI(LightningCLI):
+    """LightningCLI for :class:`TextModule` and :class:`TextData`, with runs that have a name and a folder."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", ["lightning.pytorch"])
+        parser = TextArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action="config", help="config file, or name of a shipped one; they stack"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="name of the run's folder in lightning_logs; if left out, a new version_N, or on resuming and "
+            "validating the latest run",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(Patience, "early_stopping")
+        parser.set_defaults({f"best.{key}": value for key, value in BEST_DEFAULTS.items()})
+        parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
+        parser.link_arguments("data.tokenizer_state", "model.tokenizer", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would look for hyper-parameters in the file; ours are compared when it is loaded."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decide on the run's folder, and on the checkpoint to start from, before anything is made."""
+        config = self.config[str(self.subcommand)]
+        self.root = Path(config.trainer.default_root_dir or ".")
+        which, name = config.get("ckpt_path"), config.get("run")
+        self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
+        if self.ckpt is not None:
+            inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
+            self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
+        elif self.subcommand == "fit":
+            if name is not None and name in runs.runs(self.root):
+                raise UserError(
+                    f"the run {name!r} is there already; go on with it by --ckpt_path last, or choose another --run"
+                )
+            self.run = name or runs.new_run(self.root)
+        else:
+            raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        fit = self.subcommand == "fit"
+        self._get(self.config_init, "best").dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
+        self._get(self.config_init, "last").dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
+        if config["logger"] in (None, True):
+            logger = TensorBoardLogger(self.root / runs.LOGS, "", self.run, default_hp_metric=False)
+            config["logger"] = logger if fit else False
+        added: list[Callback] = []
+        if config["enable_progress_bar"] is not False:
+            added.append(ProgressBar())
+        if fit:
+            added += [Summary(max_depth=1), GradientNorm(), Throughput(), TextSample(), FinalScore()]
+        if fit and config["logger"]:
+            added.append(LearningRateMonitor("step"))
+        config["callbacks"] = [*_listed(config["callbacks"]), *added]
+        if not _sharded(config["strategy"]):
+            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | {"ckpt_path": self.ckpt}
+
+    def after_validate(self) -> None:
+        self._print_score("val", "validation")
+
+    def after_test(self) -> None:
+        self._print_score("test", "test")
+
+    def _print_score(self, prefix: str, name: str) -> None:
+        score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
+        print(
+            f"{name} (carried, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
+            f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "
+            f"perplexity {score['perplexity']:.3f}"
+        )
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Write predictions.tsv into the run's folder: position, token, its text, and the nats that it cost."""
+        parts: Any = self.trainer.predict(model, **kwargs)
+        path = self.root / runs.LOGS / self.run / "predictions.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = self.datamodule.tokens.tokenizer
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("position\ttoken\ttext\tnats\n")
+            position = 1  # the first token has nothing before it that could predict it
+            for part in parts or []:
+                for token, nats in zip(part["tokens"].tolist(), part["nats"].tolist(), strict=True):
+                    file.write(f"{position}\t{token}\t{tokenizer.decode([token])!r}\t{nats:.5f}\n")
+                    position += 1
+        print(f"{path}: {position - 1:,} tokens")
+
+
+def _quiet() -> None:
+    """Keep from the screen what a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    advice = ("Tip:", "TPU available", "`weights_only` was not set")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(part in record.getMessage() for part in advice)
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _sharded(strategy: Any) -> bool:
+    """Return whether ``strategy`` writes checkpoints in shards of its own, which it does not let others do."""
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    return "fsdp" in name.lower() or "parallel" in name.lower()
+
+
+def run_lightning(command: str, args: list[str]) -> None:
+    """Run ``command`` with ``args``.
+
+    A run that is taken up again, or evaluated, brings its own config where the arguments name none.
+    """
+    args = resolve_configs(args)
+    which, name = given(args, "ckpt_path"), given(args, "run")
+    no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
+    if no_config and which and "--help" not in args and "-h" not in args:
+        root = Path(given(args, "trainer.default_root_dir") or ".")
+        saved = runs.find_checkpoint(root, name, which).parent.parent / "config.yaml"
+        if saved.is_file():
+            args = ["--config", str(saved), *args]
+    # Denormal numbers, which fading memories produce, are many times slower on a CPU.
+    torch.set_flush_denormal(True)
+    _quiet()
+    before = sys.argv
+    sys.argv = ["mmrec", command, *args]  # jsonargparse and Lightning's launchers read the command from here
+    try:
+        TextCLI(
+            TextModule,
+            TextData,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+        )
+    except Stopped as stop:
+        run = stop.path.parent.parent.name
+        print(f"\nStopped and saved. Go on with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    finally:
+        sys.argv = before

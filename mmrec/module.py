@@ -1,0 +1,234 @@
+"""The LightningModule: the loss, the carried memory, and what is written into a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from mmrec import checkpoint as checkpoints
+from mmrec.errors import UserError
+from mmrec.metrics import TextScore
+from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
+from mmrec.optim import make_optimizer, warmup_cosine
+from mmrec.stream import IGNORE, Batch
+from mmrec.tokenizers import Tokenizer, load_tokenizer, token_lengths
+
+
+class TextModule(LightningModule):
+    """Trains a :class:`mmrec.model.MemoryLM` with the memory carried from batch to batch.
+
+    Args:
+        shape: the architecture of the model.
+        tokenizer: state of the tokenizer; filled in from the data, and kept in every checkpoint.
+        dropout: share of activations dropped in training.
+        optimizer: "muon" (with AdamW for all that is not a layer's matrix) or "adamw".
+        learning_rate: the highest rate, reached at the end of the warm-up.
+        weight_decay: of matrices and embeddings, relative to the learning rate.
+        beta1: AdamW's average of the gradient.
+        beta2: AdamW's average of the squared gradient.
+        warmup_steps: updates over which the rate rises linearly.
+        final_lr_share: share of the rate that is left at the end of the cosine.
+    """
+
+    def __init__(
+        self,
+        shape: Shape | None = None,
+        tokenizer: dict[str, Any] | None = None,
+        dropout: float = 0.0,
+        optimizer: Literal["muon", "adamw"] = "muon",
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        warmup_steps: int = 100,
+        final_lr_share: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if tokenizer is None:
+            raise UserError("the model has no tokenizer; it comes from the data")
+        _check_range("dropout", dropout, 0, 1)
+        _check_range("beta1", beta1, 0, 1)
+        _check_range("beta2", beta2, 0, 1)
+        _check_range("learning_rate", learning_rate, 0, float("inf"))
+        _check_range("weight_decay", weight_decay, 0, float("inf"))
+        _check_range("warmup_steps", warmup_steps, 0, float("inf"))
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
+        self.net = MemoryLM(shape or Shape(), self.tokenizer.vocab_size, dropout)
+        self.dropout = dropout
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = (beta1, beta2)
+        self.warmup_steps = warmup_steps
+        self.final_lr_share = final_lr_share
+        self.score = TextScore()
+        self.score.persistent(False)
+        lengths = torch.from_numpy(token_lengths(self.tokenizer))
+        self.token_lengths: Tensor
+        self.register_buffer("token_lengths", lengths, persistent=False)
+        self._carried: State | None = None
+        self._random: dict[str, Tensor] = {}
+
+    # Training
+
+    def on_train_start(self) -> None:
+        """Restore the random numbers of a resumed run last, after all that draws some while it is set up."""
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"].cpu())
+        if "cuda" in self._random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._random["cuda"].cpu())
+        self._random = {}
+        self._apply_rates()
+
+    def _apply_rates(self) -> None:
+        """Make the rates those asked for now: an optimizer that was resumed brings those it was saved with."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        scheduler.base_lrs = [self.learning_rate] * len(scheduler.base_lrs)
+        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * share(scheduler.last_epoch)
+            if group["weight_decay"]:
+                group["weight_decay"] = self.weight_decay
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what is compared when a run is resumed, and shown in TensorBoard's table of runs."""
+        return {
+            "dropout": self.dropout,
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "beta1": self.betas[0],
+            "beta2": self.betas[1],
+            "warmup_steps": self.warmup_steps,
+            "final_lr_share": self.final_lr_share,
+            "parameters": self.net.parameter_count(),
+        }
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Read one batch on from the carried memory and return its loss, in nats/token."""
+        logits, self._carried = self._read(batch, self._carried)
+        self._carried = detach_state(self._carried)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
+        rows = len(batch.inputs)
+        if state is None or len(state[0][0]) != rows:
+            state = self.net.zero_state(rows, self.device, torch.float32)
+        logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh))
+        return logits, after
+
+    # Evaluation: one pass over the whole text, its memory carried from batch to batch
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_text()
+
+    def on_test_epoch_start(self) -> None:
+        self._start_text()
+
+    def _start_text(self) -> None:
+        self.score.reset()
+        self._reading: State | None = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score_batch(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score_batch(batch)
+
+    def _score_batch(self, batch: Batch) -> None:
+        nats = self._nats(batch)
+        self.score.update(nats, self.token_lengths[batch.targets.flatten()])
+
+    def _nats(self, batch: Batch) -> Tensor:
+        logits, self._reading = self._read(batch, self._reading)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_score("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_score("test")
+
+    def _log_score(self, prefix: str) -> None:
+        for name, value in self.score.compute().items():
+            self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss")
+
+    def on_predict_epoch_start(self) -> None:
+        self._start_text()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the tokens that were scored, [M], and minus the log-probability that each was given, [M]."""
+        return {"tokens": batch.targets.flatten().cpu(), "nats": self._nats(batch).cpu()}
+
+    # Optimization
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = make_optimizer(self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas)
+        total = self.total_steps()
+
+        def share(step: int) -> float:
+            return warmup_cosine(step, self.warmup_steps, total, self.final_lr_share)
+
+        scheduler = LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Return the number of updates that the run is planned for.
+
+        Not ``trainer.estimated_stepping_batches``: asking for it here sets the loaders up too early, and the
+        place in the data is then lost on resuming (Lightning issue 20550).
+        """
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            batches: int = trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
+            limit = trainer.limit_train_batches
+            if limit is not None:
+                batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            updates = -(-batches // trainer.accumulate_grad_batches)
+            limits.append(updates * trainer.max_epochs)
+        return min(limits) if limits else 1
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out: the model's description, the carried memory, the random numbers."""
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self.net, self.tokenizer)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint[checkpoints.PROGRESS_KEY] = {
+            "carried": None if self._carried is None else [list(layer) for layer in self._carried],
+            "random": random,
+            "hyperparameters": self.hyperparameters(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
+        checkpoints.check_same(checkpoint, self.net, self.tokenizer)
+        progress = checkpoint[checkpoints.PROGRESS_KEY]
+        if progress["carried"] is not None:
+            self._carried = [(past.to(self.device), memory.to(self.device)) for past, memory in progress["carried"]]
+        self._random = progress["random"]
+        before = progress["hyperparameters"]
+        changed = [
+            f"{name} {before[name]} -> {new}" for name, new in self.hyperparameters().items() if new != before[name]
+        ]
+        if changed and self.trainer.training:
+            rank_zero_info(f"Changed since the checkpoint, and in force from here on: {', '.join(changed)}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        upper = "" if high == float("inf") else f" and below {high:g}"
+        raise UserError(f"model.{name} is {value}; it must be at least {low:g}{upper}")

@@ -1,0 +1,1 @@
+"""The recurrences: ``reference`` says what they are, ``chunked`` computes the same quickly."""

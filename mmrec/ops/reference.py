@@ -1,0 +1,60 @@
+"""The two recurrences, one token at a time: plainly right, slow, and what every fast form is tested against.
+
+Legend of shapes: B rows, T tokens, D channels, H heads, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gated_linear_recurrence(log_decay: Tensor, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The short memory: ``h_t = exp(log_decay_t) * h_{t-1} + inputs_t``, channel by channel.
+
+    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4), with the input scaled by
+    the caller.
+
+    Args:
+        log_decay: [B, T, D], natural logarithm of the decay, at most 0.
+        inputs: [B, T, D].
+        state: [B, D], the memory before the first token.
+
+    Returns:
+        The memory after each token [B, T, D] and after the last one [B, D].
+    """
+    outputs = []
+    for t in range(inputs.shape[1]):
+        state = log_decay[:, t].exp() * state + inputs[:, t]
+        outputs.append(state)
+    return torch.stack(outputs, dim=1), state
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The long memory: a matrix per head that forgets, corrects itself and is then read, at every token.
+
+    ``S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`` and ``o_t = S_t^T q_t``, with a = exp(log_decay)
+    and b = beta: Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024, equation 10).
+
+    Args:
+        q: [B, H, T, K], the queries.
+        k: [B, H, T, K], the keys, of unit length.
+        v: [B, H, T, V], the values.
+        log_decay: [B, H, T], natural logarithm of the decay, at most 0.
+        beta: [B, H, T], how far the memory moves towards the new value, in 0..1.
+        state: [B, H, K, V], the memory before the first token.
+
+    Returns:
+        What was read at each token [B, H, T, V] and the memory after the last one [B, H, K, V].
+    """
+    outputs = []
+    for t in range(q.shape[2]):
+        k_t, b_t = k[:, :, t], beta[:, :, t, None]
+        state = state * log_decay[:, :, t, None, None].exp()
+        remembered = torch.einsum("bhkv,bhk->bhv", state, k_t)
+        correction = b_t * (v[:, :, t] - remembered)
+        state = state + k_t.unsqueeze(-1) * correction.unsqueeze(-2)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
+    return torch.stack(outputs, dim=2), state

@@ -1,0 +1,200 @@
+"""From a corpus to a token folder: read, split into training and validation, tokenize, write."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmrec.corpora import get_corpus
+from mmrec.corpora.base import Document, Options
+from mmrec.errors import UserError
+from mmrec.tokenizers import make_tokenizer
+from mmrec.tokens import FILES, TokenFolder, open_tokens, read_manifest, verify_tokens, write_tokens
+
+SEPARATOR = "\n\n"
+"""Stands between two documents, in the text files as in the tokens."""
+
+
+def prepare(
+    corpus: str | None = None,
+    output_dir: Path | None = None,
+    input_file: Path | None = None,
+    input_dir: Path | None = None,
+    val_split: float | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    encoding: str = "utf-8",
+    glob: str = "*.txt",
+    mirror: str | None = None,
+    force: bool = False,
+    verify: bool = False,
+) -> TokenFolder:
+    """Read a corpus, split it into training and validation, and write both as text and as tokens.
+
+    Args:
+        corpus: tiny_shakespeare, shakespeare_plays, sample, file or directory. May be left out where
+            --input_file or --input_dir is given.
+        output_dir: folder to write; data/CORPUS if left out. It must be new, empty, or hold this very corpus.
+        input_file: your own text, for the corpus "file".
+        input_dir: folder of your own texts, searched with its subfolders, for the corpus "directory".
+        val_split: share of the text that validates. If left out: 0.2 under 1 MB, 0.05 from 1 GB on, else 0.1.
+        tokenizer: characters, bytes or bpe. If left out: characters for Shakespeare, bytes for other text.
+        vocab_size: number of tokens, for bpe only; 4096 if left out.
+        encoding: of the input files.
+        glob: names of the files that count, for --input_dir.
+        mirror: folder or URL that holds the corpus's file, used instead of the internet.
+        force: replace another token folder that stands at output_dir.
+        verify: only check that the files of output_dir are as they were written.
+
+    Returns:
+        The token folder, opened.
+
+    Raises:
+        UserError: something that was given is wrong; nothing has been changed.
+    """
+    name = _corpus_name(corpus, input_file, input_dir)
+    folder = output_dir or Path("data") / name
+    if verify:
+        verify_tokens(folder)
+        print(f"{folder}: every file is as it was written")
+        return open_tokens(folder)
+    if val_split is not None and not 0 < val_split < 1:
+        raise UserError(f"--val_split is {val_split}; it must lie between 0 and 1, for example 0.1")
+    earlier = _check_target(folder, force)
+
+    source = get_corpus(name, Options(input_file, input_dir, encoding, glob, mirror))
+    documents = list(source.documents())
+    train, val, split = split_documents(documents, val_split)
+    if min(len(train), len(val)) < 2:
+        raise UserError(
+            f"{source.title}: too little text to split: {len(train):,} characters would train and {len(val):,} "
+            f"validate; give more text or another --val_split"
+        )
+    description = {
+        "corpus": {
+            "name": name,
+            "title": source.title,
+            "documents": len(documents),
+            "sha256": hashlib.sha256(SEPARATOR.join(d.text for d in documents).encode()).hexdigest(),
+        },
+        "split": split,
+        "request": {"tokenizer": tokenizer or source.default_tokenizer, "vocab_size": vocab_size},
+    }
+    if earlier is not None and all(earlier.get(key) == value for key, value in description.items()):
+        print(f"{folder}: already prepared, nothing to do")
+        return open_tokens(folder)
+    if earlier is not None and not force:
+        raise UserError(
+            f"{folder}: already holds another corpus, split or tokenizer ({earlier['corpus']['title']}); choose "
+            f"another --output_dir, or replace it by --force"
+        )
+    chosen = make_tokenizer(tokenizer or source.default_tokenizer, train, val, vocab_size)
+    tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description)
+    print(summary(tokens))
+    return tokens
+
+
+def _corpus_name(corpus: str | None, input_file: Path | None, input_dir: Path | None) -> str:
+    if input_file is not None and input_dir is not None:
+        raise UserError("give either --input_file or --input_dir, not both")
+    implied = "file" if input_file is not None else "directory" if input_dir is not None else None
+    if corpus is None and implied is None:
+        raise UserError("name a corpus, for example tiny_shakespeare, or give --input_file or --input_dir")
+    if corpus is not None and implied is not None and corpus != implied:
+        raise UserError(f"--input_{'file' if implied == 'file' else 'dir'} is not for the corpus {corpus!r}")
+    return corpus or implied or ""
+
+
+def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
+    """Return the manifest of a token folder that is there already; refuse what must not be overwritten."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: is not a folder; choose another --output_dir")
+    if not folder.exists() or not any(folder.iterdir()):
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"{folder}: cannot be written ({parent} is not a writable folder)")
+        return None
+    earlier = read_manifest(folder)
+    strangers = sorted({entry.name for entry in folder.iterdir()} - {*FILES, "manifest.json"})
+    if earlier is None or strangers:
+        what = strangers[0] if strangers else "files of an unfinished corpus"
+        raise UserError(f"{folder}: holds something else ({what}); choose a new or empty --output_dir")
+    return earlier
+
+
+def split_documents(documents: Sequence[Document], val_split: float | None) -> tuple[str, str, dict[str, Any]]:
+    """Split documents into a training and a validation text.
+
+    One document is cut before its last part, as nanoGPT does. Several are kept whole: in an order that only
+    their content decides, documents go to validation as long as they fit into its share, identical ones
+    together, so that nothing that validates has been trained on.
+
+    Returns:
+        The training text, the validation text, and what was done, for the manifest.
+    """
+    total = sum(len(document.text.encode("utf-8")) for document in documents)
+    share, reason = (val_split, "as asked") if val_split is not None else default_split(total)
+    split: dict[str, Any] = {"val_split": share, "reason": reason}
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        groups.setdefault(hashlib.sha256(document.text.encode("utf-8")).hexdigest(), []).append(document)
+    if len(groups) < 2:
+        text = SEPARATOR.join(document.text for document in documents[:1])
+        cut = int(len(text) * (1 - share))
+        return text[:cut], text[cut:], split | {"rule": "the last part of the text"}
+
+    sizes = {key: sum(len(d.text.encode("utf-8")) for d in group) for key, group in groups.items()}
+    chosen: set[str] = set()
+    room = share * total
+    for key in sorted(groups):
+        if sizes[key] <= room and len(chosen) + 1 < len(groups):
+            chosen.add(key)
+            room -= sizes[key]
+    if not chosen:  # every document is larger than the share: the smallest is the nearest to it
+        chosen.add(min(sorted(groups), key=lambda key: sizes[key]))
+    kept = {id(document) for key in chosen for document in groups[key]}
+    val = [document for document in documents if id(document) in kept]
+    train = [document for document in documents if id(document) not in kept]
+    return (
+        SEPARATOR.join(document.text for document in train),
+        SEPARATOR.join(document.text for document in val),
+        split
+        | {
+            "rule": "whole documents",
+            "documents": {"train": len(train), "val": len(val)},
+            "val_share": round(sum(sizes[key] for key in chosen) / total, 4),
+        },
+    )
+
+
+def default_split(size: int) -> tuple[float, str]:
+    """Return the share that validates for a text of ``size`` bytes, and why."""
+    if size < 10**6:
+        return 0.2, "the default under 1 MB"
+    if size < 10**9:
+        return 0.1, "the default from 1 MB to 1 GB"
+    return 0.05, "the default from 1 GB on"
+
+
+def summary(tokens: TokenFolder) -> str:
+    """Return a few lines for a person: what was read, how it was split, what was written."""
+    manifest = tokens.manifest
+    files, split = manifest["files"], manifest["split"]
+    rule = split["rule"]
+    if "documents" in split:
+        rule += (
+            f" ({split['documents']['train']} train, {split['documents']['val']} validate: {split['val_share']:.1%})"
+        )
+    return "\n".join(
+        [
+            f"corpus      {manifest['corpus']['title']}",
+            f"validation  {split['val_split']:g} of the text ({split['reason']}): {rule}",
+            f"tokenizer   {tokens.tokenizer.name}, {tokens.tokenizer.vocab_size:,} tokens",
+            f"train       {len(tokens.train):,} tokens, {files['train.txt']['bytes']:,} bytes",
+            f"val         {len(tokens.val):,} tokens, {files['val.txt']['bytes']:,} bytes",
+            f"written to  {tokens.folder}",
+        ]
+    )

@@ -1,0 +1,69 @@
+"""Where a run keeps its files: ``ROOT/lightning_logs/RUN``, with its checkpoints in a folder of that."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mmrec.errors import UserError, nearest
+
+LOGS = "lightning_logs"
+CHECKPOINTS = "checkpoints"
+BEST, LAST = "best", "last"
+
+
+def checkpoint_folder(root: Path, run: str) -> Path:
+    """Return the folder of the checkpoints of ``run``."""
+    return root / LOGS / run / CHECKPOINTS
+
+
+def new_run(root: Path) -> str:
+    """Return the first free name of Lightning's series version_0, version_1, ..."""
+    taken = [re.fullmatch(r"version_(\d+)", path.name) for path in (root / LOGS).glob("version_*")]
+    return f"version_{max((int(match[1]) for match in taken if match), default=-1) + 1}"
+
+
+def runs(root: Path) -> list[str]:
+    """Return the names of the runs that have a checkpoint, the latest written last."""
+    newest: dict[str, float] = {}
+    for path in (root / LOGS).glob(f"*/{CHECKPOINTS}/*.ckpt"):
+        run = path.parent.parent.name
+        newest[run] = max(newest.get(run, 0.0), path.stat().st_mtime)
+    return sorted(newest, key=lambda run: newest[run])
+
+
+def find_run(root: Path, run: str | None) -> str:
+    """Return ``run``, or the latest run where it is None; UserError where there is none."""
+    known = runs(root)
+    if run is None:
+        if not known:
+            raise UserError(f"no run with a checkpoint in {root / LOGS}; train one first by 'mmrec fit'")
+        return known[-1]
+    if run not in known:
+        raise UserError(f"no checkpoint of a run {run!r} in {root / LOGS}{nearest(run, known)}")
+    return run
+
+
+def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
+    """Return the path of a checkpoint.
+
+    Args:
+        root: folder that holds ``lightning_logs``.
+        run: name of the run; the latest if None.
+        which: "best", "last", or the path of a file or of a run's folder.
+    """
+    if which in (BEST, LAST):
+        folder = checkpoint_folder(root, find_run(root, run))
+        path = folder / f"{which}.ckpt"
+        if not path.is_file():
+            raise UserError(f"no {which}.ckpt in {folder}")
+        return path
+    path = Path(which)
+    if path.is_dir():
+        for inside in (path / CHECKPOINTS / "best.ckpt", path / "best.ckpt", path / CHECKPOINTS / "last.ckpt"):
+            if inside.is_file():
+                return inside
+        raise UserError(f"{path}: no checkpoint in this folder")
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give best, last, or the path of a .ckpt file")
+    return path

@@ -1,0 +1,62 @@
+"""Reading a person's text file: strictly, and saying where it is not what it should be."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+from mmrec.errors import UserError, nearest
+
+COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of ``path`` with its line ends as they are; a byte order mark is left out.
+
+    Raises:
+        UserError: the file is missing, not readable, empty or binary, the encoding is unknown, or the bytes
+            are not in it; the message says where.
+    """
+    check_encoding(encoding)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give it as --input_dir") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode_text(data, path, encoding)
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise UserError where there is no such text encoding."""
+    try:
+        known = codecs.lookup(encoding)
+    except (LookupError, ValueError):
+        known = None
+    # Some codecs ("hex", "rot13") do not make text of bytes.
+    if known is None or not known._is_text_encoding:
+        raise UserError(f"unknown encoding {encoding!r}{nearest(encoding, COMMON_ENCODINGS)}")
+
+
+def decode_text(data: bytes, path: Path, encoding: str) -> str:
+    """Return ``data``, the content of ``path``, as text; raises as :func:`read_text`."""
+    if not data:
+        raise UserError(f"{path}: is empty")
+    unicode = codecs.lookup(encoding).name
+    if unicode == "utf-8" and b"\0" in data:
+        where = data.index(b"\0")
+        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}); for UTF-16 give --encoding utf-16")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}); name its encoding, "
+            f"for example --encoding latin-1"
+        ) from None
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError(f"{path}: holds nothing but white space")
+    return text

@@ -1,0 +1,171 @@
+"""The flat token store: a folder with the text, its tokens, the tokenizer, and a manifest of them all.
+
+``train.bin`` and ``val.bin`` are the tokens of ``train.txt`` and ``val.txt``, little-endian uint16 or uint32,
+nothing else: random access is arithmetic, and a memory map needs no memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrec.errors import UserError
+from mmrec.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT, VERSION = "mmrec-tokens", 1
+MANIFEST = "manifest.json"
+FILES = ("train.txt", "val.txt", "train.bin", "val.bin", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    """An opened token folder.
+
+    Attributes:
+        folder: where it is.
+        manifest: sizes, hashes, corpus, split.
+        tokenizer: made the tokens.
+        train: [N], memory-mapped, read-only.
+        val: [M], memory-mapped, read-only.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+
+
+def write_tokens(
+    folder: Path, texts: Mapping[str, str], tokenizer: Tokenizer, description: Mapping[str, Any]
+) -> TokenFolder:
+    """Write a token folder: whole, or not at all.
+
+    All is written into a folder beside the target and renamed into place when it is on disk.
+
+    Args:
+        folder: the target; missing, empty, or a token folder that is to be replaced.
+        texts: "train" and "val".
+        tokenizer: encodes both.
+        description: what else the manifest says: the corpus and the split.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the target is as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
+        counts = {}
+        for part, text in texts.items():
+            tokens = tokenizer.encode(text)
+            counts[part] = len(tokens)
+            _write(staging / f"{part}.txt", text.encode("utf-8"))
+            _write(staging / f"{part}.bin", tokens.tobytes())
+        _write(staging / "tokenizer.json", json.dumps(tokenizer.state(), ensure_ascii=False).encode("utf-8"))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            **description,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "vocab_size": tokenizer.vocab_size,
+                "digest": tokenizer.digest(),
+            },
+            "dtype": tokenizer.dtype.str,
+            "tokens": counts,
+            "files": {name: _fingerprint(staging / name) for name in FILES},
+        }
+        _write(staging / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        _replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return open_tokens(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a failed write carries no name of its own
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a token folder, or None where ``folder`` is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None
+    return manifest
+
+
+def open_tokens(folder: Path) -> TokenFolder:
+    """Open a token folder.
+
+    Raises:
+        UserError: it is missing, not a token folder, of another version, or a file is not as long as it was.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; make it by 'mmrec prepare CORPUS --output_dir {folder}'")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"{folder}: holds no prepared tokens (no readable {MANIFEST}); make them by "
+            f"'mmrec prepare CORPUS --output_dir FOLDER'"
+        )
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: token format version {manifest.get('version')}, this program reads {VERSION}; "
+            f"prepare the corpus again"
+        )
+    for name in FILES:
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        expected = manifest["files"][name]["bytes"]
+        if size != expected:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+            raise UserError(f"{folder / name}: {found}; prepare the corpus again (--force)")
+    tokenizer = load_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    dtype = np.dtype(manifest["dtype"])
+    train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
+    return TokenFolder(folder, manifest, tokenizer, train, val)
+
+
+def verify_tokens(folder: Path) -> None:
+    """Read every file of a token folder and compare its hash; UserError names the first that differs."""
+    manifest = open_tokens(folder).manifest
+    for name in FILES:
+        if _fingerprint(folder / name) != manifest["files"][name]:
+            raise UserError(f"{folder / name}: its content has changed (wrong sha256); prepare the corpus again")

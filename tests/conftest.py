@@ -1,0 +1,57 @@
+"""Shared by the tests: fixed seeds, a small text, and runs in a folder of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def text() -> str:
+    """12,000 characters with something to learn: numbered lines of a small vocabulary."""
+    words = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    choose = random.Random(1)
+    lines = (f"{i}: " + " ".join(choose.choices(words, k=8)) for i in range(400))
+    return "\n".join(lines)[:12_000]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, text: str) -> Path:
+    """A token folder of ``text``, by characters, with a fifth for validation."""
+    from mmrec.prepare import prepare
+
+    source = tmp_path / "text.txt"
+    source.write_text(text, encoding="utf-8")
+    prepare(input_file=source, output_dir=tmp_path / "tokens", tokenizer="characters")
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a command in this process, in ``tmp_path``; returns its exit status."""
+    from mmrec.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args: object) -> int:
+        try:
+            return main([str(arg) for arg in args])
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    return command

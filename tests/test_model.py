@@ -1,0 +1,116 @@
+"""The model: its state is all that it knows of the past."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrec.errors import UserError
+from mmrec.model import MemoryLM, Shape, State, reset_rows
+from mmrec.ops import chunked, reference
+
+VOCABULARY = 11
+SMALL = Shape(dim=16, layers=3, memories=("short", "long"), heads=2, ffn_dim=24)
+
+
+def model() -> MemoryLM:
+    return MemoryLM(SMALL, VOCABULARY).double().eval()
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length))
+
+
+def same_state(a: State, b: State) -> None:
+    for one, other in zip(a, b, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 32, 50, 69])
+def test_reading_in_two_parts_is_reading_at_once(cut: int) -> None:
+    net, x = model(), tokens(2, 70)
+    whole, after = net(x, net.zero_state(2))
+    first, between = net(x[:, :cut], net.zero_state(2))
+    second, end = net(x[:, cut:], between)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-9, atol=1e-11)
+    same_state(end, after)
+
+
+def test_token_by_token_with_the_plain_recurrences(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = model(), tokens(2, 37)
+    state = net.zero_state(2)
+    state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in state]
+    expected, after = net(x, state)
+    monkeypatch.setattr(chunked, "gated_linear_recurrence", reference.gated_linear_recurrence)
+    monkeypatch.setattr(chunked, "gated_delta_rule", reference.gated_delta_rule)
+    steps = []
+    for t in range(37):
+        logits, state = net(x[:, t : t + 1], state)
+        steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-9, atol=1e-11)
+    same_state(state, after)
+
+
+def test_no_token_sees_a_later_one() -> None:
+    net, x = model(), tokens(1, 40)
+    before, _ = net(x, net.zero_state(1))
+    x[0, 25:] = (x[0, 25:] + 1) % VOCABULARY
+    after, _ = net(x, net.zero_state(1))
+    assert torch.equal(before[:, :25], after[:, :25])
+    assert not torch.equal(before[:, 25:], after[:, 25:])
+
+
+def test_rows_are_independent_and_a_reset_row_starts_anew() -> None:
+    net, x = model(), tokens(3, 20)
+    _, state = net(tokens(3, 33), net.zero_state(3))
+    logits, _ = net(x, reset_rows(state, torch.tensor([False, True, False])))
+    fresh, _ = net(x[1:2], net.zero_state(1))
+    torch.testing.assert_close(logits[1:2], fresh, rtol=1e-9, atol=1e-11)
+    carried, _ = net(x[2:], [(past[2:], memory[2:]) for past, memory in state])
+    torch.testing.assert_close(logits[2:], carried, rtol=1e-9, atol=1e-11)
+
+
+def test_the_state_is_not_changed_by_reading() -> None:
+    net = model()
+    _, state = net(tokens(1, 10), net.zero_state(1))
+    copy = [(past.clone(), memory.clone()) for past, memory in state]
+    net(tokens(1, 10), state)
+    same_state(state, copy)
+
+
+def test_state_size_does_not_depend_on_the_text() -> None:
+    net = model()
+    for length in (1, 100):
+        _, state = net(tokens(1, length), net.zero_state(1))
+        assert sum(x.numel() for layer in state for x in layer) == net.state_count()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"dim": 30, "heads": 4}, "multiple"),
+        ({"layers": 0}, "at least 1"),
+        ({"memories": ["shrot"]}, "did you mean 'short'"),
+        ({"memories": []}, "empty"),
+    ],
+)
+def test_a_wrong_shape_is_refused(wrong: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Shape(**wrong)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    net, x = MemoryLM(SMALL, VOCABULARY, dropout=0.5), tokens(1, 12)
+    state = net.zero_state(1)
+    assert not torch.equal(net(x, state)[0], net(x, state)[0])
+    net.eval()
+    assert torch.equal(net(x, state)[0], net(x, state)[0])
+
+
+def test_every_parameter_is_trained() -> None:
+    net, x = model(), tokens(2, 40)
+    logits, _ = net(x, net.zero_state(2))
+    logits.logsumexp(-1).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -1,0 +1,93 @@
+"""The chunked recurrences against the plain ones, in float64: outputs, gradients, final state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrec.ops import chunked, reference
+
+LENGTHS = [1, 2, 31, 32, 33, 63, 100]
+Op = Callable[..., tuple[Tensor, Tensor]]
+
+
+def linear_inputs(length: int) -> list[Tensor]:
+    log_decay = -torch.rand(2, length, 5, dtype=torch.float64) * 3
+    return [log_decay, torch.randn(2, length, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)]
+
+
+def delta_inputs(length: int, keys: int = 6, values: int = 4) -> list[Tensor]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    q, k = (torch.nn.functional.normalize(random(2, 3, length, keys), dim=-1) for _ in range(2))
+    log_decay = -torch.rand(2, 3, length, dtype=torch.float64) * 3
+    beta = torch.rand(2, 3, length, dtype=torch.float64)
+    return [q, k, random(2, 3, length, values), log_decay, beta, random(2, 3, keys, values)]
+
+
+OPS = {
+    "linear": (reference.gated_linear_recurrence, chunked.gated_linear_recurrence, linear_inputs, 1),
+    "delta": (reference.gated_delta_rule, chunked.gated_delta_rule, delta_inputs, 2),
+}
+"""Name: the plain form, the fast form, inputs (the state last), the dimension of time in the others."""
+
+
+def with_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs, state = op(*leaves)
+    loss = outputs.sin().sum() + (state * state.cos()).sum()
+    return [outputs.detach(), state.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunked_equals_reference(name: str, length: int) -> None:
+    plain, fast, make, _ = OPS[name]
+    inputs = make(length)
+    for expected, found in zip(with_gradients(plain, inputs), with_gradients(fast, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("cut", [1, 17, 32, 40, 69])
+def test_reading_in_two_parts_is_reading_at_once(name: str, cut: int) -> None:
+    _, fast, make, time = OPS[name]
+    *inputs, state = make(70)
+    whole, after = fast(*inputs, state)
+    first, between = fast(*(x.narrow(time, 0, cut) for x in inputs), state)
+    second, end = fast(*(x.narrow(time, cut, 70 - cut) for x in inputs), between)
+    torch.testing.assert_close(torch.cat([first, second], dim=time), whole, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(end, after, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_chunk_length_does_not_matter(name: str) -> None:
+    _, fast, make, _ = OPS[name]
+    inputs = make(50)
+    expected = fast(*inputs)
+    for chunk in (4, 16, 64):
+        for a, b in zip(fast(*inputs, chunk=chunk), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_delta_rule_is_stable_where_all_keys_are_equal() -> None:
+    """Powers of the coupling matrix would lose every digit here; the blocked inverse must not."""
+    q, _, v, _, _, state = (x.float() for x in delta_inputs(64))
+    k = torch.nn.functional.normalize(torch.ones_like(q), dim=-1)
+    log_decay, beta = torch.zeros(2, 3, 64), torch.ones(2, 3, 64)
+    found = chunked.gated_delta_rule(q, k, v, log_decay, beta, state, chunk=64)
+    expected = reference.gated_delta_rule(*(x.double() for x in (q, k, v, log_decay, beta, state)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_complete_forgetting_gives_finite_gradients(name: str) -> None:
+    _, fast, make, _ = OPS[name]
+    inputs = make(40)
+    inputs[0 if name == "linear" else 3].fill_(-1e4)
+    assert all(x.isfinite().all() for x in with_gradients(fast, inputs))
