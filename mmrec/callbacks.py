@@ -93,18 +93,16 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        ending = 0 <= trainer.max_steps <= trainer.global_step  # not left to on_train_end: see on_validation_end
+        # The end is not left to on_train_end: by then Lightning counts an epoch that max_steps broke off as
+        # complete, and a run that is given more steps would go on from a wrong place.
+        ending = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
         if self._signal is not None or ending:
             trainer.save_checkpoint(self.path)
         if self._signal is not None:
             raise Stopped(self._signal, self.path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the validation changed: the best loss so far, and the patience that is left.
-
-        Not at the end of training: by then Lightning counts an epoch that ``max_steps`` broke off as complete,
-        and a run that is given more steps would go on from a wrong place.
-        """
+        """Save what the validation changed: the best loss so far, and the patience that is left."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             trainer.save_checkpoint(self.path)

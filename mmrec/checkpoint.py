@@ -56,12 +56,15 @@ def _synchronize_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Return the checkpoint at ``path``; UserError where it is missing, damaged, or not of this program."""
+def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Return the checkpoint at ``path``; UserError where it is missing, damaged, or not of this program.
+
+    With ``mmap`` the tensors stay in the file until they are used: for a look at what describes the model.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # zip, pickle, end of file: torch has no common class for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason[:120]})") from error

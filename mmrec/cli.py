@@ -63,7 +63,9 @@ def _dispatch(command: str, args: list[str]) -> None:
             parser.add_argument(
                 "corpus", nargs="?", help="tiny_shakespeare, shakespeare_plays, sample, file or directory"
             )
-            parser.add_function_arguments(prepare, skip={"corpus"})
+            parser.add_function_arguments(prepare, skip={"corpus", "force", "verify"})
+            parser.add_argument("--force", action="store_true", help="replace another token folder at output_dir")
+            parser.add_argument("--verify", action="store_true", help="only check the files of output_dir")
             prepare(**vars(parser.parse_args(args)))
         case "generate":
             from mmrec.generate import generate

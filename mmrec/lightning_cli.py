@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from mmrec import runs
@@ -27,6 +28,7 @@ from mmrec.callbacks import (
     TextSample,
     Throughput,
 )
+from mmrec.checkpoint import read_checkpoint
 from mmrec.data import TextData
 from mmrec.errors import UserError
 from mmrec.module import TextModule
@@ -56,6 +58,19 @@ class TextArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise parse_error(self, message)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml into the folder of a run that trains, whatever logger it has, or none."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
 
 
 class TextCLI(LightningCLI):
@@ -100,6 +115,7 @@ class TextCLI(LightningCLI):
         which, name = config.get("ckpt_path"), config.get("run")
         self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
         if self.ckpt is not None:
+            read_checkpoint(self.ckpt, mmap=True)  # a file that is none is better refused before all else
             inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
             self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
         elif self.subcommand == "fit":
@@ -113,9 +129,11 @@ class TextCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
+        folder = self.root / runs.LOGS / self.run
         fit = self.subcommand == "fit"
-        self._get(self.config_init, "best").dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
-        self._get(self.config_init, "last").dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
+        for name in (runs.BEST, runs.LAST):
+            self._get(self.config_init, name).dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
+        self.save_config_kwargs = {"folder": folder}
         if config["logger"] in (None, True):
             logger = TensorBoardLogger(self.root / runs.LOGS, "", self.run, default_hp_metric=False)
             config["logger"] = logger if fit else False
@@ -169,10 +187,15 @@ def _quiet() -> None:
     """Keep from the screen what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    advice = ("Tip:", "TPU available", "`weights_only` was not set")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(part in record.getMessage() for part in advice)
+    advice = ("Tip:", "TPU available", "`weights_only` was not set", "Seed set to")
+    talkers = (
+        "pytorch.utilities.rank_zero",
+        "pytorch.trainer.connectors.checkpoint_connector",
+        "fabric.utilities.seed",
     )
+    for name in talkers:
+        logger = logging.getLogger(f"lightning.{name}")
+        logger.addFilter(lambda record: not any(part in record.getMessage() for part in advice))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -195,8 +218,9 @@ def run_lightning(command: str, args: list[str]) -> None:
     no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
     if no_config and which and "--help" not in args and "-h" not in args:
         root = Path(given(args, "trainer.default_root_dir") or ".")
-        saved = runs.find_checkpoint(root, name, which).parent.parent / "config.yaml"
-        if saved.is_file():
+        folder = runs.find_checkpoint(root, name, which).parent
+        saved = folder.parent / "config.yaml"
+        if folder.name == runs.CHECKPOINTS and saved.is_file():
             args = ["--config", str(saved), *args]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
@@ -207,7 +231,8 @@ def run_lightning(command: str, args: list[str]) -> None:
         TextCLI(
             TextModule,
             TextData,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
         )

@@ -39,7 +39,7 @@ class TextModule(LightningModule):
 
     def __init__(
         self,
-        shape: Shape | None = None,
+        shape: Shape = Shape(),  # noqa: B008 -- immutable
         tokenizer: dict[str, Any] | None = None,
         dropout: float = 0.0,
         optimizer: Literal["muon", "adamw"] = "muon",
@@ -60,7 +60,7 @@ class TextModule(LightningModule):
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
-        self.net = MemoryLM(shape or Shape(), self.tokenizer.vocab_size, dropout)
+        self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
         self.dropout = dropout
         self.optimizer = optimizer
         self.learning_rate = learning_rate

@@ -56,7 +56,8 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
         folder = checkpoint_folder(root, find_run(root, run))
         path = folder / f"{which}.ckpt"
         if not path.is_file():
-            raise UserError(f"no {which}.ckpt in {folder}")
+            hint = "; no validation has been reached yet, take --ckpt_path last" if which == BEST else ""
+            raise UserError(f"no {which}.ckpt in {folder}{hint}")
         return path
     path = Path(which)
     if path.is_dir():

@@ -61,8 +61,11 @@ def write_tokens(
     Raises:
         OSError: the disk is full or the folder cannot be written; the target is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
         counts = {}
