@@ -83,18 +83,30 @@ def prepare(
         "split": split,
         "request": {"tokenizer": tokenizer or source.default_tokenizer, "vocab_size": vocab_size},
     }
-    if earlier is not None and all(earlier.get(key) == value for key, value in description.items()):
+    if earlier is not None and not force and _same(earlier, description):
         print(f"{folder}: already prepared, nothing to do")
         return open_tokens(folder)
     if earlier is not None and not force:
         raise UserError(
-            f"{folder}: already holds another corpus, split or tokenizer ({earlier['corpus']['title']}); choose "
-            f"another --output_dir, or replace it by --force"
+            f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
+            f"replace it by --force"
         )
     chosen = make_tokenizer(tokenizer or source.default_tokenizer, train, val, vocab_size)
     tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description)
     print(summary(tokens))
     return tokens
+
+
+def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:
+    """Whether a folder holds what is described; why its split was chosen makes no difference."""
+
+    def essence(manifest: dict[str, Any]) -> object:
+        split = manifest.get("split")
+        if isinstance(split, dict):
+            split = {key: value for key, value in split.items() if key != "reason"}
+        return manifest.get("corpus"), manifest.get("request"), split
+
+    return essence(earlier) == essence(description)
 
 
 def _corpus_name(corpus: str | None, input_file: Path | None, input_dir: Path | None) -> str:

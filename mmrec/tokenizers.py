@@ -97,7 +97,7 @@ class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's byte alphabet), of HF ``tokenizers``."""
 
     name = "bpe"
-    # Text is handed over in pieces of whole lines: the library holds many times its input in memory.
+    # Text is handed over in pieces: the library holds many times its input in memory.
     PIECE = 1 << 20
 
     def __init__(self, model: str) -> None:
@@ -111,7 +111,9 @@ class BPETokenizer(Tokenizer):
         byte_of = {character: byte for byte, character in _byte_alphabet().items()}
         self._bytes: list[bytes] = []
         for token in range(self.vocab_size):
-            letters = self._tokenizer.id_to_token(token) or ""
+            letters = self._tokenizer.id_to_token(token)
+            if letters is None or not all(letter in byte_of for letter in letters):
+                raise UserError(f"the tokenizer is not byte-level BPE: token {token} does not stand for bytes")
             self._bytes.append(bytes(byte_of[letter] for letter in letters))
 
     @classmethod
@@ -197,7 +199,7 @@ def load_tokenizer(state: Mapping[str, Any]) -> Tokenizer:
             return ByteTokenizer()
         case {"name": "bpe", "model": str(model)}:
             return BPETokenizer(model)
-    raise UserError(f"not a tokenizer of this program: {str(dict(state))[:80]}")
+    raise UserError(f"not a tokenizer of this program: {str(state)[:80]}")
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
@@ -221,11 +223,18 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 def _pieces(text: str, size: int) -> Iterable[str]:
-    """Cut ``text`` after the last line end of each ``size`` characters, so that a cut splits no word."""
+    """Cut ``text`` into pieces of about ``size`` characters that encode to the same tokens as the whole.
+
+    GPT-2's rule for words never joins a line end to a word before it, but it does join white space: a cut is
+    right between the two.
+    """
     start = 0
     while start < len(text):
         end = min(start + size, len(text))
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
+            cut = text.rfind("\n", start + 1, end)
+            while cut > 0 and text[cut - 1].isspace():
+                cut = text.rfind("\n", start + 1, cut)
+            end = cut if cut > 0 else end
         yield text[start:end]
         start = end

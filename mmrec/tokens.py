@@ -154,14 +154,20 @@ def open_tokens(folder: Path) -> TokenFolder:
             f"{folder}: token format version {manifest.get('version')}, this program reads {VERSION}; "
             f"prepare the corpus again"
         )
-    for name in FILES:
+    try:
+        sizes = {name: int(manifest["files"][name]["bytes"]) for name in FILES}
+        dtype = np.dtype(manifest["dtype"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / MANIFEST}: is damaged; prepare the corpus again (--force)") from None
+    for name, expected in sizes.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
-        expected = manifest["files"][name]["bytes"]
         if size != expected:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
             raise UserError(f"{folder / name}: {found}; prepare the corpus again (--force)")
-    tokenizer = load_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    dtype = np.dtype(manifest["dtype"])
+    try:
+        tokenizer = load_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    except ValueError:
+        raise UserError(f"{folder / 'tokenizer.json'}: is damaged; prepare the corpus again (--force)") from None
     train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
     return TokenFolder(folder, manifest, tokenizer, train, val)
 

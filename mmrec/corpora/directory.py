@@ -32,9 +32,12 @@ class Directory(Corpus):
             raise UserError(f"{self.folder}: no such folder")
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: is not a folder; give a file as --input_file")
-        paths = [path for path in self._paths() if path.stat().st_size]
+        matching = self._paths()
+        paths = [path for path in matching if not _is_blank(path)]
         if not paths:
             raise UserError(f"{self.folder}: no text in files named {self.glob}; try another --glob, as '*.md'")
+        if len(paths) < len(matching):
+            print(f"{self.folder}: {len(matching) - len(paths):,} empty files left out")
         for path in paths:
             yield Document(str(path.relative_to(self.folder)), read_text(path, self.encoding))
 
@@ -48,3 +51,12 @@ class Directory(Corpus):
             names = (name for name in files if not name.startswith(".") and fnmatch(name, self.glob))
             found.extend(path for name in names if (path := Path(parent, name)).is_file())
         return sorted(found)
+
+
+def _is_blank(path: Path) -> bool:
+    try:
+        size = path.stat().st_size
+        # White space alone is a matter of a few bytes; a longer file is left to read_text.
+        return size == 0 or (size < 1024 and not path.read_bytes().strip())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

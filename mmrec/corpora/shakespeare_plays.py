@@ -41,8 +41,11 @@ class ShakespearePlays(Corpus):
 def speeches(markdown: str) -> str:
     """Return the names and speeches of a play: ``NAME:``, its lines, and an empty line after each."""
     text = re.sub(r"^#.*$", "", markdown, flags=re.MULTILINE)
-    text = re.sub(r"_+\\?\[[^\]]*\]_+", "", text)  # stage directions within a speech
+    # Stage directions within a speech. Some lack one of their marks, so both are optional: a mark left alone
+    # would pair with that of the next direction and take the speech between them away.
+    text = re.sub(r"[_*]*\\?\[[^\]]*\][_*]*", "", text)
     text = re.sub(r"(?<!\w)_+[^_]*_+", "", text)  # and between two
+    text = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", text)  # Edward III marks them by stars
     text = re.sub(r"^\*\*(.+?)\*\*\s*$", r"\n\1:", text, flags=re.MULTILINE)
     text = re.sub(r"\\(.)", r"\1", text)
     lines = (line.strip() for line in text.splitlines())

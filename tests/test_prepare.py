@@ -1,0 +1,247 @@
+"""Preparing a corpus: the split, the files, and that nothing is ever overwritten silently."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHAKESPEARE
+
+from mmrec import tokens
+from mmrec.corpora.base import Document
+from mmrec.errors import UserError
+from mmrec.prepare import default_split, prepare, split_documents
+from mmrec.tokens import MANIFEST, open_tokens, verify_tokens
+
+
+@pytest.fixture
+def source(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "source.txt"
+    path.write_text(text)
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_one_text_is_split_before_its_last_part(source: Path, tmp_path: Path, text: str) -> None:
+    folder = prepare(input_file=source, output_dir=tmp_path / "out", val_split=0.25)
+    cut = int(len(text) * 0.75)
+    assert (tmp_path / "out" / "train.txt").read_text() == text[:cut]
+    assert (tmp_path / "out" / "val.txt").read_text() == text[cut:]
+    assert folder.tokenizer.name == "bytes"
+    np.testing.assert_array_equal(folder.train, folder.tokenizer.encode(text[:cut]))
+    np.testing.assert_array_equal(folder.val, folder.tokenizer.encode(text[cut:]))
+
+
+def test_the_manifest_says_sizes_hashes_tokenizer_and_split(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(input_file=source, output_dir=out, tokenizer="bpe", vocab_size=300)
+    manifest = json.loads((out / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        data = (out / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest["tokenizer"]["name"] == "bpe"
+    assert manifest["split"]["val_split"] == 0.2
+    assert manifest["tokens"]["val"] == len(open_tokens(out).val)
+
+
+@pytest.mark.parametrize(
+    ("size", "share"), [(10, 0.2), (999_999, 0.2), (10**6, 0.1), (10**9 - 1, 0.1), (10**9, 0.05)]
+)
+def test_the_default_split_goes_by_size(size: int, share: float) -> None:
+    assert default_split(size)[0] == share
+
+
+def documents(*sizes: int) -> list[Document]:
+    return [Document(f"{i}", chr(97 + i % 26) * size + f" {i}") for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (100, 1), (1, 100), (50,) * 20, (1000, 10, 10, 10), tuple(range(3, 40))])
+def test_whole_documents_are_on_one_side(sizes: tuple[int, ...]) -> None:
+    train, val, split = split_documents(given := documents(*sizes), 0.2)
+    parts = {text: (text in train.split("\n\n"), text in val.split("\n\n")) for text in (d.text for d in given)}
+    assert all(in_train != in_val for in_train, in_val in parts.values())
+    assert {in_val for _, in_val in parts.values()} == {True, False}
+    assert split["documents"]["train"] + split["documents"]["val"] == len(given)
+
+
+def test_the_share_is_met_where_documents_are_small() -> None:
+    _, _, split = split_documents(documents(*[50] * 200), 0.1)
+    assert split["val_share"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_equal_documents_never_stand_on_both_sides() -> None:
+    given = [Document(str(i), f"text {i % 7} " * 9) for i in range(70)]
+    train, val, _ = split_documents(given, 0.3)
+    assert not set(train.split("\n\n")) & set(val.split("\n\n"))
+
+
+def test_copies_of_one_document_are_one_document() -> None:
+    train, val, split = split_documents([Document("a", "x" * 80 + "y" * 20), Document("b", "x" * 80 + "y" * 20)], 0.2)
+    assert (train, val) == ("x" * 80, "y" * 20)
+    assert split["rule"] == "the last part of the text"
+
+
+def test_the_order_of_the_files_does_not_decide(tmp_path: Path) -> None:
+    given = documents(*[30] * 40)
+    one, other = split_documents(given, 0.2)[1], split_documents(given[::-1], 0.2)[1]
+    assert set(one.split("\n\n")) == set(other.split("\n\n"))
+
+
+def test_a_folder_of_documents(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}\n" * 10)
+    out = tmp_path / "out"
+    prepare(input_dir=tmp_path, output_dir=out)
+    val = (out / "val.txt").read_text()
+    assert json.loads((out / MANIFEST).read_text())["split"]["rule"] == "whole documents"
+    assert 1 <= len({line for line in val.splitlines() if line}) < 12
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="the real file is not at hand")
+def test_tiny_shakespeare_is_split_as_everyone_does(tmp_path: Path) -> None:
+    folder = prepare("tiny_shakespeare", tmp_path / "out", mirror=str(SHAKESPEARE.parent))
+    assert (len(folder.train), len(folder.val)) == (1_003_854, 111_540)
+    assert folder.tokenizer.vocab_size == 65
+
+
+# What is there already
+
+
+def test_the_same_again_changes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    prepare(input_file=source, output_dir=out)
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    prepare(input_file=source, output_dir=out)
+    assert "already prepared" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"val_split": 0.3}, {"tokenizer": "characters"}])
+def test_another_request_needs_force(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    prepare(input_file=source, output_dir=out)
+    before = snapshot(out)
+    with pytest.raises(UserError, match="--force"):
+        prepare(input_file=source, output_dir=out, **change)
+    assert snapshot(out) == before
+    prepare(input_file=source, output_dir=out, force=True, **change)
+    assert snapshot(out) != before
+    verify_tokens(out)
+
+
+def test_a_changed_source_needs_force(source: Path, tmp_path: Path) -> None:
+    prepare(input_file=source, output_dir=tmp_path / "out")
+    source.write_text(source.read_text() + "more")
+    with pytest.raises(UserError, match="--force"):
+        prepare(input_file=source, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_with_something_else_is_never_touched(source: Path, tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds something else \(thesis\.txt\)"):
+        prepare(input_file=source, output_dir=out, force=force)
+    assert snapshot(out) == {"thesis.txt": b"years of work"}
+
+
+def test_a_file_in_the_way(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        prepare(input_file=source, output_dir=source)
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(input_file=source, output_dir=source / "inside")
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_full_disk_leaves_all_as_it_was(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    out = tmp_path / "out"
+    prepare(input_file=source, output_dir=out)
+    before = snapshot(tmp_path)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(input_file=source, output_dir=out, val_split=0.4, force=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_write_that_fails_names_the_file(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError, match="/dev/full") as error:
+        tokens._write(Path("/dev/full"), b"x" * 100_000)
+    assert error.value.errno == errno.ENOSPC
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "name a corpus"),
+        ({"input_file": Path("a"), "input_dir": Path("b")}, "not both"),
+        ({"corpus": "sample", "input_file": Path("a")}, "not for the corpus"),
+        ({"corpus": "sample", "val_split": 0.0}, "between 0 and 1"),
+        ({"corpus": "sample", "val_split": 1.0}, "between 0 and 1"),
+        ({"corpus": "smaple"}, "did you mean 'sample'"),
+        ({"corpus": "sample", "tokenizer": "word"}, "unknown tokenizer"),
+    ],
+)
+def test_a_bad_request_writes_nothing(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        prepare(output_dir=tmp_path / "out", **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_split_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("abcdefgh")
+    with pytest.raises(UserError, match="too little text"):
+        prepare(input_file=tmp_path / "short.txt", output_dir=tmp_path / "out", val_split=0.01)
+    assert not (tmp_path / "out").exists()
+
+
+# Opening
+
+
+def test_damage_is_found(prepared: Path) -> None:
+    verify_tokens(prepared)
+    data = bytearray((prepared / "train.bin").read_bytes())
+    data[100] ^= 1
+    (prepared / "train.bin").write_bytes(data)
+    open_tokens(prepared)  # the size is right: only reading all of it can tell
+    with pytest.raises(UserError, match=r"train\.bin: its content has changed"):
+        verify_tokens(prepared)
+    (prepared / "train.bin").write_bytes(data[:-2])
+    with pytest.raises(UserError, match=r"train\.bin: has [\d,]+ bytes instead of"):
+        open_tokens(prepared)
+    (prepared / "val.bin").unlink()
+    (prepared / "train.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"val\.bin: is missing"):
+        open_tokens(prepared)
+
+
+def test_what_is_no_token_folder_is_refused(tmp_path: Path, prepared: Path) -> None:
+    with pytest.raises(UserError, match="mmrec prepare"):
+        open_tokens(tmp_path / "missing")
+    with pytest.raises(UserError, match="holds no prepared tokens"):
+        open_tokens(tmp_path)
+    manifest = json.loads((prepared / MANIFEST).read_text())
+    (prepared / MANIFEST).write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        open_tokens(prepared)

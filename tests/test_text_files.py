@@ -1,0 +1,52 @@
+"""A text file is read exactly, or refused with a line that says where it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmrec.errors import UserError
+from mmrec.text_files import read_text
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_line_ends_and_characters_stay_as_they_are(tmp_path: Path) -> None:
+    text = "a\r\nb\rc\n\n d\u00e9\U0001f600"
+    assert read_text(write(tmp_path / "f", text.encode())) == text
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    assert read_text(write(tmp_path / "f", b"\xef\xbb\xbfhello")) == "hello"
+    assert read_text(write(tmp_path / "g", "hello".encode("utf-16")), "utf-16") == "hello"
+
+
+def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
+    assert read_text(write(tmp_path / "f", "d\u00e9j\u00e0".encode("latin-1")), "latin-1") == "d\u00e9j\u00e0"
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "says"),
+    [
+        (b"", "utf-8", "is empty"),
+        (b" \n\t\n", "utf-8", "white space"),
+        (b"\x7fELF\x00\x00", "utf-8", "is binary"),
+        (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\).*--encoding latin-1"),
+        (b"text", "utf-9", "unknown encoding 'utf-9'; did you mean 'utf-8'"),
+        (b"text", "hex", "unknown encoding"),
+    ],
+)
+def test_what_is_not_text_is_refused(tmp_path: Path, data: bytes, encoding: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        read_text(write(tmp_path / "f", data), encoding)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_text(tmp_path / "missing")
+    with pytest.raises(UserError, match="--input_dir"):
+        read_text(tmp_path)
