@@ -52,7 +52,7 @@ class Stopped(Exception):
 class LastCheckpoint(ModelCheckpoint):
     """The checkpoint to go on from: saved every so many steps, at the end, and when a signal stops the run.
 
-    The first Ctrl-C or SIGTERM is obeyed at the end of the batch, after saving; a second Ctrl-C at once.
+    The first Ctrl-C or SIGTERM is obeyed after the update that is under way, and saving; a second Ctrl-C at once.
 
     Args:
         every_n_train_steps: steps between two saves.
@@ -87,7 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        rank_zero_info("\nStopping at the end of this batch ...")
+        rank_zero_info("\nStopping after this update ...")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,9 +96,11 @@ class LastCheckpoint(ModelCheckpoint):
         # The end is not left to on_train_end: by then Lightning counts an epoch that max_steps broke off as
         # complete, and a run that is given more steps would go on from a wrong place.
         ending = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
-        if self._signal is not None or ending:
+        # Gradients that are still being accumulated are in no checkpoint: the update is awaited.
+        updated = ending or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if ending or (updated and self._signal is not None):
             trainer.save_checkpoint(self.path)
-        if self._signal is not None:
+        if updated and self._signal is not None:
             raise Stopped(self._signal, self.path)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

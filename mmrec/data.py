@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from mmrec.errors import UserError
 from mmrec.prepare import prepare
 from mmrec.stream import RowLoader, RowStream, TextLoader
+from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens
 
 
@@ -61,9 +62,9 @@ class TextData(LightningDataModule):
         return self._tokens
 
     @property
-    def tokenizer_state(self) -> dict[str, Any]:
-        """What the model is told of the tokenizer."""
-        return self.tokens.tokenizer.state()
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the corpus."""
+        return self.tokens.tokenizer
 
     def prepare_data(self) -> None:
         """Prepare the corpus where its folder is not there yet; one process does, the others wait."""

@@ -97,7 +97,7 @@ class TextCLI(LightningCLI):
         parser.add_lightning_class_args(Patience, "early_stopping")
         parser.set_defaults({f"best.{key}": value for key, value in BEST_DEFAULTS.items()})
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
-        parser.link_arguments("data.tokenizer_state", "model.tokenizer", apply_on="instantiate")
+        parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -187,6 +187,7 @@ def _quiet() -> None:
     """Keep from the screen what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
     advice = ("Tip:", "TPU available", "`weights_only` was not set", "Seed set to")
     talkers = (
         "pytorch.utilities.rank_zero",

@@ -18,7 +18,7 @@ from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
 from mmrec.stream import IGNORE, Batch
-from mmrec.tokenizers import Tokenizer, load_tokenizer, token_lengths
+from mmrec.tokenizers import Tokenizer, token_lengths
 
 
 class TextModule(LightningModule):
@@ -26,7 +26,7 @@ class TextModule(LightningModule):
 
     Args:
         shape: the architecture of the model.
-        tokenizer: state of the tokenizer; filled in from the data, and kept in every checkpoint.
+        tokenizer: the tokenizer of the data, from which it is filled in; kept in every checkpoint.
         dropout: share of activations dropped in training.
         optimizer: "muon" (with AdamW for all that is not a layer's matrix) or "adamw".
         learning_rate: the highest rate, reached at the end of the warm-up.
@@ -40,7 +40,7 @@ class TextModule(LightningModule):
     def __init__(
         self,
         shape: Shape = Shape(),  # noqa: B008 -- immutable
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
         dropout: float = 0.0,
         optimizer: Literal["muon", "adamw"] = "muon",
         learning_rate: float = 3e-3,
@@ -59,7 +59,7 @@ class TextModule(LightningModule):
         _check_range("learning_rate", learning_rate, 0, float("inf"))
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
         self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
         self.dropout = dropout
         self.optimizer = optimizer

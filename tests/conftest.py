@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def lightning_talks_to_the_test() -> None:
+    """Lightning's handler keeps the standard error of the first test, which is closed in the others."""
+    import lightning.pytorch  # noqa: F401 -- makes the handlers
+
+    logging.getLogger("lightning.pytorch").handlers.clear()
+    logging.getLogger("lightning.fabric").handlers.clear()
 
 
 @pytest.fixture

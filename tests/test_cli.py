@@ -1,0 +1,340 @@
+"""The commands, as a user types them: what they do, what they leave, and what they say to bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from mmrec.checkpoint import load_trained
+
+Command = Callable[..., int]
+
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--model.shape={dim: 16, layers: 2, heads: 2, ffn_dim: 24}",
+    "--model.dropout=0.1",
+    "--model.warmup_steps=5",
+    "--data.batch_size=2",
+    "--data.seq_len=64",
+]
+"""A model that trains in a second."""
+
+
+def fit(prepared: Path, *more: object) -> list[str]:
+    return ["fit", *QUICK, f"--data.data_dir={prepared}", *map(str, more)]
+
+
+def last(run: str) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(f"lightning_logs/{run}/checkpoints/last.ckpt", weights_only=True)
+    return checkpoint
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Weights, optimizer, schedule, place in the data and random numbers, to the bit."""
+
+    def same(a: Any, b: Any, where: str) -> None:
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                same(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, list | tuple):
+            assert len(a) == len(b), where
+            for index, (x, y) in enumerate(zip(a, b, strict=True)):
+                same(x, y, f"{where}[{index}]")
+        else:
+            assert a == b, where
+
+    for key in ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "mmrec", "mmrec_progress"):
+        same(one[key], other[key], key)
+    loops = "fit_loop"
+    same(one["loops"][loops]["state_dict"], other["loops"][loops]["state_dict"], "loader")
+
+
+# The main job
+
+
+def test_fit_validate_and_generate(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 0
+    files = {p.name for p in Path("lightning_logs/a").rglob("*")}
+    assert {"config.yaml", "best.ckpt", "last.ckpt"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+
+    capsys.readouterr()
+    assert mmrec("validate", "--ckpt_path", "best", "--trainer.enable_progress_bar=false") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation (carried"))
+    reported = float(line.split("): ")[1].split(" nats/token")[0])
+    best = load_trained(Path("lightning_logs/a/checkpoints/best.ckpt"))
+    text = (prepared / "val.txt").read_text()
+    tokens = torch.from_numpy(best.tokenizer.encode(text).astype("int64"))[None]
+    with torch.no_grad():
+        logits, _ = best.net(tokens[:, :-1], best.net.zero_state(1))
+    expected = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:])
+    assert reported == pytest.approx(float(expected), abs=1e-4)
+
+    assert mmrec("generate", "--prompt", "to be", "--length", "50", "--seed", "3") == 0
+    written = capsys.readouterr().out
+    assert written.startswith("to be")
+    assert len(written) == len("to be") + 50 + 1
+    mmrec("generate", "--prompt", "to be", "--length", "50", "--seed", "3")
+    assert capsys.readouterr().out == written
+
+
+def test_the_board_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--run=a")) == 0
+    board = EventAccumulator("lightning_logs/a")
+    board.Reload()
+    scalars = set(board.Tags()["scalars"])
+    wanted = {"train/loss", "train/grad_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte"}
+    assert wanted <= scalars
+    assert any(tag.startswith("lr-") for tag in scalars)
+    assert "hp/best_val_loss" in scalars
+    assert len(board.Scalars("val/loss")) == 2
+    assert "sample/text_summary" in board.Tags()["tensors"]
+    assert board.PluginTagToContent("hparams")
+
+
+def test_training_learns(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=8", "--run=a", "--trainer.logger=false")) == 0
+    callbacks = last("a")["callbacks"]
+    best = min(float(state["best_model_score"]) for state in callbacks.values() if state.get("best_model_score"))
+    assert best < 2.2  # the 26 symbols of the text, at random: 3.2
+
+
+def test_test_and_predict(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
+    quiet = ["--run=a", "--ckpt_path=last", "--trainer.enable_progress_bar=false"]
+    assert mmrec("test", *quiet) == 0
+    assert "test (carried" in capsys.readouterr().out
+    assert mmrec("predict", *quiet) == 0
+    lines = Path("lightning_logs/a/predictions.tsv").read_text().splitlines()
+    assert len(lines) == len((prepared / "val.txt").read_text())  # a header, and every character but the first
+
+
+def test_early_stopping_stops(mmrec: Command, prepared: Path) -> None:
+    never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=2", "--trainer.max_epochs=20"]
+    assert mmrec(*fit(prepared, *never_better, "--run=a")) == 0
+    assert last("a")["epoch"] == 2
+
+
+def test_another_corpus_with_bpe_and_adamw(mmrec: Command, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(f"{i} {text[i * 1500 : (i + 2) * 1500]}")
+    assert (
+        mmrec("prepare", "--input_dir", folder, "--output_dir", "d", "--tokenizer", "bpe", "--vocab_size", 300) == 0
+    )
+    assert mmrec(*fit(Path("d"), "--model.optimizer=adamw", "--trainer.max_epochs=1", "--run=a")) == 0
+    assert mmrec("generate", "--ckpt", "last", "--prompt", "que", "--length", 5) == 0
+
+
+# Going on
+
+
+@pytest.mark.parametrize("every", [{"--last.every_n_train_steps": 7}, {"--trainer.accumulate_grad_batches": 2}])
+@pytest.mark.parametrize("stop", [10, 75, 76, 80])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    mmrec: Command, prepared: Path, stop: int, every: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"{name}={value}" for name, value in every.items()]
+    whole = [*options, "--trainer.max_epochs=2", "--model.shape.memories=[short, long]"]
+    assert mmrec(*fit(prepared, *whole, "--run=whole")) == 0
+
+    from mmrec.callbacks import LastCheckpoint
+
+    batches = 0
+    before = LastCheckpoint.on_train_batch_end
+
+    def interrupt(self: LastCheckpoint, *args: Any) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        before(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
+        assert mmrec(*fit(prepared, *whole, "--run=parts")) == 130
+    assert batches == (stop if "--last.every_n_train_steps=7" in options else {10: 10, 75: 75, 76: 77, 80: 81}[stop])
+    assert mmrec("fit", "--run", "parts", "--ckpt_path", "last") == 0
+    assert_same_training(last("whole"), last("parts"))
+
+
+def test_more_steps_go_on_where_max_steps_broke_off(mmrec: Command, prepared: Path) -> None:
+    schedule = ["--model.warmup_steps=0", "--model.final_lr_share=1"]  # whose length does not depend on max_steps
+    for run, steps in (("whole", 90), ("parts", 30)):
+        assert (
+            mmrec(
+                *fit(prepared, *schedule, "--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", f"--run={run}")
+            )
+            == 0
+        )
+    assert mmrec("fit", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=90") == 0
+    assert_same_training(last("whole"), last("parts"))
+
+
+def test_what_is_asked_for_on_resuming_is_in_force(
+    mmrec: Command, prepared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a", "--model.final_lr_share=1"))
+    again = ["--trainer.max_epochs=2", "--model.learning_rate=0.0125", "--early_stopping.patience=9"]
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", *again) == 0
+    assert "learning_rate 0.003 -> 0.0125" in caplog.text
+    groups = [g for member in last("a")["optimizer_states"][0]["members"] for g in member["param_groups"]]
+    assert {group["lr"] for group in groups} == {0.0125}
+    assert [s["patience"] for s in last("a")["callbacks"].values() if "patience" in s] == [9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_real_signal_saves_and_says_how_to_go_on(
+    prepared: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    command = [sys.executable, "-m", "mmrec", *fit(prepared, "--trainer.max_epochs=1000", "--run=a")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wanted = tmp_path / "lightning_logs" / "a" / "checkpoints" / "last.ckpt"
+        deadline = time.monotonic() + 120
+        while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "mmrec fit --run a --ckpt_path last" in errors
+    assert "Traceback" not in errors
+    assert load_trained(wanted).step > 0
+
+
+# Bad input: one line, status 2, nothing changed
+
+BAD = {
+    "unknown command": (["fitt"], "did you mean 'fit'"),
+    "unknown option": (["fit", "--data.bach_size=4"], "did you mean 'data.batch_size'"),
+    "unknown config": (["fit", "--config", "tiney"], "did you mean 'tiny'"),
+    "wrong type": (["fit", "--model.learning_rate=fast"], "model.learning_rate"),
+    "wrong value": (["fit", "--model.dropout=2", "--config=corpus/sample"], "model.dropout is 2"),
+    "wrong shape": (["fit", "--model.shape.dim=30", "--model.shape.heads=4", "--config=corpus/sample"], "multiple"),
+    "wrong optimizer": (["fit", "--model.optimizer=sgd"], "model.optimizer"),
+    "no run to resume": (["fit", "--ckpt_path=last"], "no run with a checkpoint in lightning_logs"),
+    "no run of that name": (["fit", "--ckpt_path=last", "--run=x"], "no checkpoint of a run 'x'"),
+    "no such checkpoint": (["validate", "--ckpt_path=x.ckpt"], "no such checkpoint"),
+    "no checkpoint named": (["validate"], "give --ckpt_path best"),
+    "unknown corpus": (["prepare", "sampel"], "did you mean 'sample'"),
+    "no corpus": (["prepare"], "name a corpus"),
+    "missing file": (["prepare", "--input_file=x"], "x: no such file"),
+    "no data": (["fit", "--data.corpus=file"], "needs --input_file"),
+    "nothing to generate with": (["generate"], "no run with a checkpoint"),
+    "wrong top_p": (["generate", "--top_p=0"], "--top_p is 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, says = BAD[case]
+    assert mmrec(*args) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("mmrec: error: ")
+    assert error.count("\n") == 1
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left <= {"data"}  # the sample corpus, prepared before the model was found wrong
+
+
+def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
+    before = {p: p.read_bytes() for p in Path("lightning_logs/a/checkpoints").iterdir()}
+    (tmp_path / "words.txt").write_text("other words with another alphabet\n" * 400)
+    mmrec("prepare", "--input_file=words.txt", "--output_dir=other", "--tokenizer=characters")
+    (tmp_path / "notes.ckpt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    good = Path("lightning_logs/a/checkpoints/last.ckpt")
+    (tmp_path / "half.ckpt").write_bytes(good.read_bytes()[:5000])
+    quiet = "--trainer.enable_progress_bar=false"
+    cases: list[tuple[list[object], str]] = [
+        (
+            ["validate", "--ckpt_path=last", "--model.shape.dim=32", quiet],
+            "another architecture: dim 16 there, 32 here",
+        ),
+        (["validate", "--ckpt_path=last", "--data.data_dir=other", quiet], "another tokenizer"),
+        (["fit", "--ckpt_path=last", "--model.shape.layers=3", quiet], "layers 2 there, 3 here"),
+        (fit(prepared, "--run=a"), "is there already"),
+        (["validate", "--ckpt_path=notes.ckpt"], "not a readable checkpoint"),
+        (["validate", "--ckpt_path=half.ckpt"], "not a readable checkpoint"),
+        (["generate", "--ckpt=foreign.ckpt"], "is not a checkpoint of mmrec"),
+        (["validate", "--run=b", "--ckpt_path=best"], "no checkpoint of a run 'b'"),
+        (["generate", "--prompt=\u00c4"], "is not in the alphabet"),
+    ]
+    for args, says in cases:
+        capsys.readouterr()
+        assert mmrec(*args) == 2, args
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("mmrec: error: ")
+        assert says in error
+    assert {p: p.read_bytes() for p in Path("lightning_logs/a/checkpoints").iterdir()} == before
+
+
+def test_too_short_a_text_for_one_sequence(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec(*fit(prepared, "--data.seq_len=100000")) == 2
+    assert "too few for 2 rows of sequences of 100000" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
+    checkpoint = last("a")
+    checkpoint["state_dict"]["net.blocks.0.ffn.output.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, "bad.ckpt")
+    again = ["--ckpt_path=bad.ckpt", "--trainer.max_epochs=3", "--run=b"]
+    assert mmrec(*fit(prepared, *again)) == 2
+    assert "gradient is not finite at step" in capsys.readouterr().err
+    assert not Path("lightning_logs/b/checkpoints/last.ckpt").exists()
+
+
+# Help
+
+
+def test_help_names_every_command(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec() == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("prepare", "fit", "validate", "test", "predict", "generate"))
+    for command in ("prepare", "generate", "fit"):
+        assert mmrec(command, "--help") == 0
+        assert "--" in capsys.readouterr().out
+    assert mmrec("--version") == 0
+
+
+def test_every_option_of_ours_is_explained(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    mmrec("fit", "--help")
+    lines = capsys.readouterr().out.split("options:")[1].splitlines()
+    bare = [
+        a
+        for a, b in zip(lines, [*lines[1:], ""], strict=True)
+        if a.strip().startswith(("--model.", "--data.", "--run")) and b.strip().startswith("(type")
+    ]
+    assert bare == []
+
+
+def test_print_config_can_be_used_again(
+    mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=1"), "--print_config") == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert mmrec("fit", "--config=mine.yaml", "--run=a") == 0
