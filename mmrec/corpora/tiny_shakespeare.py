@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import queue
 import socket
@@ -21,6 +22,8 @@ from mmrec.text_files import decode_text
 
 FILE = "tinyshakespeare.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MAX_BYTES = 4 * 1_115_394
+"""A download is given up here: four times what it should be is another file, or has no end."""
 MIRRORS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
@@ -44,7 +47,11 @@ class TinyShakespeare(Corpus):
         yield Document(FILE, decode_text(path.read_bytes(), path, "utf-8"))
 
     def _from_mirror(self, mirror: str) -> Path:
-        parts = urlsplit(mirror)
+        try:
+            parts = urlsplit(mirror)
+            parts.port  # noqa: B018 (it is read for its ValueError)
+        except ValueError as error:
+            raise UserError(f"{mirror}: is not a URL ({error}); name a folder or URL that holds {FILE}") from None
         if parts.scheme in ("http", "https"):
             base = mirror.rstrip("/")
             return self._first([base] if base.endswith(".txt") else [f"{base}/{FILE}", f"{base}/input.txt"])
@@ -65,6 +72,7 @@ class TinyShakespeare(Corpus):
         import pooch
 
         pooch.get_logger().setLevel("WARNING")  # the progress bar says enough
+        cache = pooch.os_cache("mmrec")
         reasons: list[str] = []
         for url in urls:
             try:
@@ -73,7 +81,7 @@ class TinyShakespeare(Corpus):
                         url,
                         known_hash=f"sha256:{SHA256}",
                         fname=FILE,
-                        path=pooch.os_cache("mmrec"),
+                        path=cache,
                         downloader=_fetch,
                     )
                 )
@@ -81,6 +89,11 @@ class TinyShakespeare(Corpus):
                 reasons.append(str(error))
             except ValueError as error:  # pooch's word for a wrong hash; it has removed what it fetched
                 raise UserError(f"{url}: is not Tiny Shakespeare: {one_line(error)}") from None
+            except OSError as error:  # what the network does wrong is a UserError of _fetch
+                raise UserError(
+                    f"{cache}: cannot be written ({error.strerror or one_line(error)}); name another folder in "
+                    f"XDG_CACHE_HOME, or put {FILE} into a folder and give --mirror FOLDER"
+                ) from None
         raise UserError(
             f"Tiny Shakespeare could not be downloaded ({reasons[0]}); without a network put {FILE} into a "
             f"folder and give --mirror FOLDER"
@@ -92,16 +105,37 @@ def _fetch(url: str, output_file: str, _pooch: object) -> None:
     import pooch
     import requests
 
-    if not requests.utils.get_environ_proxies(url):  # behind a proxy, names need not resolve here
-        parts = urlsplit(url)
-        _reach(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    # Behind a proxy, names need not resolve here: it is the proxy that must be there.
+    proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+    peer = urlsplit(requests.utils.prepend_scheme_if_needed(proxy, "http") if proxy else url)
+    _reach(peer.hostname or "", peer.port or (443 if peer.scheme == "https" else 80))
     downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), timeout=(CONNECT_SECONDS, 10 * CONNECT_SECONDS), allow_redirects=True
+        progressbar=sys.stderr.isatty(),
+        timeout=(CONNECT_SECONDS, 10 * CONNECT_SECONDS),
+        allow_redirects=True,
+        hooks={"response": _stay_secure},
     )
-    try:
-        downloader(url, output_file, None)
-    except (requests.RequestException, OSError) as error:
-        raise UserError(_reason(error, url)) from None
+    with _Bounded(output_file, "wb") as output:
+        try:
+            downloader(url, output, None)
+        except requests.RequestException as error:
+            raise UserError(_reason(error, url)) from None
+
+
+def _stay_secure(response: Any, **_options: object) -> None:
+    """Refuse to be sent from https to http; requests calls this before it follows."""
+    target = response.headers.get("location", "")
+    if response.url.startswith("https:") and target.lower().startswith("http:"):
+        raise UserError(f"{urlsplit(response.url).hostname} points to an address without https")
+
+
+class _Bounded(io.FileIO):
+    """A file that takes no more than :data:`MAX_BYTES`."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > MAX_BYTES:
+            raise UserError(f"more than {MAX_BYTES:,} bytes were sent; that is not Tiny Shakespeare")
+        return super().write(data)
 
 
 def _reason(error: Exception, url: str) -> str:
@@ -111,6 +145,8 @@ def _reason(error: Exception, url: str) -> str:
     match error:
         case requests.HTTPError() if error.response is not None:
             return f"{host} answered {error.response.status_code}"
+        case requests.exceptions.SSLError():
+            return f"the certificate of {host} is not accepted"
         case requests.Timeout():
             return f"{host} does not answer"
         case requests.ConnectionError():

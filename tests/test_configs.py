@@ -1,0 +1,94 @@
+"""Every shipped config is parsed; those that fit are stepped once; the others are counted without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mmrec.model import MemoryLM, Shape
+from mmrec.parsing import find_config, shipped_configs
+
+Command = Callable[..., int]
+
+CONFIGS = shipped_configs()
+
+
+def shape_of(name: str) -> Shape:
+    content: dict[str, Any] = yaml.safe_load(CONFIGS[name].read_text())
+    return Shape(**content["model"]["shape"])
+
+
+def count(name: str, vocab_size: int) -> int:
+    with torch.device("meta"):
+        return MemoryLM(shape_of(name), vocab_size).parameter_count()
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "least", "most"),
+    [
+        ("tiny", 65, 0.5e6, 0.85e6),
+        ("quickstart", 65, 0.5e6, 0.85e6),
+        ("mini", 65, 9e6, 12e6),
+        ("small", 50_257, 110e6, 140e6),
+        ("base", 50_257, 330e6, 400e6),
+        ("1b", 50_257, 1.0e9, 1.5e9),
+        ("7b", 50_257, 6.3e9, 7.5e9),
+    ],
+)
+def test_parameter_counts(name: str, vocab_size: int, least: float, most: float) -> None:
+    assert least <= count(name, vocab_size) <= most
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_parsed(name: str, mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec("fit", "--config", name, "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(CONFIGS[name].read_text())
+    for group, values in given.items():
+        if isinstance(values, dict):
+            for key, value in values.items():
+                found = shown[group][key]
+                expected = {k: found[k] for k in value} if isinstance(value, dict) else found
+                assert expected == value
+
+
+@pytest.mark.parametrize("name", ["tiny", "quickstart", "mini"])
+def test_what_fits_is_stepped(name: str, mmrec: Command, prepared: Path) -> None:
+    short = ["--data.seq_len=32", "--data.batch_size=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+    quiet = ["--trainer.enable_progress_bar=false", "--run=a", "--config=trainer/cpu"]
+    assert mmrec("fit", "--config", name, f"--data.data_dir={prepared}", *short, *quiet) == 0
+    assert Path("lightning_logs/a/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_small_is_stepped(mmrec: Command, prepared: Path) -> None:
+    short = ["--data.seq_len=16", "--data.batch_size=1", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+    quiet = ["--trainer.enable_progress_bar=false", "--run=a", "--config=trainer/cpu"]
+    assert mmrec("fit", "--config=small", f"--data.data_dir={prepared}", *short, *quiet) == 0
+
+
+def test_configs_stack(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    stacked = ["-c", "small", "-c", "trainer/fsdp", "-c", "corpus/sample", "--data.batch_size=3"]
+    assert mmrec("fit", *stacked, "--print_config") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["shape"]["dim"] == 768
+    assert shown["model"]["optimizer"] == "adamw"
+    assert shown["trainer"]["strategy"] == "fsdp"
+    assert shown["trainer"]["gradient_clip_val"] is None
+    assert shown["data"]["corpus"] == "sample"
+    assert shown["data"]["batch_size"] == 3
+
+
+def test_configs_are_found_by_name_and_by_path() -> None:
+    assert {find_config(name).resolve() for name in ("tiny", "tiny.yaml", "configs/tiny.yaml")} == {CONFIGS["tiny"]}
+    assert find_config("trainer/ddp").name == "ddp.yaml"
+
+
+def test_the_tiny_model_is_the_one_that_the_readme_speaks_of() -> None:
+    assert count("tiny", 65) == 712_792
+    assert f"{count('tiny', 65):,}" in (Path(__file__).parent.parent / "README.md").read_text()

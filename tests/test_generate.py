@@ -1,0 +1,60 @@
+"""Writing: the same with and without a chunked prompt, and the draws are what was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmrec import generate
+from mmrec.generate import choose, continue_text, read
+from mmrec.model import MemoryLM, Shape
+
+SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+
+
+def draw(logits: list[float], count: int = 2000, **options: float) -> set[int]:
+    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    rows = torch.tensor(logits).expand(count, -1)
+    random = torch.Generator().manual_seed(0)
+    return set(choose(rows, given["temperature"], int(given["top_k"]), given["top_p"], random).tolist())
+
+
+def test_draws_stay_within_what_was_asked_for() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert draw(logits) == {0, 1, 2, 3}
+    assert draw(logits, top_k=2) == {0, 1}
+    assert draw(logits, top_p=0.75) == {0, 1}
+    assert draw(logits, top_p=0.81) == {0, 1, 2}
+    assert draw(logits, top_p=1e-9) == {0}
+    assert draw(logits, temperature=0) == {0}
+    assert draw(logits, top_k=99) == {0, 1, 2, 3}
+
+
+def test_draws_have_the_model_s_probabilities() -> None:
+    rows = torch.tensor([0.7, 0.3]).log().expand(20_000, -1)
+    random = torch.Generator().manual_seed(0)
+    share = choose(rows, 1.0, 0, 1.0, random).float().mean()
+    assert share == pytest.approx(0.3, abs=0.01)
+    cooler = choose(rows, 0.5, 0, 1.0, random).float().mean()
+    assert cooler == pytest.approx(0.09 / (0.09 + 0.49), abs=0.01)
+
+
+def test_the_most_likely_text_is_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = MemoryLM(SHAPE, 9).eval()
+    prompt = torch.randint(9, (50,))
+    tokens = list(continue_text(net, prompt, 12, temperature=0))
+    everything = torch.cat([prompt, torch.tensor(tokens)])[None]
+    logits, _ = net(everything, net.zero_state(1))
+    assert logits[0, 49:-1].argmax(-1).tolist() == tokens
+
+    whole, _ = read(net, prompt[None], net.zero_state(1))
+    monkeypatch.setattr(generate, "READ_CHUNK", 7)
+    parts, _ = read(net, prompt[None], net.zero_state(1))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_the_seed_decides() -> None:
+    net = MemoryLM(SHAPE, 9).eval()
+    prompt = torch.tensor([1])
+    assert list(continue_text(net, prompt, 30, seed=1)) == list(continue_text(net, prompt, 30, seed=1))
+    assert list(continue_text(net, prompt, 30, seed=1)) != list(continue_text(net, prompt, 30, seed=2))
