@@ -227,7 +227,9 @@ def run_lightning(command: str, args: list[str]) -> None:
     torch.set_flush_denormal(True)
     _quiet()
     before = sys.argv
-    sys.argv = ["mmrec", command, *args]  # jsonargparse and Lightning's launchers read the command from here
+    # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.
+    program = Path(sys.executable).with_name("mmrec")
+    sys.argv = [str(program) if program.exists() else before[0], command, *args]
     try:
         TextCLI(
             TextModule,

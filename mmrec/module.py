@@ -161,7 +161,8 @@ class TextModule(LightningModule):
 
     def _log_score(self, prefix: str) -> None:
         for name, value in self.score.compute().items():
-            self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss")
+            # Every process reads the whole text: the mean over them is the same figure.
+            self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
 
     def on_predict_epoch_start(self) -> None:
         self._start_text()
@@ -217,7 +218,8 @@ class TextModule(LightningModule):
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
         progress = checkpoint[checkpoints.PROGRESS_KEY]
-        if progress["carried"] is not None:
+        # The memory that was saved is that of the first process's rows; those of others begin anew.
+        if progress["carried"] is not None and self.global_rank == 0:
             self._carried = [(past.to(self.device), memory.to(self.device)) for past, memory in progress["carried"]]
         self._random = progress["random"]
         before = progress["hyperparameters"]
