@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,21 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
     Raises:
         UserError: it could not be written; names the path. What stood there before still does.
     """
-    staged = None
+    staged = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(staged, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, target)
-        staged = None
         _synchronize_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"{target}: cannot save the checkpoint: {reason}") from error
     finally:
-        if staged is not None:
-            Path(staged).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()  # nothing is there after a good save
 
 
 def _synchronize_folder(folder: Path) -> None:

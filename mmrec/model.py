@@ -88,7 +88,7 @@ class CausalConv(nn.Module):
         y = x * self.weight[:, -1]
         for back in range(1, width):
             y = torch.addcmul(y, seen[:, width - 1 - back : width - 1 - back + length], self.weight[:, -1 - back])
-        return y, seen[:, seen.shape[1] - (width - 1) :].to(past.dtype)
+        return y, seen[:, seen.shape[1] - (width - 1) :].to(past.dtype, copy=True)
 
 
 class Memory(nn.Module, ABC):

@@ -87,6 +87,12 @@ def test_state_size_does_not_depend_on_the_text() -> None:
         assert sum(x.numel() for layer in state for x in layer) == net.state_count()
 
 
+def test_the_state_keeps_nothing_else_in_memory() -> None:
+    net = model()
+    _, state = net(tokens(1, 500), net.zero_state(1))
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for layer in state for x in layer)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -26,7 +26,8 @@ def gated_linear_recurrence(
     if extra:
         decay, inputs = pad(decay, (0, 0, 0, extra), value=1.0), pad(inputs, (0, 0, 0, extra))
     outputs: Tensor = _LinearRecurrence.apply(decay, inputs, state, chunk)
-    return outputs[:, :length], outputs[:, length - 1]
+    # The state is a copy: a view would keep the whole sequence in memory, and in checkpoints.
+    return outputs[:, :length], outputs[:, length - 1].clone()
 
 
 def _scan(decay: Tensor, inputs: Tensor, state: Tensor, chunk: int) -> Tensor:
