@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from mmrec.checkpoint import read_checkpoint, write_checkpoint
 from mmrec.errors import UserError
 from mmrec.generate import continue_text
+from mmrec.model import MemoryLM
 from mmrec.module import TextModule
 from mmrec.stream import Batch
 
@@ -205,15 +206,28 @@ class ProgressBar(TQDMProgressBar):
         return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
 
 
-class Summary(ModelSummary):
-    """Lightning's table of the model, and the size of its memory."""
+class Summary(Callback):
+    """Prints where the parameters are, and the size of what is remembered of a text."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, TextModule)
-        net = pl_module.net
-        count: int = net.state_count()
-        rank_zero_info(
-            f"{net.parameter_count():,} parameters; what has been read is kept in {count:,} numbers "
-            f"({count * 4 / 1024:.0f} kB) a text, however long it is"
-        )
+        if stage == "fit":
+            rank_zero_info(summary_table(pl_module.net))
+
+
+def summary_table(net: MemoryLM) -> str:
+    """Return the model as a table: its parts, their parameters, and the numbers in the state of one text."""
+    kinds = net.kinds()
+    state = [sum(tensor.numel() for tensor in layer) for layer in net.zero_state(1, torch.device("meta"))]
+    layers = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
+    total = net.parameter_count()
+    rows = [("part", "parameters", "memory of a text")]
+    rows.append(("embedding, output, norm", f"{total - sum(layers):,}", ""))
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        parameters, numbers = sum(layers[i] for i in members), sum(state[i] for i in members)
+        rows.append((f"{len(members)} x {kind} memory layer", f"{parameters:,}", f"{numbers:,} numbers"))
+    remembered = net.state_count()
+    size = f"{remembered:,} numbers ({remembered * 4 / 1024:.0f} kB), however long it is"
+    rows.append(("in all", f"{total:,}", size))
+    return "\n".join(f"{name:<24}{parameters:>14}   {memory}".rstrip() for name, parameters, memory in rows)

@@ -19,9 +19,9 @@ class TextData(LightningDataModule):
     """Token streams of one corpus.
 
     Args:
-        corpus: corpus to prepare where ``data_dir`` is not there yet: tiny_shakespeare, shakespeare_plays or
-            sample. For your own text run ``mmrec prepare`` first and give ``data_dir`` alone.
-        data_dir: token folder, as ``mmrec prepare`` writes it; data/CORPUS if left out.
+        corpus: corpus to read where no data_dir is given, from data/CORPUS, prepared first where that is not
+            there yet: tiny_shakespeare, shakespeare_plays or sample.
+        data_dir: token folder of your own text, as ``mmrec prepare`` writes it.
         batch_size: rows that are read side by side, per process.
         seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
         reset_probability: chance that a row starts a batch with an empty memory.
@@ -46,6 +46,10 @@ class TextData(LightningDataModule):
         if seed < 0:
             raise UserError(f"data.seed is {seed}; it must be at least 0")
         self.corpus = corpus
+        if data_dir is not None and not data_dir.exists():
+            raise UserError(
+                f"{data_dir}: no such folder; mmrec prepare --output_dir {data_dir} makes it from your text"
+            )
         self.data_dir = data_dir or Path("data") / corpus
         self.batch_size = batch_size
         self.seq_len = seq_len

@@ -141,7 +141,7 @@ class TextCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
-            added += [Summary(max_depth=1), GradientNorm(), Throughput(), TextSample(), FinalScore()]
+            added += [Summary(), GradientNorm(), Throughput(), TextSample(), FinalScore()]
         if fit and config["logger"]:
             added.append(LearningRateMonitor("step"))
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
@@ -187,6 +187,7 @@ def _quiet() -> None:
     """Keep from the screen what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The number of training batches")  # of a small text
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
     advice = ("Tip:", "TPU available", "`weights_only` was not set", "Seed set to")
     talkers = (

@@ -236,8 +236,7 @@ class MemoryLM(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(vocab_size, shape.dim)
-        kinds = [shape.memories[i % len(shape.memories)] for i in range(shape.layers)]
-        self.blocks = nn.ModuleList(Block(shape, kind, dropout) for kind in kinds)
+        self.blocks = nn.ModuleList(Block(shape, kind, dropout) for kind in self.kinds())
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(shape.dim, eps=1e-6)
         self.head = nn.Linear(shape.dim, vocab_size, bias=False)
@@ -254,6 +253,10 @@ class MemoryLM(nn.Module):
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear) and name.endswith("output"):
                 module.weight.data.mul_((2 * self.shape.layers) ** -0.5)
+
+    def kinds(self) -> list[str]:
+        """Return the kind of memory of each layer."""
+        return [self.shape.memories[i % len(self.shape.memories)] for i in range(self.shape.layers)]
 
     def matrices(self) -> list[Tensor]:
         """Return the weights of all linear maps inside the layers: neither embeddings nor convolutions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,8 +67,12 @@ def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
 # The main job
 
 
-def test_fit_validate_and_generate(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_validate_and_generate(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 0
+    parameters = sum(p.numel() for p in load_trained(Path("lightning_logs/a/checkpoints/last.ckpt")).net.parameters())
+    assert re.search(rf"in all +{parameters:,} +\S+ numbers \(\d+ kB\)", caplog.text)
     files = {p.name for p in Path("lightning_logs/a").rglob("*")}
     assert {"config.yaml", "best.ckpt", "last.ckpt"} <= files
     assert any(name.startswith("events.out.tfevents") for name in files)
@@ -238,6 +243,7 @@ BAD = {
     "no corpus": (["prepare"], "name a corpus"),
     "missing file": (["prepare", "--input_file=x"], "x: no such file"),
     "no data": (["fit", "--data.corpus=file"], "needs --input_file"),
+    "no such data": (["fit", "--config=tiny", "--data.data_dir=x"], "x: no such folder"),
     "nothing to generate with": (["generate"], "no run with a checkpoint"),
     "wrong top_p": (["generate", "--top_p=0"], "--top_p is 0"),
 }
