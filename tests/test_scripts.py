@@ -65,6 +65,8 @@ def test_prepare_and_train_as_the_plan_has_it(script: Script, text: str, capsys:
     folder = Path("lightning_logs/version_0/checkpoints")
     assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
     steps = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    assert script("plot_loss", "lightning_logs/version_0", "--output", "loss.png") == 0
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
 
     assert script("train_base_model", "--resume", "version_0", "--data_dir", "data/mine", "--epochs", "3") == 0
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps * 3 // 2
@@ -104,6 +106,7 @@ def test_tiny_shakespeare_as_the_plan_has_it(script: Script) -> None:
         ("train_base_model", ["--config", "tinny"], "did you mean 'tiny'"),
         ("train_base_model", ["--epochs", "many"], "trainer.max_epochs"),
         ("train_base_model", ["--epoch", "1"], "unrecognized arguments: --epoch"),
+        ("plot_loss", ["nowhere"], "no loss has been logged"),
         ("train_base_model", ["--resume", "x"], "no checkpoint of a run 'x'"),
     ],
 )
