@@ -1,4 +1,4 @@
-"""What happens around training: saving, stopping, measuring, and showing a sample of text."""
+"""What happens around training: saving, stopping, measuring, and what the terminal shows of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from mmrec.checkpoint import read_checkpoint, write_checkpoint
 from mmrec.errors import UserError
-from mmrec.generate import continue_text
 from mmrec.model import MemoryLM
 from mmrec.module import TextModule
 from mmrec.stream import Batch
@@ -140,6 +138,13 @@ class GradientNorm(Callback):
         pl_module.log("train/grad_norm", norm)
 
 
+class LearningRate(Callback):
+    """Logs the learning rate once: Lightning's monitor repeats it for every group of parameters."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+
 class Throughput(Callback):
     """Logs training tokens per second, over the steps since it last did; validation does not count."""
 
@@ -161,42 +166,6 @@ class Throughput(Callback):
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/tokens_per_second", self._tokens / self._seconds, prog_bar=True)
             self._tokens, self._seconds = 0, 0.0
-
-
-class TextSample(Callback):
-    """Writes a text with the model after each validation, and shows it on the TensorBoard page.
-
-    The seed is fixed: what changes from sample to sample is the model.
-    """
-
-    LENGTH = 300
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        logger = trainer.logger
-        if trainer.sanity_checking or not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
-            return
-        assert isinstance(pl_module, TextModule)
-        val = trainer.datamodule.tokens.val  # type: ignore[attr-defined]
-        prompt = torch.tensor(val[:1].astype("int64"), device=pl_module.device)
-        training = pl_module.net.training
-        pl_module.net.eval()
-        tokens = list(continue_text(pl_module.net, prompt, self.LENGTH))
-        pl_module.net.train(training)
-        text = pl_module.tokenizer.decode(tokens)
-        # Indented by four: TensorBoard reads Markdown, and shows such lines as they are.
-        shown = "\n".join("    " + line for line in text.splitlines())
-        logger.experiment.add_text("sample", shown, trainer.global_step)
-
-
-class FinalScore(Callback):
-    """Logs the hyper-parameters with the best validation loss, for TensorBoard's table of runs."""
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TextModule)
-        best = next((c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor), None)  # type: ignore[attr-defined]
-        if isinstance(trainer.logger, TensorBoardLogger) and best is not None:
-            data = trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
-            trainer.logger.log_hyperparams(pl_module.hyperparameters() | data, {"hp/best_val_loss": float(best)})
 
 
 class ProgressBar(TQDMProgressBar):

@@ -11,21 +11,20 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from mmrec import runs
+from mmrec.board import Board, Charts, FinalScore, TextSample
 from mmrec.callbacks import (
     DurableCheckpointIO,
-    FinalScore,
     GradientNorm,
     LastCheckpoint,
+    LearningRate,
     Patience,
     ProgressBar,
     Stopped,
     Summary,
-    TextSample,
     Throughput,
 )
 from mmrec.checkpoint import read_checkpoint
@@ -135,15 +134,12 @@ class TextCLI(LightningCLI):
             self._get(self.config_init, name).dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
         self.save_config_kwargs = {"folder": folder}
         if config["logger"] in (None, True):
-            logger = TensorBoardLogger(self.root / runs.LOGS, "", self.run, default_hp_metric=False)
-            config["logger"] = logger if fit else False
+            config["logger"] = Board(self.root / runs.LOGS, self.run) if fit else False
         added: list[Callback] = []
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
-            added += [Summary(), GradientNorm(), Throughput(), TextSample(), FinalScore()]
-        if fit and config["logger"]:
-            added.append(LearningRateMonitor("step"))
+            added += [Summary(), GradientNorm(), LearningRate(), Throughput(), Charts(), TextSample(), FinalScore()]
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
             config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO()]
@@ -189,7 +185,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The number of training batches")  # of a small text
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
-    advice = ("Tip:", "TPU available", "`weights_only` was not set", "Seed set to")
+    advice = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
     talkers = (
         "pytorch.utilities.rank_zero",
         "pytorch.trainer.connectors.checkpoint_connector",

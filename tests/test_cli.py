@@ -106,8 +106,13 @@ def test_the_board_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
     scalars = set(board.Tags()["scalars"])
     wanted = {"train/loss", "train/grad_norm", "train/tokens_per_second", "val/loss", "val/bits_per_byte"}
     assert wanted <= scalars
-    assert any(tag.startswith("lr-") for tag in scalars)
-    assert "hp/best_val_loss" in scalars
+    assert {"train/learning_rate", "val/best_loss"} <= scalars
+    assert "epoch" not in scalars
+    rates = [event.value for event in board.Scalars("train/learning_rate")]
+    assert rates[0] == pytest.approx(0.003)  # after the warm-up of 5 updates
+    assert rates == sorted(rates, reverse=True)
+    assert board.Scalars("val/best_loss")[0].value == min(event.value for event in board.Scalars("val/loss"))
+    assert board.PluginTagToContent("custom_scalars")
     assert len(board.Scalars("val/loss")) == 2
     assert "sample/text_summary" in board.Tags()["tensors"]
     assert board.PluginTagToContent("hparams")
