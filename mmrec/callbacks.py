@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -19,14 +21,32 @@ from mmrec.checkpoint import read_checkpoint, write_checkpoint
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM
 from mmrec.module import TextModule
+from mmrec.runs import LAST, PREVIOUS
+from mmrec.slurm import REQUEUE_SIGNAL, requeue, requeues
 from mmrec.stream import Batch
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's door to :mod:`mmrec.checkpoint`: files that are whole or absent, and never unpickle code."""
+    """Lightning's door to :mod:`mmrec.checkpoint`: files that are whole or absent, and never unpickle code.
+
+    Args:
+        go_on: a save that fails is reported, and training goes on; the next save tries again.
+    """
+
+    def __init__(self, go_on: bool = False) -> None:
+        super().__init__()
+        self.go_on = go_on
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_checkpoint(checkpoint, Path(path))
+        target = Path(path)
+        previous = target.with_name(f"{PREVIOUS}.ckpt") if target.name == f"{LAST}.ckpt" else None
+        try:
+            write_checkpoint(checkpoint, target, previous)
+        except UserError as error:
+            if not self.go_on:
+                raise
+            # To the terminal itself: a save that failed is worth a line, whatever becomes of log messages.
+            print(f"\n{error}; training goes on, the next save tries again", file=sys.stderr, flush=True)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -35,7 +55,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal, at the end of a batch and after saving.
+    """Training was stopped by a signal, at the end of an update and after saving.
 
     Args:
         number: of the signal.
@@ -52,41 +72,45 @@ class LastCheckpoint(ModelCheckpoint):
     """The checkpoint to go on from: saved every so many steps, at the end, and when a signal stops the run.
 
     The first Ctrl-C or SIGTERM is obeyed after the update that is under way, and saving; a second Ctrl-C at once.
+    Under Slurm its warning before the time is up (SIGUSR1) does the same, and has the job queued again.
 
     Args:
         every_n_train_steps: steps between two saves.
+        if_save_fails: "stop" ends the run where a checkpoint cannot be written; "go_on" says so and trains on.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, every_n_train_steps: int = 100) -> None:
+    def __init__(self, every_n_train_steps: int = 100, if_save_fails: Literal["stop", "go_on"] = "stop") -> None:
         super().__init__(
-            filename="last",
+            filename=LAST,
             monitor=None,
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+        self.if_save_fails = if_save_fails
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
 
     @property
     def path(self) -> Path:
         """Where it is saved."""
-        return Path(self.dirpath or ".") / "last.ckpt"
+        return Path(self.dirpath or ".") / f"{LAST}.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._signal = None
+        numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if requeues() else [])]
         try:
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         except ValueError:  # not in the main thread, which alone may handle signals
             self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        rank_zero_info("\nStopping after this update ...")
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # the second one ends the process, wherever it is
+        # Written past Python's buffers, which the signal may have interrupted.
+        os.write(2, b"\nStopping after this update ...\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,10 +121,20 @@ class LastCheckpoint(ModelCheckpoint):
         ending = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
         # Gradients that are still being accumulated are in no checkpoint: the update is awaited.
         updated = ending or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if ending or (updated and self._signal is not None):
+        stop = updated and self._agreed_signal(trainer)
+        if ending or stop:
             trainer.save_checkpoint(self.path)
-        if updated and self._signal is not None:
-            raise Stopped(self._signal, self.path)
+        if stop:
+            if stop == REQUEUE_SIGNAL and trainer.is_global_zero:
+                requeue()
+            raise Stopped(stop, self.path)
+
+    def _agreed_signal(self, trainer: Trainer) -> int:
+        """Return the signal that one of the processes has been sent, or 0: all must stop after the same update."""
+        mine = self._signal or 0
+        if trainer.world_size == 1:
+            return mine
+        return int(trainer.strategy.reduce(torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="max"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the validation changed: the best loss so far, and the patience that is left."""
@@ -122,20 +156,49 @@ class Patience(EarlyStopping):
         super().load_state_dict(state_dict | {"patience": self.patience})
 
 
-class GradientNorm(Callback):
-    """Logs the gradient's norm before clipping, and stops before an update that would spoil the weights."""
+class GradientGuard(Callback):
+    """Logs the gradient's norm before clipping, and keeps an update that would spoil the weights from happening.
+
+    Args:
+        if_not_finite: "stop" ends the run before the update; "skip" leaves the update out, forgets what was read,
+            and counts it.
+    """
+
+    def __init__(self, if_not_finite: Literal["stop", "skip"] = "stop") -> None:
+        self.if_not_finite = if_not_finite
+        self.skipped = 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, TextModule)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        if torch.isfinite(norm):
+            pl_module.log("train/grad_norm", norm)
+        elif getattr(trainer.precision_plugin, "scaler", None) is not None:
+            pass  # float16's loss scaling meets overflows as a matter of course, and skips them itself
+        else:
             bad = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            raise UserError(
-                f"the gradient is not finite at step {trainer.global_step} (first in "
-                f"{bad[0] if bad else 'its norm'}); stopped before the update, the last checkpoint is good; try a "
-                f"lower --model.learning_rate"
+            what = (
+                f"the gradient is not finite at step {trainer.global_step} (first in {bad[0] if bad else 'its norm'})"
             )
-        pl_module.log("train/grad_norm", norm)
+            if self.if_not_finite == "stop":
+                raise UserError(
+                    f"{what}; stopped before the update, the last checkpoint is good; try a lower "
+                    f"--model.learning_rate, or --gradients.if_not_finite skip"
+                )
+            self.skipped += 1
+            rank_zero_info(f"{what}; update left out, {self.skipped} so far")
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+            pl_module.forget()
+        if self.if_not_finite == "skip":
+            pl_module.log("train/skipped_updates", float(self.skipped))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
 
 
 class LearningRate(Callback):

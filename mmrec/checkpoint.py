@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import struct
+import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from mmrec.errors import UserError
+from mmrec.errors import UserError, one_line
 from mmrec.model import MemoryLM, Shape
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
@@ -19,31 +23,74 @@ KEY = "mmrec"
 PROGRESS_KEY = "mmrec_progress"
 """Under this key: what only a resumed training needs."""
 VERSION = 1
+SEAL = b"mmrec sha256 "
+"""Stands before the digest in the comment at the end of the file."""
 
 
-def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
+class _Hashing:
+    """Passes what is written on to a file and takes its sha256 on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | None = None) -> None:
     """Write a checkpoint whole or not at all, also when the disk fills up or the machine stops.
 
-    The file is written beside its target, synchronized with the disk, and then renamed over it.
+    The file is written beside its target, sealed by its sha256, synchronized with the disk, and then renamed over
+    the target. The seal is the comment that a zip archive, which the file is, may end in.
+
+    Args:
+        checkpoint: what ``torch.save`` takes.
+        target: the file.
+        previous: under this name what stood at ``target`` is kept.
 
     Raises:
         UserError: it could not be written; names the path. What stood there before still does.
     """
-    staged = target.with_name(f".{target.name}-{os.getpid()}")
+    # One name for every attempt: what a killed process left is written over, and never piles up.
+    staged = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(staged, "wb") as file:
-            torch.save(checkpoint, file)
+            writer: Any = _Hashing(file)
+            torch.save(checkpoint, writer)
+            seal = SEAL + writer.sha256.hexdigest().encode()
+            file.seek(-2, os.SEEK_END)
+            file.write(struct.pack("<H", len(seal)) + seal)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and target.exists():
+            _keep(target, previous)
         os.replace(staged, target)
         _synchronize_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"{target}: cannot save the checkpoint: {reason}") from error
+        raise UserError(f"{target}: cannot save the checkpoint: {reason}; what stood there is as it was") from error
     finally:
         with contextlib.suppress(OSError):
             staged.unlink()  # nothing is there after a good save
+
+
+def _keep(target: Path, previous: Path) -> None:
+    """Make ``previous`` a second name of the file ``target``, so that at no moment there is neither."""
+    link = previous.with_name(f".{previous.name}.part")
+    with contextlib.suppress(FileNotFoundError):
+        link.unlink()
+    try:
+        os.link(target, link)
+    except OSError:  # a file system without links
+        os.replace(target, previous)
+    else:
+        os.replace(link, previous)
 
 
 def _synchronize_folder(folder: Path) -> None:
@@ -54,6 +101,43 @@ def _synchronize_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_seal(path: Path) -> None:
+    """Raise UserError where the bytes of ``path`` are not those that were sealed, or are no plain archive.
+
+    A file without a seal, as ``torch.save`` writes it, is only looked at for entries that no checkpoint has:
+    compressed ones, whose size in memory has no bound, and those with a path out of the archive.
+    """
+    length = len(SEAL) + 2 * hashlib.sha256().digest_size
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - length))
+        end = file.read()
+        if end.startswith(SEAL):
+            file.seek(0)
+            sha256, left = hashlib.sha256(), size - length - 2
+            while left > 0:
+                part = file.read(min(left, 1 << 20))
+                if not part:
+                    break
+                sha256.update(part)
+                left -= len(part)
+            sha256.update(b"\0\0")  # the length of the comment before it was added
+            if sha256.hexdigest().encode() != end.removeprefix(SEAL):
+                raise UserError(f"{path}: is damaged: its sha256 is not the one that it was sealed with")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)[:120]})") from None
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise UserError(f"{path}: not a checkpoint: its entry {entry.filename[:80]!r} is compressed")
+        if entry.filename.startswith("/") or ".." in Path(entry.filename).parts:
+            raise UserError(f"{path}: not a checkpoint: its entry {entry.filename[:80]!r} leads out of it")
+    if sum(entry.file_size for entry in entries) > size:
+        raise UserError(f"{path}: not a checkpoint: its entries overlap")
+
+
 def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Return the checkpoint at ``path``; UserError where it is missing, damaged, or not of this program.
 
@@ -61,17 +145,32 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    check_seal(path)
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # zip, pickle, end of file: torch has no common class for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UserError(f"{path}: is not a checkpoint of mmrec")
     version = checkpoint[KEY].get("version")
     if version != VERSION:
         raise UserError(f"{path}: checkpoint format version {version}; this program reads {VERSION}")
     return checkpoint
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """Return ``path``, or the previous checkpoint beside it where ``path`` is a damaged ``last.ckpt``, saying so."""
+    previous = path.with_name("previous.ckpt")
+    try:
+        read_checkpoint(path, mmap=True)
+    except UserError as error:
+        if path.name != "last.ckpt" or not previous.is_file():
+            raise
+        read_checkpoint(previous, mmap=True)
+        print(f"{error}; taking {previous} instead", file=sys.stderr)
+        return previous
+    return path
 
 
 def describe(net: MemoryLM, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -106,7 +205,7 @@ class Trained:
 
 def load_trained(path: Path) -> Trained:
     """Return the model of the checkpoint at ``path``, in evaluation mode on the CPU."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(whole_checkpoint(path))
     description = checkpoint[KEY]
     tokenizer = load_tokenizer(description["tokenizer"])
     net = MemoryLM(Shape(**description["shape"]), tokenizer.vocab_size)

@@ -24,7 +24,8 @@ class TextData(LightningDataModule):
         data_dir: token folder of your own text, as ``mmrec prepare`` writes it.
         batch_size: rows that are read side by side, per process.
         seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
-        reset_probability: chance that a row starts a batch with an empty memory.
+        segment_len: tokens that a row reads on before it goes on elsewhere in the text.
+        reset_probability: chance that a row starts such a segment with an empty memory.
         seed: of the order in which the text is read.
     """
 
@@ -34,11 +35,12 @@ class TextData(LightningDataModule):
         data_dir: Path | None = None,
         batch_size: int = 4,
         seq_len: int = 512,
-        reset_probability: float = 0.1,
+        segment_len: int = 5120,
+        reset_probability: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("segment_len", segment_len)):
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         if not 0 <= reset_probability <= 1:
@@ -53,6 +55,7 @@ class TextData(LightningDataModule):
         self.data_dir = data_dir or Path("data") / corpus
         self.batch_size = batch_size
         self.seq_len = seq_len
+        self.segment_len = segment_len
         self.reset_probability = reset_probability
         self.seed = seed
         self._tokens: TokenFolder | None = None
@@ -83,7 +86,14 @@ class TextData(LightningDataModule):
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return RowStream(
-            self.tokens.train, self.batch_size, self.seq_len, self.seed, self.reset_probability, rank, world
+            self.tokens.train,
+            self.batch_size,
+            self.seq_len,
+            self.seed,
+            self.segment_len,
+            self.reset_probability,
+            rank,
+            world,
         )
 
     def hyperparameters(self) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from mmrec import runs
+from mmrec import runs, slurm
 from mmrec.board import Board, Charts, FinalScore, TextSample
 from mmrec.callbacks import (
     DurableCheckpointIO,
-    GradientNorm,
+    GradientGuard,
     LastCheckpoint,
     LearningRate,
     Patience,
@@ -27,7 +27,7 @@ from mmrec.callbacks import (
     Summary,
     Throughput,
 )
-from mmrec.checkpoint import read_checkpoint
+from mmrec.checkpoint import whole_checkpoint
 from mmrec.data import TextData
 from mmrec.errors import UserError
 from mmrec.module import TextModule
@@ -94,6 +94,7 @@ class TextCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Patience, "early_stopping")
+        parser.add_lightning_class_args(GradientGuard, "gradients")
         parser.set_defaults({f"best.{key}": value for key, value in BEST_DEFAULTS.items()})
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
         parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
@@ -112,12 +113,17 @@ class TextCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         self.root = Path(config.trainer.default_root_dir or ".")
         which, name = config.get("ckpt_path"), config.get("run")
+        fit = self.subcommand == "fit"
+        if fit and name is None and slurm.requeues():
+            name = f"slurm_{slurm.job()}"  # the same name when the job is queued again
+        if fit and which is None and slurm.restarted() and name in runs.runs(self.root):
+            which = runs.LAST
         self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
         if self.ckpt is not None:
-            read_checkpoint(self.ckpt, mmap=True)  # a file that is none is better refused before all else
+            self.ckpt = whole_checkpoint(self.ckpt)  # a file that is none is better refused before all else
             inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
             self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
-        elif self.subcommand == "fit":
+        elif fit:
             if name is not None and name in runs.runs(self.root):
                 raise UserError(
                     f"the run {name!r} is there already; go on with it by --ckpt_path last, or choose another --run"
@@ -139,10 +145,11 @@ class TextCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
-            added += [Summary(), GradientNorm(), LearningRate(), Throughput(), Charts(), TextSample(), FinalScore()]
+            added += [Summary(), LearningRate(), Throughput(), Charts(), TextSample(), FinalScore()]
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
-            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO()]
+            go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
+            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on)]
         return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -127,6 +127,10 @@ class TextModule(LightningModule):
         logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh))
         return logits, after
 
+    def forget(self) -> None:
+        """Drop what was read, which a number that is not finite may have reached."""
+        self._carried = None
+
     # Evaluation: one pass over the whole text, its memory carried from batch to batch
 
     def on_validation_epoch_start(self) -> None:
@@ -208,26 +212,52 @@ class TextModule(LightningModule):
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
+        carried = None if self._carried is None else [[part.cpu() for part in layer] for layer in self._carried]
+        processes = _gather({"random": random, "carried": carried})
         checkpoint[checkpoints.PROGRESS_KEY] = {
-            "carried": None if self._carried is None else [list(layer) for layer in self._carried],
-            "random": random,
+            "carried": _concatenate([process["carried"] for process in processes]),
+            "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
         }
+
+    def _share(self, carried: list[list[Tensor]] | None) -> State | None:
+        """Return the memory of this process's rows, from that of the rows of all."""
+        processes = self.trainer.world_size
+        if carried is None or len(carried[0][0]) % processes:
+            return None
+        parts = [[part.chunk(processes)[self.global_rank].to(self.device) for part in layer] for layer in carried]
+        return [(past, memory) for past, memory in parts]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
         progress = checkpoint[checkpoints.PROGRESS_KEY]
-        # The memory that was saved is that of the first process's rows; those of others begin anew.
-        if progress["carried"] is not None and self.global_rank == 0:
-            self._carried = [(past.to(self.device), memory.to(self.device)) for past, memory in progress["carried"]]
-        self._random = progress["random"]
+        self._carried = self._share(progress["carried"])
+        # A process that was not there before begins its random numbers anew, from the seed.
+        self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})
         before = progress["hyperparameters"]
         changed = [
             f"{name} {before[name]} -> {new}" for name, new in self.hyperparameters().items() if new != before[name]
         ]
         if changed and self.trainer.training:
             rank_zero_info(f"Changed since the checkpoint, and in force from here on: {', '.join(changed)}")
+
+
+def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what every process has, in the order of their ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [mine]
+    everyone: list[dict[str, Any]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _concatenate(states: list[list[list[Tensor]] | None]) -> list[list[Tensor]] | None:
+    """Return the memories of several processes as those of one that reads all their rows."""
+    present = [state for state in states if state is not None]
+    if len(present) < len(states):
+        return None
+    return [[torch.cat(parts) for parts in zip(*layers, strict=True)] for layers in zip(*present, strict=True)]
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

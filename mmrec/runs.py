@@ -9,7 +9,7 @@ from mmrec.errors import UserError, nearest
 
 LOGS = "lightning_logs"
 CHECKPOINTS = "checkpoints"
-BEST, LAST = "best", "last"
+BEST, LAST, PREVIOUS = "best", "last", "previous"
 
 
 def checkpoint_folder(root: Path, run: str) -> Path:
@@ -55,6 +55,8 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
     if which in (BEST, LAST):
         folder = checkpoint_folder(root, find_run(root, run))
         path = folder / f"{which}.ckpt"
+        if which == LAST and not path.is_file() and (folder / f"{PREVIOUS}.ckpt").is_file():
+            return folder / f"{PREVIOUS}.ckpt"
         if not path.is_file():
             hint = "; no validation has been reached yet, take --ckpt_path last" if which == BEST else ""
             raise UserError(f"no {which}.ckpt in {folder}{hint}")

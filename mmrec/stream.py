@@ -1,14 +1,15 @@
 """The order in which training reads the tokens: rows that continue from batch to batch.
 
-The text is a ring, cut into as many rows as there are batch rows on all processes. Batch by batch each row is
-read on from where it stopped, so that a memory can be carried along it. Every token is predicted exactly once
-an epoch. A batch is a pure function of its number: resuming needs one integer.
+The text is a ring, cut into segments. Each row of the batch reads a segment from batch to batch, so that a memory
+can be carried along it, and then goes on with another one, chosen at random: what a moment of training sees is from
+all over the text. Every token is predicted exactly once an epoch. A batch is a pure function of its number:
+resuming needs one integer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,9 @@ class RowStream:
         tokens: [N], any integer dtype; may be memory-mapped.
         batch_size: rows on this process.
         seq_len: most tokens a row reads in one batch. All batches of an epoch are of this length or one less.
-        seed: of the epochs' offsets and of the resets.
-        reset_probability: chance that a row starts a batch from the zero state, so that the model also learns
+        seed: of the epochs' offsets and orders.
+        segment_len: most tokens that a row reads on before it goes elsewhere; at least ``seq_len`` counts.
+        reset_probability: chance that a row starts a segment from the zero state, so that the model also learns
             to start from nothing.
         rank: number of this process.
         world_size: number of processes; together they read ``batch_size * world_size`` rows.
@@ -54,41 +56,78 @@ class RowStream:
     batch_size: int
     seq_len: int
     seed: int = 0
-    reset_probability: float = 0.1
+    segment_len: int = 5120
+    reset_probability: float = 1.0
     rank: int = 0
     world_size: int = 1
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        rows = self.batch_size * self.world_size
+        rows = self.rows
         if len(self.tokens) < max(self.seq_len, 1) + 1 or len(self.tokens) < 2 * rows:
             raise UserError(
                 f"the training text has {len(self.tokens)} tokens, too few for {rows} rows of sequences of "
                 f"{self.seq_len}; give more text, or a smaller --data.seq_len or --data.batch_size"
             )
 
+    @property
+    def rows(self) -> int:
+        """Rows on all processes."""
+        return self.batch_size * self.world_size
+
+    @property
+    def segments(self) -> int:
+        """Segments of the text; a multiple of :attr:`rows`. Their lengths differ by one token at most."""
+        return self.rows * -(-len(self.tokens) // (self.rows * max(self.segment_len, self.seq_len)))
+
+    @property
+    def _longest(self) -> int:
+        return -(-len(self.tokens) // self.segments)
+
+    @property
+    def _segment_batches(self) -> int:
+        return -(-self._longest // self.seq_len)
+
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        rows = self.batch_size * self.world_size
-        longest = -(-len(self.tokens) // rows)
-        return -(-longest // self.seq_len)
+        return self.segments // self.rows * self._segment_batches
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the segments in the order of ``epoch``; only the latest order asked for is kept."""
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = np.random.default_rng((self.seed, epoch, 1)).permutation(self.segments)
+        return self._orders[epoch]
 
     def batch(self, number: int) -> Batch:
         """Return batch ``number``, counted from 0 over all epochs."""
         epoch, step = divmod(number, len(self))
-        total, rows = len(self.tokens), self.batch_size * self.world_size
+        turn, step = divmod(step, self._segment_batches)
+        total, count = len(self.tokens), self.segments
         # Each epoch cuts the ring elsewhere: the same text is met in other batches and after other pasts.
         offset = int(np.random.default_rng((self.seed, epoch)).integers(total))
         row = np.arange(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        start, end = row * total // rows, (row + 1) * total // rows
+        segment = self._order(epoch)[turn * self.rows + row]
+        start, end = segment * total // count, (segment + 1) * total // count
         # Steps of nearly equal length: a last step of few tokens would be a noisy update.
-        longest = -(-total // rows)
-        first, last = step * longest // len(self), (step + 1) * longest // len(self)
+        first = step * self._longest // self._segment_batches
+        last = (step + 1) * self._longest // self._segment_batches
         position = start[:, None] + np.arange(first, last + 1)
         window = self.tokens[(position + offset) % total].astype(np.int64)
         targets = np.where(position[:, 1:] <= end[:, None], window[:, 1:], IGNORE)
-        random = np.random.default_rng((self.seed, epoch, step)).random(rows)[row]
-        fresh = random < (1.0 if step == 0 else self.reset_probability)
+        random = np.random.default_rng((self.seed, epoch, 2, turn)).random(self.rows)[row]
+        fresh = (random < self.reset_probability) & (step == 0)
         return Batch(torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(fresh))
+
+    def identity(self) -> dict[str, int]:
+        """Return what decides which tokens a batch holds: the same on every process, and however many there are."""
+        return {
+            "tokens": len(self.tokens),
+            "rows": self.rows,
+            "seq_len": self.seq_len,
+            "segment_len": self.segment_len,
+            "seed": self.seed,
+        }
 
 
 class RowLoader:
@@ -110,12 +149,27 @@ class RowLoader:
                 return
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of the next batch."""
-        return {"position": self.position}
+        """Return the number of the next batch, and what that number depends on."""
+        return {"position": self.position, "epoch_batches": len(self)} | self.stream.identity()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the batch that ``state`` names."""
-        self.position = state["position"]
+        """Go on with the batch that ``state`` names.
+
+        Rows may be shared out over another number of processes. Where anything else has changed, only the end of an
+        epoch is a place to go on from: elsewhere text would be skipped or read twice.
+
+        Raises:
+            UserError: the place is within an epoch that was cut in another way.
+        """
+        epoch, within = divmod(state["position"], state["epoch_batches"])
+        here = self.stream.identity()
+        changed = [f"{name} {state[name]} there, {here[name]} here" for name in here if state[name] != here[name]]
+        if changed and within:
+            raise UserError(
+                f"the checkpoint stands within an epoch, and another cut would skip text or read it twice "
+                f"({'; '.join(changed)}; rows are data.batch_size times the processes); keep them, or start a new run"
+            )
+        self.position = epoch * len(self) + within
 
 
 class TextLoader:

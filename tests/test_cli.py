@@ -224,7 +224,7 @@ def test_a_real_signal_saves_and_says_how_to_go_on(
             time.sleep(0.1)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == status
+    assert process.returncode == status, errors
     assert "mmrec fit --run a --ckpt_path last" in errors
     assert "Traceback" not in errors
     assert load_trained(wanted).step > 0

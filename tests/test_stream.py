@@ -22,12 +22,15 @@ def stream(total: int, rows: int, length: int, **options: int | float) -> RowStr
     rows=st.integers(1, 4),
     world=st.integers(1, 3),
     length=st.integers(1, 29),
+    segment=st.integers(1, 500),
     epoch=st.integers(0, 2),
 )
-def test_every_token_is_predicted_once_an_epoch(total: int, rows: int, world: int, length: int, epoch: int) -> None:
+def test_every_token_is_predicted_once_an_epoch(
+    total: int, rows: int, world: int, length: int, segment: int, epoch: int
+) -> None:
     predicted: list[int] = []
     for rank in range(world):
-        one = stream(total, rows, length, rank=rank, world_size=world)
+        one = stream(total, rows, length, rank=rank, world_size=world, segment_len=segment)
         for number in range(epoch * len(one), (epoch + 1) * len(one)):
             batch = one.batch(number)
             assert 1 <= batch.inputs.shape[1] <= length
@@ -38,10 +41,20 @@ def test_every_token_is_predicted_once_an_epoch(total: int, rows: int, world: in
     assert sorted(predicted) == list(range(total))
 
 
-def test_rows_continue_from_batch_to_batch() -> None:
-    one = stream(1000, 3, 50)
+def test_rows_continue_from_batch_to_batch_until_the_segment_ends() -> None:
+    one = stream(1000, 2, 10, segment_len=50)
+    assert one.segments == 20
     for number in range(len(one) - 1):
-        assert torch.equal(one.batch(number).targets[:, -1], one.batch(number + 1).inputs[:, 0])
+        goes_on = one.batch(number).targets[:, -1] == one.batch(number + 1).inputs[:, 0]
+        assert goes_on.all() or number % 5 == 4  # only at its end may a row go elsewhere
+        assert one.batch(number).fresh.tolist() == [number % 5 == 0] * 2
+
+
+def test_segments_are_read_in_another_order_each_epoch() -> None:
+    one = stream(1000, 2, 10, segment_len=50)
+    orders = [one._order(epoch).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != list(range(20))
 
 
 def test_batches_of_an_epoch_are_of_nearly_equal_length() -> None:
@@ -55,13 +68,12 @@ def test_each_epoch_cuts_the_text_elsewhere() -> None:
     assert len(firsts) == 5
 
 
-def test_resets_are_as_frequent_as_asked_and_rows_begin_an_epoch_fresh() -> None:
-    one = stream(40_000, 4, 10, reset_probability=0.1)
-    assert one.batch(len(one)).fresh.all()
-    share = torch.stack([one.batch(n).fresh for n in range(1, len(one))]).float().mean()
-    assert 0.08 < share < 0.12
+def test_resets_are_as_frequent_as_asked() -> None:
+    one = stream(80_000, 4, 10, segment_len=10, reset_probability=0.3)
+    share = torch.stack([one.batch(n).fresh for n in range(len(one))]).float().mean()
+    assert 0.28 < share < 0.32
     never = stream(4000, 4, 10, reset_probability=0.0)
-    assert not any(never.batch(n).fresh.any() for n in range(1, len(never)))
+    assert not any(never.batch(n).fresh.any() for n in range(len(never)))
 
 
 def test_the_seed_decides() -> None:
@@ -87,6 +99,29 @@ def test_a_loader_goes_on_where_its_state_says(stop: int) -> None:
         seen.extend(second)
     for a, b in zip(seen, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("stop", [7, 20])
+def test_the_same_rows_on_another_number_of_processes(stop: int) -> None:
+    """The rule of resuming: what 2 processes of 2 rows read is what 1 process of 4 rows reads, from any place."""
+    one = RowLoader(stream(600, 4, 15))
+    pair = [RowLoader(stream(600, 2, 15, rank=rank, world_size=2)) for rank in range(2)]
+    for loader in pair:
+        loader.load_state_dict(one.state_dict() | {"position": stop})
+    one.load_state_dict(pair[0].state_dict())
+    for whole, first, second in zip(one, *pair, strict=True):
+        for a, b, c in zip(whole, first, second, strict=True):
+            assert torch.equal(a, torch.cat([b, c]))
+
+
+def test_another_cut_is_refused_within_an_epoch_and_taken_up_at_its_end() -> None:
+    before = RowLoader(stream(600, 4, 15))
+    state = before.state_dict()
+    after = RowLoader(stream(600, 3, 15))
+    with pytest.raises(UserError, match="rows 4 there, 3 here"):
+        after.load_state_dict(state | {"position": 2 * len(before) + 1})
+    after.load_state_dict(state | {"position": 2 * len(before)})
+    assert after.position == 2 * len(after)
 
 
 def test_a_loader_is_as_long_as_an_epoch() -> None:
