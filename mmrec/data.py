@@ -35,8 +35,8 @@ class TextData(LightningDataModule):
         data_dir: Path | None = None,
         batch_size: int = 4,
         seq_len: int = 512,
-        segment_len: int = 5120,
-        reset_probability: float = 1.0,
+        segment_len: int = 2048,
+        reset_probability: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -56,8 +56,8 @@ class RowStream:
     batch_size: int
     seq_len: int
     seed: int = 0
-    segment_len: int = 5120
-    reset_probability: float = 1.0
+    segment_len: int = 2048
+    reset_probability: float = 0.5
     rank: int = 0
     world_size: int = 1
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)

@@ -42,7 +42,7 @@ def test_every_token_is_predicted_once_an_epoch(
 
 
 def test_rows_continue_from_batch_to_batch_until_the_segment_ends() -> None:
-    one = stream(1000, 2, 10, segment_len=50)
+    one = stream(1000, 2, 10, segment_len=50, reset_probability=1.0)
     assert one.segments == 20
     for number in range(len(one) - 1):
         goes_on = one.batch(number).targets[:, -1] == one.batch(number + 1).inputs[:, 0]
