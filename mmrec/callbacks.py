@@ -21,7 +21,7 @@ from mmrec.checkpoint import read_checkpoint, write_checkpoint
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM
 from mmrec.module import TextModule
-from mmrec.runs import LAST, PREVIOUS
+from mmrec.runs import BEST, LAST, PREVIOUS
 from mmrec.slurm import REQUEUE_SIGNAL, requeue, requeues
 from mmrec.stream import Batch
 
@@ -68,6 +68,19 @@ class Stopped(Exception):
         self.path = path
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which also knows its best again where the folder of the run has been moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]
+        same_run = Path(state_dict["dirpath"]).parent.name == own.parent.parent.name
+        if same_run and own.is_file() and score is not None:
+            path = str(own)
+            moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+            state_dict = state_dict | moved | {"best_k_models": {path: score}}
+        super().load_state_dict(state_dict)
+
+
 class LastCheckpoint(ModelCheckpoint):
     """The checkpoint to go on from: saved every so many steps, at the end, and when a signal stops the run.
 
@@ -90,6 +103,7 @@ class LastCheckpoint(ModelCheckpoint):
         self.if_save_fails = if_save_fails
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._validation_due = False
 
     @property
     def path(self) -> Path:
@@ -104,6 +118,16 @@ class LastCheckpoint(ModelCheckpoint):
             self._before = {number: signal.signal(number, self._note) for number in numbers}
         except ValueError:  # not in the main thread, which alone may handle signals
             self._before = {}
+        if self._validation_due:
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Make up for the validation that the run was stopped before: Lightning would go on without it."""
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # none of it has been done yet
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -115,6 +139,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        self._validation_due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # The end is not left to on_train_end: by then Lightning counts an epoch that max_steps broke off as
         # complete, and a run that is given more steps would go on from a wrong place.
@@ -136,11 +163,21 @@ class LastCheckpoint(ModelCheckpoint):
             return mine
         return int(trainer.strategy.reduce(torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="max"))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_due = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the validation changed: the best loss so far, and the patience that is left."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"validation_due": self._validation_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._validation_due = state_dict["validation_due"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)

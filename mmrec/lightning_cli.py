@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mmrec import runs, slurm
 from mmrec.board import Board, Charts, FinalScore, TextSample
 from mmrec.callbacks import (
+    BestCheckpoint,
     DurableCheckpointIO,
     GradientGuard,
     LastCheckpoint,
@@ -91,7 +91,7 @@ class TextCLI(LightningCLI):
             help="name of the run's folder in lightning_logs; if left out, a new version_N, or on resuming and "
             "validating the latest run",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "best")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Patience, "early_stopping")
         parser.add_lightning_class_args(GradientGuard, "gradients")

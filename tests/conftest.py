@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,22 @@ def lightning_talks_to_the_test() -> None:
 
     logging.getLogger("lightning.pytorch").handlers.clear()
     logging.getLogger("lightning.fabric").handlers.clear()
+
+
+Figure = Callable[[str, str], None]
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """Notes what a test measured of a promise, for the table that ./scripts/reliability makes."""
+
+    def note(promise: str, value: str) -> None:
+        if "MMREC_FIGURES" in os.environ:
+            row = {"promise": promise, "test": request.node.nodeid, "figure": value}
+            with open(os.environ["MMREC_FIGURES"], "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    return note
 
 
 @pytest.fixture

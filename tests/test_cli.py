@@ -15,54 +15,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
+from helpers import assert_same_training, fit, last
 
 from mmrec.checkpoint import load_trained
 
 Command = Callable[..., int]
-
-QUICK = [
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--model.shape={dim: 16, layers: 2, heads: 2, ffn_dim: 24}",
-    "--model.dropout=0.1",
-    "--model.warmup_steps=5",
-    "--data.batch_size=2",
-    "--data.seq_len=64",
-]
-"""A model that trains in a second."""
-
-
-def fit(prepared: Path, *more: object) -> list[str]:
-    return ["fit", *QUICK, f"--data.data_dir={prepared}", *map(str, more)]
-
-
-def last(run: str) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(f"lightning_logs/{run}/checkpoints/last.ckpt", weights_only=True)
-    return checkpoint
-
-
-def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Weights, optimizer, schedule, place in the data and random numbers, to the bit."""
-
-    def same(a: Any, b: Any, where: str) -> None:
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), where
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), where
-            for key in a:
-                same(a[key], b[key], f"{where}.{key}")
-        elif isinstance(a, list | tuple):
-            assert len(a) == len(b), where
-            for index, (x, y) in enumerate(zip(a, b, strict=True)):
-                same(x, y, f"{where}[{index}]")
-        else:
-            assert a == b, where
-
-    for key in ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "mmrec", "mmrec_progress"):
-        same(one[key], other[key], key)
-    loops = "fit_loop"
-    same(one["loops"][loops]["state_dict"], other["loops"][loops]["state_dict"], "loader")
-
 
 # The main job
 

@@ -1,0 +1,162 @@
+"""A run that was stopped ends with the same bits as one that never was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, Figure
+from helpers import assert_same_training, checkpoints, fit, last, losses
+
+Command = Callable[..., int]
+
+pytestmark = [pytest.mark.reliability, pytest.mark.slow]
+
+EVERYTHING = [
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.val_check_interval=5",
+    "--data.batch_size=4",
+    "--data.seq_len=150",
+    "--data.segment_len=300",
+    "--model.shape.memories=[short, long]",
+    "--last.every_n_train_steps=1",
+]
+"""Dropout, warm-up and early stopping come with the quick model: see helpers."""
+EMA = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("plain", []), ("accumulation", ["--trainer.accumulate_grad_batches=3"]), ("average of weights", EMA)],
+)
+def test_from_every_saved_step(
+    name: str,
+    options: list[str],
+    mmrec: Command,
+    prepared: Path,
+    figure: Figure,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mmrec import callbacks
+
+    saved: list[Path] = []
+    write = callbacks.write_checkpoint
+
+    def also_keep(checkpoint: dict, target: Path, previous: Path | None = None) -> None:
+        write(checkpoint, target, previous)
+        if target.name == "last.ckpt":
+            saved.append(Path(f"step_{checkpoint['global_step']}_{len(saved)}.ckpt"))
+            shutil.copy(target, saved[-1])
+
+    command = fit(prepared, *EVERYTHING, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "write_checkpoint", also_keep)
+        assert mmrec(*command, "--run=whole") == 0
+    end, whole, scores = last("whole"), losses("whole"), losses("whole", "val/loss")
+    assert end["epoch"] == 1
+    assert len({path.name.split("_")[1] for path in saved}) == end["global_step"]
+
+    folder = checkpoints("whole")
+    shutil.copytree(folder, "best_at_the_end")
+    tried = saved[::2] if options else saved
+    for path in tried:
+        shutil.rmtree(folder.parent)
+        shutil.copytree("best_at_the_end", folder)
+        shutil.copy(path, folder / "last.ckpt")
+        assert mmrec(*command, "--run=whole", "--ckpt_path=last") == 0
+        assert_same_training(end, last("whole"))
+        if path != saved[-1]:
+            assert losses("whole").items() <= whole.items()
+            assert losses("whole", "val/loss").items() <= scores.items()
+    figure(
+        f"a run resumed from any saved step ends with the bits of one never stopped ({name})",
+        f"{len(tried)} of {len(tried)} resumed runs equal",
+    )
+
+
+# Two processes
+
+
+def command_line(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mmrec", *arguments]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_line(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+
+
+def interrupted(folder: Path, *arguments: str) -> int:
+    """Run a command, send Ctrl-C to all its processes when it has saved once, and return its status."""
+    process = subprocess.Popen(
+        command_line(*arguments),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    name = next(a for a in arguments if a.startswith("--run=")).removeprefix("--run=")
+    while not (checkpoints(name, folder) / "last.ckpt").exists() and process.poll() is None:
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+    os.killpg(process.pid, signal.SIGINT)
+    return process.wait(120)
+
+
+def test_two_processes(prepared: Path, tmp_path: Path, figure: Figure) -> None:
+    options = ["--trainer.max_epochs=3", "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
+    whole = fit(prepared, *options, *TWO, "--run=whole")
+    done = run(tmp_path, *whole)
+    assert done.returncode == 0, done.stderr
+    end = last("whole", tmp_path)
+
+    assert interrupted(tmp_path, *fit(prepared, *options, *TWO, "--run=parts")) == 130
+    stopped = last("parts", tmp_path)["global_step"]
+    assert 0 < stopped < end["global_step"]
+    done = run(tmp_path, "fit", "--run=parts", "--ckpt_path=last")
+    assert done.returncode == 0, done.stderr
+    assert_same_training(end, last("parts", tmp_path))
+    logged = losses("parts", root=tmp_path)
+    assert logged.items() <= losses("whole", root=tmp_path).items()
+    assert len(logged) >= end["global_step"] - 1  # the step that Ctrl-C met is saved, and not logged
+    figure("the same with two processes (gloo), stopped by Ctrl-C", f"equal, stopped at step {stopped}")
+
+
+def test_two_processes_go_on_as_one(prepared: Path, tmp_path: Path, figure: Figure) -> None:
+    """The rule: rows x processes stay. The memory and the place of every row are then taken up by the one."""
+    options = ["--trainer.max_epochs=2", "--model.dropout=0", "--trainer.log_every_n_steps=1"]
+    done = run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"))
+    assert done.returncode == 0, done.stderr
+    assert interrupted(tmp_path, *fit(prepared, *options, "--last.every_n_train_steps=3", *TWO, "--run=a")) == 130
+
+    alone = ["fit", "--run=a", "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto"]
+    refused = run(tmp_path, *alone)
+    assert refused.returncode == 2
+    assert "rows 4 there, 2 here" in refused.stderr
+    done = run(tmp_path, *alone, "--data.batch_size=4")
+    assert done.returncode == 0, done.stderr
+
+    one, other = last("a", tmp_path), last("whole", tmp_path)
+    assert one["global_step"] == other["global_step"]
+    # The same tokens with the same memories: only the order of the sums differs.
+    worst = max(float((one["state_dict"][k] - v).abs().max()) for k, v in other["state_dict"].items())
+    assert worst < 1e-3
+    for mine, theirs in zip(one["mmrec_progress"]["carried"], other["mmrec_progress"]["carried"], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(mine, theirs, strict=True))
+    figure("two processes go on as one with all rows: no token skipped or read twice", f"weights within {worst:.0e}")
