@@ -146,9 +146,7 @@ class LastCheckpoint(ModelCheckpoint):
         # The end is not left to on_train_end: by then Lightning counts an epoch that max_steps broke off as
         # complete, and a run that is given more steps would go on from a wrong place.
         ending = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
-        # Gradients that are still being accumulated are in no checkpoint: the update is awaited.
-        updated = ending or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        stop = updated and self._agreed_signal(trainer)
+        stop = not trainer.fit_loop._should_accumulate() and self._agreed_signal(trainer)
         if ending or stop:
             trainer.save_checkpoint(self.path)
         if stop:
@@ -169,7 +167,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the validation changed: the best loss so far, and the patience that is left."""
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        # Gradients that are still being accumulated are in no checkpoint: the update is awaited.
+        accumulating = trainer.fit_loop._should_accumulate()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not accumulating:
             trainer.save_checkpoint(self.path)
 
     def state_dict(self) -> dict[str, Any]:

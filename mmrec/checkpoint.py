@@ -33,10 +33,15 @@ class _Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -58,10 +63,11 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | 
     """
     # One name for every attempt: what a killed process left is written over, and never piles up.
     staged = target.with_name(f".{target.name}.part")
+    writer: Any = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(staged, "wb") as file:
-            writer: Any = _Hashing(file)
+            writer = _Hashing(file)
             torch.save(checkpoint, writer)
             seal = SEAL + writer.sha256.hexdigest().encode()
             file.seek(-2, os.SEEK_END)
@@ -72,8 +78,10 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | 
             _keep(target, previous)
         os.replace(staged, target)
         _synchronize_folder(target.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        # torch turns what the disk said into a RuntimeError of its own.
+        cause = writer.error if writer is not None and writer.error is not None else error
+        reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"{target}: cannot save the checkpoint: {reason}; what stood there is as it was") from error
     finally:
         with contextlib.suppress(OSError):

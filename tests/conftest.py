@@ -49,13 +49,17 @@ def figure(request: pytest.FixtureRequest) -> Figure:
     return note
 
 
-@pytest.fixture
-def text() -> str:
-    """12,000 characters with something to learn: numbered lines of a small vocabulary."""
+def make_text() -> str:
+    """Return 12,000 characters with something to learn: numbered lines of a small vocabulary."""
     words = ["to", "be", "or", "not", "that", "is", "the", "question"]
     choose = random.Random(1)
     lines = (f"{i}: " + " ".join(choose.choices(words, k=8)) for i in range(400))
     return "\n".join(lines)[:12_000]
+
+
+@pytest.fixture
+def text() -> str:
+    return make_text()
 
 
 @pytest.fixture

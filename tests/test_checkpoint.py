@@ -5,13 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Figure
 
 from mmrec import runs
-from mmrec.checkpoint import KEY, VERSION, check_same, describe, load_trained, read_checkpoint, write_checkpoint
+from mmrec.checkpoint import (
+    KEY,
+    VERSION,
+    check_same,
+    describe,
+    load_trained,
+    read_checkpoint,
+    whole_checkpoint,
+    write_checkpoint,
+)
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM, Shape
 from mmrec.tokenizers import CharacterTokenizer, Tokenizer
@@ -62,7 +74,8 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
-def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.reliability
+def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({KEY: Malicious()}, "a.ckpt")
     (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Malicious()))
@@ -70,6 +83,81 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match="not a readable checkpoint"):
             read_checkpoint(Path(name))
     assert not Path("pwned").exists()
+    figure("a checkpoint that would run code is refused, and nothing of it runs", "2 of 2 refused")
+
+
+def rewritten(path: Path, change: Callable[[zipfile.ZipInfo, bytes], tuple[zipfile.ZipInfo, bytes]]) -> None:
+    """Write the archive at ``path`` again with every entry changed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in entries:
+            archive.writestr(*change(entry, data))
+
+
+def compressed(entry: zipfile.ZipInfo, data: bytes) -> tuple[zipfile.ZipInfo, bytes]:
+    """A megabyte of zeros that takes a kilobyte, in place of every tensor."""
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry, bytes(10**6) if "/data/" in entry.filename else data
+
+
+def leading_out(entry: zipfile.ZipInfo, data: bytes) -> tuple[zipfile.ZipInfo, bytes]:
+    entry.filename = entry.filename.replace("a/data/", "../../outside/")
+    return entry, data
+
+
+def absolute(entry: zipfile.ZipInfo, data: bytes) -> tuple[zipfile.ZipInfo, bytes]:
+    entry.filename = entry.filename.replace("a/data/", "/etc/")
+    return entry, data
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("change", "says"), [(compressed, "is compressed"), (leading_out, "leads out"), (absolute, "leads out")]
+)
+def test_archives_that_are_no_checkpoints_are_refused(
+    tmp_path: Path, change: Callable[..., tuple[zipfile.ZipInfo, bytes]], says: str, figure: Figure
+) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save(content(MemoryLM(SHAPE, 3)), path)
+    assert read_checkpoint(path)
+    rewritten(path, change)
+    with pytest.raises(UserError, match=says):
+        read_checkpoint(path)
+    figure("archives with compressed entries, '..' or absolute names are refused", "refused")
+
+
+def test_the_seal_is_the_comment_of_an_archive(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(content(MemoryLM(SHAPE, 3)), path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.comment.startswith(b"mmrec sha256 ")
+        assert archive.testzip() is None
+    torch.load(path, weights_only=True)  # any other reader of such files may read it too
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\0\0\0\0", b"\0\0\0\1", 1))
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_previous_checkpoint_is_kept(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*args: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    target, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    contents = []
+    for _ in range(3):
+        write_checkpoint(content(MemoryLM(SHAPE, 3)), target, previous)
+        contents.append(target.read_bytes())
+    assert previous.read_bytes() == contents[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    target.write_bytes(contents[2][:-100])
+    assert whole_checkpoint(target) == previous
+    target.unlink()
+    assert runs.find_checkpoint(tmp_path, None, str(previous)) == previous
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

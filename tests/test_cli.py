@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
-from helpers import assert_same_training, fit, last
+from conftest import REPOSITORY, Figure
+from helpers import assert_same_training, fit, last, losses
 
 from mmrec.checkpoint import load_trained
+from mmrec.module import TextModule
+from mmrec.stream import Batch
 
 Command = Callable[..., int]
 
@@ -274,6 +276,36 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     assert mmrec(*fit(prepared, *again)) == 2
     assert "gradient is not finite at step" in capsys.readouterr().err
     assert not Path("lightning_logs/b/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_may_be_left_out(
+    mmrec: Command,
+    prepared: Path,
+    bad: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    figure: Figure,
+) -> None:
+    step = TextModule.training_step
+
+    def spoiled(self: TextModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return step(self, batch, batch_idx) * (bad if batch_idx in (5, 6, 20) else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextModule, "training_step", spoiled)
+        assert mmrec(*fit(prepared, "--run=stops", "--trainer.max_epochs=1", "--last.every_n_train_steps=1")) == 2
+        assert last("stops")["global_step"] == 5
+        skip = ["--gradients.if_not_finite=skip", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+        assert mmrec(*fit(prepared, "--run=skips", *skip)) == 0
+    for run in ("stops", "skips"):
+        assert all(value.isfinite().all() for value in last(run)["state_dict"].values())
+        carried = last(run)["mmrec_progress"]["carried"]
+        assert all(part.isfinite().all() for layer in carried for part in layer)
+    assert caplog.text.count("update left out") == 3
+    assert losses("skips", "train/skipped_updates")[74] == 3
+    figure("NaN and infinity: stop before the update, or leave it out and count it", "last stays finite")
 
 
 # Help
