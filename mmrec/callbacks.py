@@ -119,6 +119,7 @@ class LastCheckpoint(ModelCheckpoint):
         except ValueError:  # not in the main thread, which alone may handle signals
             self._before = {}
         if self._validation_due:
+            pl_module.on_train_start()  # Lightning calls it after this: what is saved below needs it before
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
