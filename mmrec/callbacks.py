@@ -137,6 +137,15 @@ class LastCheckpoint(ModelCheckpoint):
         # Written past Python's buffers, which the signal may have interrupted.
         os.write(2, b"\nStopping after this update ...\n")
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the epoch that is under way: Lightning does not after resuming at the end of one.
+
+        What is saved in that epoch would then be taken for its end, and a run resumed from there be too long.
+        """
+        epochs: Any = trainer.fit_loop.epoch_progress
+        for progress in (epochs.total, epochs.current):
+            progress.ready = progress.started = progress.processed + 1
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
 KILLS = 30
 OPTIONS = [
-    "--trainer.max_epochs=5",
+    "--trainer.max_epochs=6",
     "--trainer.val_check_interval=10",
     "--data.batch_size=4",
     "--data.seq_len=60",
