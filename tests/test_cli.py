@@ -144,6 +144,34 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert_same_training(last("whole"), last("parts"))
 
 
+def test_a_run_that_was_stopped_again_and_again(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of an epoch, and soon after: there Lightning loses count of the epochs."""
+    command = ["--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.val_check_interval=25"]
+    assert mmrec(*fit(prepared, *command, "--run=whole")) == 0
+
+    from mmrec.callbacks import LastCheckpoint
+
+    left, before = 0, LastCheckpoint.on_train_batch_end
+
+    def interrupt(self: LastCheckpoint, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        before(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
+        for number, batches in enumerate((75, 1, 1, 23, 50, 2)):
+            left = batches
+            again = ["fit", "--run=parts", "--ckpt_path=last"]
+            assert mmrec(*(again if number else fit(prepared, *command, "--run=parts"))) == 130
+    assert mmrec(*again) == 0
+    assert_same_training(last("whole"), last("parts"))
+
+
 def test_more_steps_go_on_where_max_steps_broke_off(mmrec: Command, prepared: Path) -> None:
     schedule = ["--model.warmup_steps=0", "--model.final_lr_share=1"]  # whose length does not depend on max_steps
     for run, steps in (("whole", 90), ("parts", 30)):
