@@ -124,11 +124,17 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _validate(self, trainer: Trainer) -> None:
         """Make up for the validation that the run was stopped before: Lightning would go on without it."""
+        epochs: Any = trainer.fit_loop.epoch_progress
+        counted = [(progress, progress.processed, progress.completed) for progress in (epochs.total, epochs.current)]
+        for progress, *_ in counted:  # Lightning has counted an epoch that ends here already; what is saved must not
+            progress.processed = progress.completed = progress.ready - 1
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.restarting = False  # none of it has been done yet
         trainer.validating = True
         loop.run()
         trainer.training = True
+        for progress, processed, completed in counted:
+            progress.processed, progress.completed = processed, completed
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
