@@ -63,7 +63,7 @@ def test_prepare_and_train_as_the_plan_has_it(script: Script, text: str, capsys:
     assert (config["model"]["learning_rate"], config["model"]["warmup_steps"]) == (3e-4, 100)
     assert config["early_stopping"]["patience"] == 5
     folder = Path("lightning_logs/version_0/checkpoints")
-    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     steps = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     assert script("plot_loss", "lightning_logs/version_0", "--output", "loss.png") == 0
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
