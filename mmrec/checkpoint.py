@@ -23,6 +23,8 @@ KEY = "mmrec"
 PROGRESS_KEY = "mmrec_progress"
 """Under this key: what only a resumed training needs."""
 VERSION = 1
+END, END_SIZE = b"PK\5\6", 22
+"""How the record at the end of a zip archive begins, and its bytes before the comment (APPNOTE 4.3.16)."""
 SEAL = b"mmrec sha256 "
 """Stands before the digest in the comment at the end of the file."""
 
@@ -109,20 +111,33 @@ def _synchronize_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _comment(file: BinaryIO, size: int) -> bytes | None:
+    """Return the comment of a zip archive of ``size`` bytes, or None where its end is not that of one."""
+    start = max(0, size - len(SEAL) - 2 * hashlib.sha256().digest_size - END_SIZE)
+    file.seek(start)
+    end = file.read()
+    record = end.rfind(END)
+    if record < 0 or len(end) < record + END_SIZE:
+        return None
+    comment = end[record + END_SIZE :]
+    (length,) = struct.unpack_from("<H", end, record + END_SIZE - 2)
+    return comment if length == len(comment) else None
+
+
 def check_seal(path: Path) -> None:
     """Raise UserError where the bytes of ``path`` are not those that were sealed, or are no plain archive.
 
     A file without a seal, as ``torch.save`` writes it, is only looked at for entries that no checkpoint has:
     compressed ones, whose size in memory has no bound, and those with a path out of the archive.
     """
-    length = len(SEAL) + 2 * hashlib.sha256().digest_size
     size = path.stat().st_size
     with open(path, "rb") as file:
-        file.seek(max(0, size - length))
-        end = file.read()
-        if end.startswith(SEAL):
+        comment = _comment(file, size)
+        if comment is None:
+            raise UserError(f"{path}: not a readable checkpoint (its end is missing)")
+        if comment:
             file.seek(0)
-            sha256, left = hashlib.sha256(), size - length - 2
+            sha256, left = hashlib.sha256(), size - len(comment) - 2
             while left > 0:
                 part = file.read(min(left, 1 << 20))
                 if not part:
@@ -130,7 +145,7 @@ def check_seal(path: Path) -> None:
                 sha256.update(part)
                 left -= len(part)
             sha256.update(b"\0\0")  # the length of the comment before it was added
-            if sha256.hexdigest().encode() != end.removeprefix(SEAL):
+            if comment != SEAL + sha256.hexdigest().encode():
                 raise UserError(f"{path}: is damaged: its sha256 is not the one that it was sealed with")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -212,11 +227,25 @@ class Trained:
 
 
 def load_trained(path: Path) -> Trained:
-    """Return the model of the checkpoint at ``path``, in evaluation mode on the CPU."""
-    checkpoint = read_checkpoint(whole_checkpoint(path))
-    description = checkpoint[KEY]
-    tokenizer = load_tokenizer(description["tokenizer"])
-    net = MemoryLM(Shape(**description["shape"]), tokenizer.vocab_size)
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    net.load_state_dict(weights)
-    return Trained(net.eval(), tokenizer, checkpoint["global_step"])
+    """Return the model of the checkpoint at ``path``, in evaluation mode on the CPU; UserError where it has none."""
+    path = whole_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        description = checkpoint[KEY]
+        tokenizer = load_tokenizer(description["tokenizer"])
+        weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
+        net = _model(Shape(**description["shape"]), tokenizer.vocab_size, weights)
+        return Trained(net.eval(), tokenizer, int(checkpoint["global_step"]))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
+        raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
+
+
+def _model(shape: Shape, vocab_size: int, weights: dict[str, Any]) -> MemoryLM:
+    """Return a model with ``weights``, which needs no more memory than they do, whatever the shape says."""
+    if shape.layers > len(weights):
+        raise ValueError(f"{shape.layers} layers, {len(weights)} weights")
+    with torch.device("meta"):
+        net = MemoryLM(shape, vocab_size)
+    net.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    net.tie()
+    return net

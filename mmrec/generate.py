@@ -13,6 +13,7 @@ from mmrec.checkpoint import load_trained
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM, State
 from mmrec.runs import find_checkpoint
+from mmrec.text_files import is_unicode
 from mmrec.tokenizers import StreamDecoder
 
 READ_CHUNK = 2048
@@ -103,6 +104,7 @@ def generate(
     """
     for name, value, good, rule in (
         ("prompt", prompt, bool(prompt), "it must not be empty"),
+        ("prompt", prompt, is_unicode(prompt), "it must be UTF-8"),
         ("length", length, length >= 0, "it must be at least 0"),
         ("temperature", temperature, temperature >= 0, "it must be at least 0"),
         ("top_k", top_k, top_k >= 0, "it must be at least 0"),

@@ -55,8 +55,8 @@ class Shape:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise UserError(f"model.{field.name} is {value}; it must be at least 1")
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UserError(f"model.{field.name} is {value}; it must be a whole number, at least 1")
         if self.dim % self.heads:
             raise UserError(f"model.dim {self.dim} is not a multiple of model.heads {self.heads}")
         if not self.memories:
@@ -240,9 +240,13 @@ class MemoryLM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(shape.dim, eps=1e-6)
         self.head = nn.Linear(shape.dim, vocab_size, bias=False)
-        if shape.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie()
         self._initialize()
+
+    def tie(self) -> None:
+        """Make the output layer read the input embedding, where the shape says so."""
+        if self.shape.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def _initialize(self) -> None:
         """Normal weights, small beside the width's root; what every branch adds to the stream, smaller still."""

@@ -231,7 +231,11 @@ class TextModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
-        progress = checkpoint[checkpoints.PROGRESS_KEY]
+        progress = checkpoint.get(checkpoints.PROGRESS_KEY)
+        if progress is None:
+            if self.trainer.training:
+                raise UserError("the checkpoint holds a model, but no training to go on with")
+            return
         self._carried = self._share(progress["carried"])
         # A process that was not there before begins its random numbers anew, from the seed.
         self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})

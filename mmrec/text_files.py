@@ -58,7 +58,18 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
         ) from None
     except UnicodeError as error:  # what the rarer codecs raise, without a place
         raise UserError(f"{path}: is not {encoding} ({error}); name its encoding, for example utf-8") from None
+    if not is_unicode(text):
+        raise UserError(f"{path}: as {encoding}, it holds halves of characters; name its encoding, for example utf-8")
     text = text.removeprefix("\ufeff")
     if not text.strip():
         raise UserError(f"{path}: holds nothing but white space")
     return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: half a surrogate pair, which Python lets through, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -105,7 +105,9 @@ class BPETokenizer(Tokenizer):
 
         try:
             self._tokenizer = HFTokenizer.from_str(model)
-        except Exception as error:  # the library raises bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and worse where its Rust panics
             raise UserError(f"the tokenizer is not a readable HF tokenizers file: {error}") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
         byte_of = {character: byte for byte, character in _byte_alphabet().items()}

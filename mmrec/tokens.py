@@ -88,6 +88,7 @@ def write_tokens(
             "tokens": counts,
             "files": {name: _fingerprint(staging / name) for name in FILES},
         }
+        manifest["sha256"] = manifest_digest(manifest)
         _write(staging / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         _replace(staging, folder)
     finally:
@@ -124,6 +125,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, without that digest itself: of sorted JSON without white space."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a token folder, or None where ``folder`` is none."""
     try:
@@ -154,11 +161,7 @@ def open_tokens(folder: Path) -> TokenFolder:
             f"{folder}: token format version {manifest.get('version')}, this program reads {VERSION}; "
             f"prepare the corpus again"
         )
-    try:
-        sizes = {name: int(manifest["files"][name]["bytes"]) for name in FILES}
-        dtype = np.dtype(manifest["dtype"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / MANIFEST}: is damaged; prepare the corpus again (--force)") from None
+    dtype, sizes = _described(manifest, folder)
     for name, expected in sizes.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size != expected:
@@ -166,10 +169,26 @@ def open_tokens(folder: Path) -> TokenFolder:
             raise UserError(f"{folder / name}: {found}; prepare the corpus again (--force)")
     try:
         tokenizer = load_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    except ValueError:
+    except (ValueError, UserError):
         raise UserError(f"{folder / 'tokenizer.json'}: is damaged; prepare the corpus again (--force)") from None
+    if tokenizer.dtype != dtype:
+        raise UserError(f"{folder / 'tokenizer.json'}: did not make these tokens; prepare the corpus again (--force)")
     train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
     return TokenFolder(folder, manifest, tokenizer, train, val)
+
+
+def _described(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[str, int]]:
+    """Return the dtype of the tokens and the bytes of every file; UserError where the manifest does not say them."""
+    match manifest:
+        case {"dtype": "<u2" | "<u4" as name, "files": dict(files), "corpus": {"name": str()}}:
+            dtype = np.dtype(name)
+            known = {file: entry.get("bytes") for file, entry in files.items() if isinstance(entry, dict)}
+            sizes = {file: size for file in FILES if isinstance(size := known.get(file), int)}
+            tokens = [sizes.get(file, 0) for file in ("train.bin", "val.bin")]
+            whole = len(sizes) == len(FILES) and all(size > 0 == size % dtype.itemsize for size in tokens)
+            if whole and manifest.get("sha256") == manifest_digest(manifest):
+                return dtype, sizes
+    raise UserError(f"{folder / MANIFEST}: is damaged; prepare the corpus again (--force)")
 
 
 def verify_tokens(folder: Path) -> None:

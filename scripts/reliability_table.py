@@ -27,7 +27,7 @@ def table(lines: list[str]) -> str:
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     new = table(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
-    page = re.sub(r"(<!-- table -->\n).*(\n<!-- end -->)", lambda m: m[1] + new + m[2], page, flags=re.DOTALL)
+    page = re.sub(r"(<!-- table -->\n).*(<!-- end -->)", lambda m: m[1] + new + "\n" + m[2], page, flags=re.DOTALL)
     PAGE.write_text(page, encoding="utf-8")
     print(new)
 

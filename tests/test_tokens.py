@@ -6,11 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.tokenizers import CharacterTokenizer
@@ -119,14 +121,28 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         open_tokens(folder)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_changed_file_is_named(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / "tokens").folder / name
-    data = bytearray(path.read_bytes())
-    data[0] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=name):
-        verify_tokens(path.parent)
+@pytest.mark.reliability
+def test_changed_bits_and_missing_ends_are_found(tmp_path: Path, figure: Figure) -> None:
+    folder, tried = write(tmp_path / "tokens").folder, 0
+    choose = random.Random(0)
+    for name in (*FILES, "manifest.json"):
+        whole = (folder / name).read_bytes()
+        for number in range(60):
+            data = bytearray(whole)
+            if number % 3:
+                data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
+            else:
+                del data[choose.randrange(len(data) - 1) :]
+            (folder / name).write_bytes(data)
+            with pytest.raises(UserError, match=name if name != "manifest.json" else ""):
+                verify_tokens(folder)
+            tried += 1
+        (folder / name).write_bytes(whole)
+    verify_tokens(folder)
+    figure(
+        "'mmrec prepare --verify' finds changed and cut files of tokens, and a manifest like that",
+        f"{tried} of {tried}",
+    )
 
 
 def test_other_version(tmp_path: Path) -> None:
