@@ -362,7 +362,7 @@ def assert_handled(args: list[str]) -> None:
         except SystemExit as stop:
             status = int(stop.code or 0)
         finally:
-            torch.set_flush_denormal(False)  # it holds for the process, and hypothesis draws such numbers
+            torch.set_flush_denormal(False)  # as in conftest
     assert status in (0, 2)
     if status == 2:
         assert errors.getvalue().count("\n") == 1, errors.getvalue()
