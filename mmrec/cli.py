@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmrec import __version__
 from mmrec.errors import UserError, exit_status, nearest
 from mmrec.parsing import Parser
+from mmrec.text_files import is_unicode
 
 LIGHTNING_COMMANDS = {
     "fit": "train a model, and validate it as it learns",
@@ -18,6 +19,7 @@ LIGHTNING_COMMANDS = {
 OTHER_COMMANDS = {
     "prepare": "turn a corpus, a file or a folder into training and validation tokens",
     "generate": "write text with a trained model",
+    "bench": "compare speed, memory and learning with other models, side by side",
 }
 COMMANDS = OTHER_COMMANDS | LIGHTNING_COMMANDS
 
@@ -39,7 +41,7 @@ def main(args: Sequence[str]) -> int:
     if args[0] == "--version":
         print(f"mmrec {__version__}")
         return 0
-    return exit_status(lambda: _dispatch(args[0], list(args[1:])))
+    return exit_status(lambda: _dispatch(*args))
 
 
 def _overview() -> str:
@@ -54,7 +56,18 @@ def _overview() -> str:
     )
 
 
-def _dispatch(command: str, args: list[str]) -> None:
+def _run(function: Callable[..., None], command: str, args: list[str]) -> None:
+    """Call ``function`` with the options that its signature and docstring describe."""
+    parser = Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
+    parser.add_function_arguments(function)
+    function(**vars(parser.parse_args(args)))
+
+
+def _dispatch(command: str, *options: str) -> None:
+    args = list(options)
+    for arg in (command, *args):
+        if not is_unicode(arg):
+            raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")
     match command:
         case "prepare":
             from mmrec.prepare import prepare
@@ -70,9 +83,11 @@ def _dispatch(command: str, args: list[str]) -> None:
         case "generate":
             from mmrec.generate import generate
 
-            parser = Parser(prog="mmrec generate", description=OTHER_COMMANDS[command])
-            parser.add_function_arguments(generate)
-            generate(**vars(parser.parse_args(args)))
+            _run(generate, command, args)
+        case "bench":
+            from mmrec.bench.compare import bench
+
+            _run(bench, command, args)
         case _ if command in LIGHTNING_COMMANDS:
             from mmrec.lightning_cli import run_lightning
 

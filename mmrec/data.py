@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from lightning.pytorch import LightningDataModule
 
+from mmrec.dynamic import DYNAMIC_LENGTH
 from mmrec.errors import UserError
 from mmrec.prepare import prepare
-from mmrec.stream import RowLoader, RowStream, TextLoader
+from mmrec.stream import RowLoader, RowStream, TextLoader, WindowLoader
 from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a text is scored; by default in one pass with the memory carried.
+
+    Args:
+        window: in windows of so many tokens, each from an empty memory.
+        dynamic: learning from every part once it is scored.
+    """
+
+    window: int | None = None
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise UserError(f"--window is {self.window}; it must be at least 1")
+        if self.window is not None and self.dynamic:
+            raise UserError("give --window or --dynamic, not both: a dynamic evaluation carries its memory")
+
+    def __str__(self) -> str:
+        if self.window is not None:
+            return f"windowed at {self.window}"
+        return "dynamic" if self.dynamic else "carried"
 
 
 class TextData(LightningDataModule):
@@ -58,6 +84,7 @@ class TextData(LightningDataModule):
         self.segment_len = segment_len
         self.reset_probability = reset_probability
         self.seed = seed
+        self.evaluation = Evaluation()
         self._tokens: TokenFolder | None = None
 
     @property
@@ -111,11 +138,14 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> RowLoader:
         return RowLoader(self._stream())
 
-    def val_dataloader(self) -> TextLoader:
-        return TextLoader(self.tokens.val, self.batch_size * self.seq_len)
+    def val_dataloader(self) -> TextLoader | WindowLoader:
+        at_once = self.batch_size * self.seq_len
+        if self.evaluation.window is not None:
+            return WindowLoader(self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window))
+        return TextLoader(self.tokens.val, DYNAMIC_LENGTH if self.evaluation.dynamic else at_once)
 
-    def test_dataloader(self) -> TextLoader:
+    def test_dataloader(self) -> TextLoader | WindowLoader:
         return self.val_dataloader()
 
     def predict_dataloader(self) -> TextLoader:
-        return self.val_dataloader()
+        return TextLoader(self.tokens.val, self.batch_size * self.seq_len)

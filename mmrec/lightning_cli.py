@@ -28,7 +28,7 @@ from mmrec.callbacks import (
     Throughput,
 )
 from mmrec.checkpoint import whole_checkpoint
-from mmrec.data import TextData
+from mmrec.data import Evaluation, TextData
 from mmrec.errors import UserError
 from mmrec.module import TextModule
 from mmrec.parsing import given, parse_error, resolve_configs
@@ -103,6 +103,15 @@ class TextCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
+            parser.add_argument(
+                "--window",
+                type=int | None,
+                default=None,
+                help="score windows of so many tokens, each from an empty memory",
+            )
+            parser.add_argument(
+                "--dynamic", action="store_true", help="go on learning from the text, each part after it is scored"
+            )
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -131,6 +140,7 @@ class TextCLI(LightningCLI):
             self.run = name or runs.new_run(self.root)
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
+        self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
@@ -142,6 +152,8 @@ class TextCLI(LightningCLI):
         if config["logger"] in (None, True):
             config["logger"] = Board(self.root / runs.LOGS, self.run) if fit else False
         added: list[Callback] = []
+        if self.evaluation.dynamic:
+            config["inference_mode"] = False  # tensors made in it can never be learned from
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
@@ -154,6 +166,7 @@ class TextCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        self.datamodule.evaluation = self.evaluation
         return kwargs | {"ckpt_path": self.ckpt}
 
     def after_validate(self) -> None:
@@ -165,7 +178,7 @@ class TextCLI(LightningCLI):
     def _print_score(self, prefix: str, name: str) -> None:
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
-            f"{name} (carried, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
+            f"{name} ({self.evaluation}, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
             f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "
             f"perplexity {score['perplexity']:.3f}"
         )

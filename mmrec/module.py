@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec import checkpoint as checkpoints
+from mmrec.dynamic import DynamicEvaluation
 from mmrec.errors import UserError
 from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
@@ -75,6 +76,7 @@ class TextModule(LightningModule):
         self.register_buffer("token_lengths", lengths, persistent=False)
         self._carried: State | None = None
         self._random: dict[str, Tensor] = {}
+        self._dynamic: DynamicEvaluation | None = None
 
     # Training
 
@@ -142,6 +144,9 @@ class TextModule(LightningModule):
     def _start_text(self) -> None:
         self.score.reset()
         self._reading: State | None = None
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None and datamodule.evaluation.dynamic:
+            self._dynamic = DynamicEvaluation(self.net)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score_batch(batch)
@@ -150,8 +155,12 @@ class TextModule(LightningModule):
         self._score_batch(batch)
 
     def _score_batch(self, batch: Batch) -> None:
-        nats = self._nats(batch)
-        self.score.update(nats, self.token_lengths[batch.targets.flatten()])
+        with torch.set_grad_enabled(self._dynamic is not None):
+            nats = self._nats(batch)
+            self.score.update(nats.detach(), self.token_lengths[batch.targets.flatten()])
+            if self._dynamic is not None:
+                self._dynamic.learn(nats.mean())
+                self._reading = detach_state(self._reading or [])
 
     def _nats(self, batch: Batch) -> Tensor:
         logits, self._reading = self._read(batch, self._reading)
@@ -164,6 +173,9 @@ class TextModule(LightningModule):
         self._log_score("test")
 
     def _log_score(self, prefix: str) -> None:
+        if self._dynamic is not None:
+            self._dynamic.restore()
+            self._dynamic = None
         for name, value in self.score.compute().items():
             # Every process reads the whole text: the mean over them is the same figure.
             self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)

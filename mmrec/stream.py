@@ -191,3 +191,33 @@ class TextLoader:
         for start in range(0, len(self.tokens) - 1, self.seq_len):
             window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))[None]
             yield Batch(window[:, :-1], window[:, 1:], torch.tensor([start == 0]))
+
+
+class WindowLoader:
+    """Reads a text in windows that each start from the zero state: nanoGPT's protocol.
+
+    A token is predicted from what stands before it in its window alone. As with :class:`TextLoader`, every token but
+    the first is scored exactly once; the last window is as long as the text allows.
+    """
+
+    def __init__(self, tokens: np.ndarray, window: int, rows: int) -> None:
+        if len(tokens) < 2:
+            raise UserError(f"the text to evaluate has {len(tokens)} token(s); it needs at least 2")
+        self.tokens = tokens
+        self.window = window
+        self.rows = rows
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.tokens) - 1, self.window)
+        return -(-full // self.rows) + (rest > 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        full, rest = divmod(len(self.tokens) - 1, self.window)
+        for first in range(0, full, self.rows):
+            yield self._windows(first * self.window, min(self.rows, full - first), self.window)
+        if rest:
+            yield self._windows(full * self.window, 1, rest)
+
+    def _windows(self, start: int, rows: int, length: int) -> Batch:
+        part = torch.from_numpy(self.tokens[start : start + rows * length + 1].astype(np.int64))
+        return Batch(part[:-1].view(rows, length), part[1:].view(rows, length), torch.ones(rows, dtype=torch.bool))

@@ -21,7 +21,7 @@ import numpy as np
 from mmrec.errors import UserError
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT, VERSION = "mmrec-tokens", 1
+FORMAT, VERSION = "mmrec-tokens", 2
 MANIFEST = "manifest.json"
 FILES = ("train.txt", "val.txt", "train.bin", "val.bin", "tokenizer.json")
 

@@ -13,10 +13,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 
 
 def table(lines: list[str]) -> str:
-    """Return the rows in the order in which the tests ran, one a promise, where several tests noted the same."""
+    """Return the rows in the order of the tests' names, one a promise, where several tests noted the same."""
     rows: dict[str, tuple[str, str]] = {}
-    for line in lines:
-        note = json.loads(line)
+    for note in sorted(map(json.loads, lines), key=lambda note: note["test"]):
         test = re.sub(r"\[.*", "", note["test"])
         rows[note["promise"]] = (test, note["figure"])
     system = f"Python {platform.python_version()}, torch {version('torch')}, lightning {version('lightning')}"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrec.errors import UserError
-from mmrec.stream import IGNORE, RowLoader, RowStream, TextLoader
+from mmrec.stream import IGNORE, RowLoader, RowStream, TextLoader, WindowLoader
 
 
 def stream(total: int, rows: int, length: int, **options: int | float) -> RowStream:
@@ -146,3 +146,16 @@ def test_too_short_a_text_is_refused(total: int, rows: int, length: int) -> None
         stream(total, rows, length)
     with pytest.raises(UserError, match="at least 2"):
         TextLoader(np.zeros(1), 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(total=st.integers(2, 300), window=st.integers(1, 100), rows=st.integers(1, 5))
+def test_windows_score_every_token_once_from_an_empty_memory(total: int, window: int, rows: int) -> None:
+    loader = WindowLoader(np.arange(total), window, rows)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert torch.cat([b.targets.flatten() for b in batches]).tolist() == list(range(1, total))
+    for batch in batches:
+        assert (batch.inputs + 1 == batch.targets).all()
+        assert batch.fresh.all()
+        assert (batch.inputs[:, 0] % window == 0).all()

@@ -1,0 +1,1 @@
+"""Comparison with other models, side by side on the same machine: ``mmrec bench``."""

@@ -1,0 +1,244 @@
+"""``mmrec bench``: this program's model and others in turn, on one machine, and the ratios between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrec.bench.check import check_ops
+from mmrec.bench.peers import PEERS
+from mmrec.errors import UserError, nearest
+from mmrec.tokens import open_tokens
+
+OURS = "mmrec"
+NANOGPT_LOSS = 1.8857
+"""Validation loss, in nats/char, that nanoGPT's CPU preset ends with on Tiny Shakespeare."""
+VOCABULARY = 65
+"""Of speeds, which are measured on random tokens: Tiny Shakespeare's number of characters."""
+MEASURES = ("train", "decode", "read", "learn")
+
+
+def bench(
+    measures: Sequence[str] = ("train", "decode", "read"),
+    peers: Sequence[str] = ("gpt", "lstm"),
+    lengths: Sequence[int] = (256, 1024, 4096, 16384, 65536),
+    positions: Sequence[int] = (100, 10_000, 1_000_000),
+    data_dir: Path = Path("data/tiny_shakespeare"),
+    tokens: int = 1_536_000,
+    rounds: int = 3,
+    seconds: float = 5.0,
+    threads: int | None = None,
+    output_dir: Path = Path("bench"),
+) -> None:
+    """Compare this program's model with others, in turn, each measurement in a process of its own.
+
+    Args:
+        measures: what to measure: train (tokens/s and memory by length), decode (the same by position), read
+            (time and memory by how much was read), learn (loss by tokens and by seconds).
+        peers: models to compare with: gpt, lstm, mingru, titans, xlstm, mamba, rwkv.
+        lengths: tokens of a row, for train.
+        positions: tokens read before, for decode; the last one is how far read goes.
+        data_dir: token folder to learn from, as mmrec prepare writes it.
+        tokens: how many to train on, for learn.
+        rounds: how often all take their turn; for learn, the number of seeds.
+        seconds: time of one measurement of speed, at least.
+        threads: of torch; as many as there are cores if left out.
+        output_dir: folder for results.json and results.png.
+
+    Raises:
+        UserError: a name is unknown, a package is missing, or an op differs from its reference.
+    """
+    for kind, given, known in (("measure", measures, MEASURES), ("peer", peers, PEERS)):
+        for name in given:
+            if name not in known:
+                raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+    for option, least in (("rounds", rounds), ("tokens", tokens), ("threads", threads or 1)):
+        if least < 1:
+            raise UserError(f"--{option} is {least}; it must be at least 1")
+    if "learn" in measures:
+        open_tokens(data_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    names = [OURS, *(peer for peer in peers if peer != OURS)]
+    runner = Runner(threads or os.cpu_count() or 1)
+    results: dict[str, Any] = {"machine": machine(runner.threads), "ops": check_ops()}
+    for name, difference in results["ops"].items():
+        print(f"{name}: within {difference:.0e} of the reference")
+
+    if "train" in measures:
+        results["train"] = [
+            runner.turns(names, rounds, task="train", length=length, vocab_size=VOCABULARY, seconds=seconds)
+            for length in lengths
+        ]
+        show("training, tokens/s", "length", lengths, results["train"], "tokens_per_second")
+        show(
+            "training, memory above the idle process in MiB",
+            "length",
+            lengths,
+            results["train"],
+            "working_bytes",
+            2**20,
+        )
+    recurrent = [name for name in names if name in (OURS, "lstm", "gpt")]
+    if "decode" in measures:
+        results["decode"] = [
+            runner.turns(recurrent, rounds, task="decode", position=position, vocab_size=VOCABULARY, seconds=seconds)
+            for position in positions
+        ]
+        show("writing, tokens/s", "position", positions, results["decode"], "tokens_per_second")
+        show(
+            "writing, memory of what was read in KiB", "position", positions, results["decode"], "state_bytes", 2**10
+        )
+    if "read" in measures:
+        results["read"] = runner.turns([OURS], rounds, task="read", total=positions[-1], vocab_size=VOCABULARY)
+        show_reading(results["read"], positions[-1])
+    if "learn" in measures:
+        results["learn"] = runner.turns(names, rounds, seeds=True, task="learn", folder=str(data_dir), tokens=tokens)
+        show_learning(results["learn"])
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {output_dir / 'results.json'}")
+
+
+class Runner:
+    """Runs measurements, one after the other."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def turns(self, names: Sequence[str], rounds: int, seeds: bool = False, **request: Any) -> dict[str, list[Any]]:
+        """Return for each of ``names`` what was measured in each round; a failure is a result, too."""
+        found: dict[str, list[Any]] = {name: [] for name in names}
+        for number in range(rounds):
+            for name in names:
+                seed = {"seed": number} if seeds else {}
+                found[name].append(self.measure(peer=name, **request, **seed))
+        return found
+
+    def measure(self, **request: Any) -> dict[str, Any]:
+        """Return what one process measured, or why it could not."""
+        command = [sys.executable, "-m", "mmrec.bench.tasks", json.dumps({**request, "threads": self.threads})]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if ran.returncode:
+            reason = (ran.stderr.strip().splitlines() or [f"ended with status {ran.returncode}"])[-1]
+            if request["peer"] == OURS:
+                raise UserError(f"{OURS}: {request['task']} failed: {reason[:200]}")
+            print(f"{request['peer']}: {request['task']}: {reason[:200]}", file=sys.stderr)
+            return {"failed": reason[:500]}
+        result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+        return result
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    packages = ("torch", "transformers", "minGRU-pytorch", "titans-pytorch", "xlstm")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"threads": threads, "python": platform.python_version(), "cpu": capability, "versions": versions}
+
+
+def ratios(ours: Sequence[Any], theirs: Sequence[Any], key: str) -> list[float]:
+    """Return ours over theirs, round by round, where both were measured."""
+    return [a[key] / b[key] for a, b in zip(ours, theirs, strict=True) if key in a and key in b]
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Return ``median (min to max)``."""
+    if not values:
+        return "-"
+    return " ".join(
+        [form.format(statistics.median(values)), f"({form.format(min(values))} to {form.format(max(values))})"]
+    )
+
+
+def show(
+    title: str, label: str, points: Sequence[int], found: Sequence[dict[str, list[Any]]], key: str, unit: float = 1
+) -> None:
+    """Print a table: for each point what each model reached, and ours as a multiple of it."""
+    rows = []
+    for point, results in zip(points, found, strict=True):
+        cells = [f"{point:,}"]
+        for name, values in results.items():
+            median = [value[key] / unit for value in values if key in value]
+            cells.append(f"{statistics.median(median):,.0f}" if median else "failed")
+            if name != OURS:
+                cells.append(spread(ratios(results[OURS], values, key)))
+        rows.append(cells)
+    names = list(found[0])
+    print_table(title, [label, names[0], *(part for name in names[1:] for part in (name, f"{OURS} / {name}"))], rows)
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns under a title."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    print(f"\n{title}")
+    for row in (head, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def show_reading(found: dict[str, list[Any]], total: int) -> None:
+    """Print how time and memory change from the first eighth of what was read to the last."""
+    runs = [run for run in found[OURS] if "failed" not in run]
+    time = [run["seconds_per_token"][-1] / run["seconds_per_token"][0] for run in runs]
+    memory = [run["peak_bytes"][-1] / run["peak_bytes"][0] for run in runs]
+    rows = [["time per token", spread(time, "{:.3f}")], ["peak memory", spread(memory, "{:.3f}")]]
+    print_table(f"reading {total:,} tokens, the last eighth over the first", ["", "median (min to max)"], rows)
+
+
+def show_learning(found: dict[str, list[Any]]) -> None:
+    """Print the loss after all tokens, after equal seconds, and the seconds to nanoGPT's loss."""
+    rows = []
+    for name, runs in found.items():
+        runs = [run for run in runs if "course" in run]
+        pairs = [(run, ours) for run, ours in zip(runs, found[OURS], strict=False) if "course" in ours]
+        equal = [at_time(run["course"], min(end(run), end(ours))) for run, ours in pairs]
+        rows.append(
+            [
+                name,
+                runs[0]["protocol"] if runs else "failed",
+                spread([run["course"][-1]["loss"] for run in runs], "{:.4f}"),
+                spread([value for value in equal if value is not None], "{:.4f}"),
+                spread([value for run in runs if (value := time_to(run["course"], NANOGPT_LOSS))], "{:.1f}"),
+                spread([end(run) for run in runs], "{:.0f}"),
+            ]
+        )
+    head = ["", "protocol", "loss at equal tokens", "loss at equal seconds", f"seconds to {NANOGPT_LOSS}", "seconds"]
+    print_table("learning, median (min to max) over seeds, nats/token", head, rows)
+
+
+def end(run: dict[str, Any]) -> float:
+    """Return the seconds of training of a whole course."""
+    return float(run["course"][-1]["seconds"])
+
+
+def at_time(course: Sequence[dict[str, float]], seconds: float) -> float | None:
+    """Return the loss that was reached by ``seconds``, or None before the first score."""
+    reached = [point["loss"] for point in course if point["seconds"] <= seconds]
+    return reached[-1] if reached else None
+
+
+def time_to(course: Sequence[dict[str, float]], loss: float) -> float | None:
+    """Return the seconds after which the loss was reached, on a straight line between two scores, or None."""
+    before: dict[str, float] | None = None
+    for point in course:
+        if point["loss"] <= loss:
+            if before is None:
+                return point["seconds"]
+            share = (before["loss"] - loss) / (before["loss"] - point["loss"])
+            return before["seconds"] + share * (point["seconds"] - before["seconds"])
+        before = point
+    return None

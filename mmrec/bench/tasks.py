@@ -1,0 +1,269 @@
+"""What is measured, each in a process of its own: ``python -m mmrec.bench.tasks '{"task": "train", ...}'``.
+
+A process prints one line of JSON. Times are of the monotonic clock in seconds, memory is the largest resident size
+of the process in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from mmrec.bench.peers import GPT, LSTM, Cache, make_peer, size
+from mmrec.model import MemoryLM, reset_rows
+from mmrec.optim import make_optimizer, warmup_cosine
+from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
+from mmrec.tokens import open_tokens
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def detached(state: Any) -> Any:
+    """Return ``state``, of any nesting, cut off from the graph that made it."""
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, list | tuple):
+        return type(state)(detached(part) for part in state)
+    return state
+
+
+def fresh_rows(model: nn.Module, state: Any, fresh: Tensor) -> Any:
+    """Return ``state`` with the rows where ``fresh`` [B] is true as before any text."""
+    if isinstance(model, MemoryLM):
+        return reset_rows(state, fresh)
+    return tuple(part.masked_fill(fresh[None, :, None], 0) for part in state)
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return the mean loss in nats/token, and the state after the last token."""
+    logits, state = model(inputs, state)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), state
+
+
+def optimizer_of(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """Ours for our model; AdamW on the others, without weight decay on vectors, as nanoGPT does."""
+    if isinstance(model, MemoryLM):
+        return make_optimizer(model, "muon", learning_rate, weight_decay, (0.9, 0.99))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def start(model: nn.Module, rows: int) -> Any:
+    """Return what training starts to read from: nothing for attention, else the zero state."""
+    return None if isinstance(model, GPT) else model.zero_state(rows)  # type: ignore[operator]
+
+
+def train_speed(peer: str, length: int, vocab_size: int, seconds: float, step_tokens: int = 4096) -> dict[str, Any]:
+    """Train on random tokens for some seconds: forward, backward, clipping and update.
+
+    Args:
+        peer: name of the model.
+        length: tokens of a row.
+        vocab_size: N.
+        seconds: time to measure; at least one update is made.
+        step_tokens: tokens of an update, where a row is shorter.
+    """
+    model = make_peer(peer, vocab_size, length)
+    optimizer = optimizer_of(model, 1e-3, 0.1)
+
+    def update(rows: int, length: int) -> None:
+        tokens = torch.randint(vocab_size, (rows, length + 1))
+        loss, _ = loss_of(model, tokens[:, :-1], tokens[:, 1:], start(model, rows))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    rows = max(1, step_tokens // length)
+    update(rows, min(length, 256))  # libraries set themselves up
+    times = repeat(lambda: update(rows, length), seconds)
+    return {"tokens_per_second": rows * length * len(times) / sum(times), "updates": len(times), "size": size(model)}
+
+
+def repeat(action: Callable[[], None], seconds: float) -> list[float]:
+    """Do ``action`` until ``seconds`` are over, once at least; return the time of each."""
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        began = time.monotonic()
+        action()
+        times.append(time.monotonic() - began)
+    return times
+
+
+@torch.inference_mode()
+def decode_speed(peer: str, position: int, vocab_size: int, seconds: float, tokens: int = 64) -> dict[str, Any]:
+    """Write text, a token at a time, after ``position`` tokens were read.
+
+    The cache of attention is filled with random numbers instead of what it would have read: that takes time that
+    grows with the square of the position, and what the numbers are makes no difference to the speed.
+    """
+    capacity = position + tokens
+    model = make_peer(peer, vocab_size, capacity).eval()
+    if isinstance(model, GPT):
+        state: Any = model.zero_state(1, capacity)
+        state.memory[..., :position, :].normal_()
+        state = Cache(state.memory, position)
+    else:
+        state = start(model, 1)
+        for first in range(0, position, 4096):
+            _, state = model(torch.randint(vocab_size, (1, min(4096, position - first))), state)
+    read, token = state, torch.zeros(1, 1, dtype=torch.int64)
+
+    def write() -> None:
+        nonlocal state, token
+        state = read
+        for _ in range(tokens):
+            logits, state = model(token, state)
+            token = logits[:, -1:].argmax(-1)
+
+    write()
+    times = repeat(write, seconds)
+    return {"tokens_per_second": tokens * len(times) / sum(times), "state_bytes": state_bytes(state)}
+
+
+def state_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in a state."""
+    if isinstance(state, Cache):
+        return state_bytes(state.memory)
+    if isinstance(state, Tensor):
+        return state.nbytes
+    return sum(state_bytes(part) for part in state) if isinstance(state, list | tuple) else 0
+
+
+@torch.inference_mode()
+def reading(peer: str, total: int, vocab_size: int, block: int = 1024) -> dict[str, Any]:
+    """Read ``total`` tokens, ``block`` at a time; return the seconds a token, and the memory, of every eighth."""
+    model = make_peer(peer, vocab_size, block).eval()
+    state = start(model, 1)
+    parts, memory = [], []
+    model(torch.randint(vocab_size, (1, block)), state)
+    for _ in range(8):
+        blocks = total // 8 // block
+        times = []
+        for _ in range(blocks):
+            tokens = torch.randint(vocab_size, (1, block))
+            began = time.monotonic()
+            _, state = model(tokens, state)
+            times.append(time.monotonic() - began)
+        # The median: on a shared machine the mean tells of the others.
+        parts.append(sorted(times)[len(times) // 2] / block)
+        memory.append(peak_memory())
+    return {"seconds_per_token": parts, "peak_bytes": memory, "state_bytes": state_bytes(state)}
+
+
+RECIPES: dict[str, dict[str, float]] = {
+    "mmrec": {"rows": 8, "length": 256, "learning_rate": 3e-3, "weight_decay": 0.1, "warmup": 50, "final": 0.05},
+    # nanoGPT's CPU preset: 12 windows of 64, chosen at random.
+    "gpt": {"rows": 12, "length": 64, "learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 100, "final": 0.1},
+    "lstm": {"rows": 8, "length": 256, "learning_rate": 3e-3, "weight_decay": 0.1, "warmup": 50, "final": 0.05},
+}
+"""How each learns; the others as our model, but on windows chosen at random."""
+
+
+def learning(
+    peer: str, folder: str, tokens: int, seed: int, evaluations: int = 16, seconds: float = float("inf")
+) -> dict[str, Any]:
+    """Train on a token folder and score all of its validation text now and then, on the way that the model is used.
+
+    A model with a state reads rows on with it, and is scored with it carried; attention is trained and scored on
+    windows. Scoring is not counted in the time.
+
+    Args:
+        peer: name of the model.
+        folder: of ``mmrec prepare``.
+        tokens: how many to train on.
+        seed: of weights and order.
+        evaluations: how often to score.
+        seconds: give up after so many of training.
+    """
+    torch.manual_seed(seed)
+    data = open_tokens(Path(folder))
+    recipe = RECIPES.get(peer, RECIPES["mmrec"])
+    rows, length = int(recipe["rows"]), int(recipe["length"])
+    model = make_peer(peer, data.tokenizer.vocab_size, length)
+    carries = isinstance(model, MemoryLM | LSTM)
+    optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"])
+    steps = tokens // (rows * length)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
+    stream = RowStream(data.train, rows, length, seed)
+    random = np.random.default_rng(seed)
+
+    def batch(number: int, state: Any) -> tuple[Tensor, Tensor, Any]:
+        if carries:
+            inputs, targets, fresh = stream.batch(number)
+            return inputs, targets, fresh_rows(model, detached(state), fresh)
+        at = random.integers(len(data.train) - length - 1, size=rows)[:, None] + np.arange(length + 1)
+        window = torch.from_numpy(data.train[at].astype(np.int64))
+        return window[:, :-1], window[:, 1:], start(model, rows)
+
+    def score() -> float:
+        model.eval()
+        total, state = 0.0, start(model, 1)
+        loader = TextLoader(data.val, 2048) if carries else WindowLoader(data.val, length, 32)
+        with torch.inference_mode():
+            for inputs, targets, _ in loader:
+                loss, after = loss_of(model, inputs, targets, state if carries else start(model, len(inputs)))
+                state = after if carries else state
+                total += float(loss) * targets.numel()
+        model.train()
+        return total / (len(data.val) - 1)
+
+    torch.set_flush_denormal(True)
+    state, spent, course = start(model, rows), 0.0, []
+    for step in range(steps):
+        began = time.monotonic()
+        inputs, targets, state = batch(step, state)
+        loss, state = loss_of(model, inputs, targets, state)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        spent += time.monotonic() - began
+        over = step + 1 == steps or spent > seconds
+        if over or (step + 1) % max(1, steps // evaluations) == 0:
+            course.append({"tokens": (step + 1) * rows * length, "seconds": spent, "loss": score()})
+        if over:
+            break
+    return {"course": course, "size": size(model), "protocol": "carried" if carries else f"windowed at {length}"}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train_speed,
+    "decode": decode_speed,
+    "read": reading,
+    "learn": learning,
+}
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request.pop("threads"))
+    torch.manual_seed(0)
+    before = peak_memory()
+    result = TASKS[request.pop("task")](**request)
+    print(json.dumps({**result, "working_bytes": peak_memory() - before}))
+
+
+if __name__ == "__main__":
+    main()

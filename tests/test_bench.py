@@ -1,0 +1,144 @@
+"""The comparison with other models: they are what they say, and nothing is timed that computes something else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrec.bench.check import check_ops
+from mmrec.bench.compare import at_time, ratios, time_to
+from mmrec.bench.peers import GPT, LSTM, PEERS, make_peer, size
+from mmrec.bench.tasks import learning
+from mmrec.ops import chunked
+
+
+def test_gpt_is_gpt2() -> None:
+    """The same weights give the logits of HF's GPT-2."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 65, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, **dropouts, activation_function="gelu", attn_implementation="eager")
+    ).eval()
+    ours = GPT(65, 32, dim=48, layers=2, heads=4, bias=True)
+    names = (
+        ("attn.c_proj", "output"), ("attn.c_attn", "project"),
+        ("mlp.c_fc", "ffn.input"), ("mlp.c_proj", "ffn.output"),
+        ("ln_1", "attention_norm"), ("ln_2", "ffn_norm"), ("ln_f", "norm"),
+        ("wte", "tokens"), ("wpe", "positions"), ("h.", "blocks."),
+    )  # fmt: skip
+    weights = {}
+    for name, value in theirs.transformer.state_dict().items():
+        matrix = name.startswith("h.") and value.dim() == 2  # GPT-2 keeps these transposed
+        for old, new in names:
+            name = name.replace(old, new)
+        weights[name] = value.T if matrix else value
+    weights["head.weight"] = weights["tokens.weight"]
+    ours.load_state_dict(weights)
+    tokens = torch.randint(65, (3, 32))
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: GPT(11, 40, dim=16, layers=2), lambda: LSTM(11, 16)])
+def test_reading_in_parts_is_reading_at_once(make: Callable[[], GPT | LSTM]) -> None:
+    model = make().eval()
+    tokens = torch.randint(11, (2, 40))
+
+    def read(*parts: int) -> Tensor:
+        state = model.zero_state(2, 40) if isinstance(model, GPT) else model.zero_state(2)
+        logits = []
+        for part in tokens.split(parts, dim=1):
+            out, state = model(part, state)
+            logits.append(out)
+        return torch.cat(logits, dim=1)
+
+    torch.testing.assert_close(read(1, 1, 20, 1, 17), read(40), atol=1e-5, rtol=1e-4)
+    if isinstance(model, GPT):
+        torch.testing.assert_close(model(tokens)[0], read(40), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
+    peer = PEERS[name]
+    if peer.package is not None:
+        pytest.importorskip(peer.package)
+    model = make_peer(name, 65, 64).eval()
+    assert 0.9 < size(model) / 800_000 < 1.1
+    tokens = torch.randint(65, (1, 64))
+    other = tokens.clone()
+    other[:, 40] = (other[:, 40] + 1) % 65
+    state = None if isinstance(model, GPT) else model.zero_state(1)
+    with torch.no_grad():
+        one, two = model(tokens, state)[0], model(other, state)[0]
+    assert one.shape == (1, 64, 65)
+    torch.testing.assert_close(one[:, :40], two[:, :40], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(one[:, 40:], two[:, 40:])
+
+
+def test_an_op_that_differs_from_its_reference_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert max(check_ops().values()) < 1e-4
+    right = chunked.gated_delta_rule
+
+    def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, state = right(*args)
+        return outputs, state * 1.01
+
+    monkeypatch.setattr(chunked, "gated_delta_rule", wrong)
+    assert mmrec("bench") == 2
+    assert "gated_delta_rule: the fast path differs" in capsys.readouterr().err
+
+
+def test_all_that_is_measured(mmrec: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--rounds=2 --seconds=0.01 --threads=1 --lengths=[64,128] --positions=[10,16384] --tokens=40000"
+    measures = "--measures=[train,decode,read,learn]"
+    assert mmrec("bench", *options.split(), measures, "--peers=[gpt,lstm]", f"--data_dir={prepared}") == 0
+    results = json.loads(Path("bench/results.json").read_text())
+    for name in ("mmrec", "gpt", "lstm"):
+        for found in results["train"]:
+            assert [run["updates"] >= 1 and run["working_bytes"] > 0 for run in found[name]] == [True] * 2
+        course = results["learn"][name][0]["course"]
+        assert course[-1]["loss"] < course[0]["loss"]
+    cache = [found["gpt"][0]["state_bytes"] for found in results["decode"]]
+    state = [found["mmrec"][0]["state_bytes"] for found in results["decode"]]
+    assert cache[1] > 100 * cache[0]
+    assert state[0] == state[1]
+    assert results["read"]["mmrec"][0]["seconds_per_token"][0] > 0
+    assert "mmrec / gpt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--peers=[gtp]", "did you mean 'gpt'"),
+        ("--measures=[speed]", "no measure 'speed'"),
+        ("--rounds=0", "at least 1"),
+    ],
+)
+def test_a_wrong_request_is_refused(
+    mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, says: str
+) -> None:
+    assert mmrec("bench", option) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_learning_is_the_same_again(prepared: Path) -> None:
+    runs = [learning("mmrec", str(prepared), 20_480, seed=1, evaluations=2) for _ in range(2)]
+    assert [point["loss"] for point in runs[0]["course"]] == [point["loss"] for point in runs[1]["course"]]
+    other = learning("mmrec", str(prepared), 20_480, seed=2, evaluations=2)
+    assert other["course"] != runs[0]["course"]
+
+
+def test_what_is_read_off_a_course() -> None:
+    course = [{"seconds": 10.0, "loss": 3.0}, {"seconds": 20.0, "loss": 2.0}, {"seconds": 30.0, "loss": 1.5}]
+    assert at_time(course, 25.0) == 2.0
+    assert at_time(course, 5.0) is None
+    assert time_to(course, 1.75) == pytest.approx(25.0)
+    assert time_to(course, 1.0) is None
+    assert ratios([{"x": 4.0}, {"failed": "no"}], [{"x": 2.0}, {"x": 1.0}], "x") == [2.0]
