@@ -95,14 +95,15 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
     assert "gated_delta_rule: the fast path differs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_that_is_measured(mmrec: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--rounds=2 --seconds=0.01 --threads=1 --lengths=[64,128] --positions=[10,16384] --tokens=40000"
+    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,16384] --tokens=40000"
     measures = "--measures=[train,decode,read,learn]"
-    assert mmrec("bench", *options.split(), measures, "--peers=[gpt,lstm]", f"--data_dir={prepared}") == 0
+    assert mmrec("bench", *options.split(), measures, "--peers=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
-    for name in ("mmrec", "gpt", "lstm"):
+    for name in ("mmrec", "gpt"):
         for found in results["train"]:
-            assert [run["updates"] >= 1 and run["working_bytes"] > 0 for run in found[name]] == [True] * 2
+            assert [run["updates"] >= 1 and run["working_bytes"] > 0 for run in found[name]] == [True]
         course = results["learn"][name][0]["course"]
         assert course[-1]["loss"] < course[0]["loss"]
     cache = [found["gpt"][0]["state_bytes"] for found in results["decode"]]
