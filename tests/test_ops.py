@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmrec.ops import chunked, reference
+from mmrec.ops import chunked, fused, reference
 
 LENGTHS = [1, 2, 31, 32, 33, 63, 100]
 Op = Callable[..., tuple[Tensor, Tensor]]
@@ -34,6 +34,12 @@ OPS = {
     "delta": (reference.gated_delta_rule, chunked.gated_delta_rule, delta_inputs, 2),
 }
 """Name: the plain form, the fast form, inputs (the state last), the dimension of time in the others."""
+
+
+def conv_inputs(length: int, width: int = 4) -> list[Tensor]:
+    weight = torch.randn(5, width, dtype=torch.float64)
+    x, past = (torch.randn(2, n, 5, dtype=torch.float64) for n in (length, width - 1))
+    return [x, past, weight]
 
 
 def with_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
@@ -91,3 +97,40 @@ def test_complete_forgetting_gives_finite_gradients(name: str) -> None:
     inputs = make(40)
     inputs[0 if name == "linear" else 3].fill_(-1e4)
     assert all(x.isfinite().all() for x in with_gradients(fast, inputs))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 20])
+def test_fused_convolution_equals_reference(length: int, width: int) -> None:
+    inputs = conv_inputs(length, width)
+    expected, found = (with_gradients(op, inputs) for op in (reference.causal_conv, fused.causal_conv))
+    with torch.no_grad():
+        found += fused.causal_conv(*inputs)
+    for a, b in zip(found, [*expected, *expected[:2]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "rms_norm"])
+@pytest.mark.parametrize("size", [(3, 8), (2, 5, 8), (2, 3, 4, 8)])
+def test_fused_pieces_equal_reference(name: str, size: tuple[int, ...]) -> None:
+    inputs = [torch.randn(size, dtype=torch.float64)]
+    more = [torch.randn(size[-1], dtype=torch.float64)] if name == "rms_norm" else []
+    options = [1e-6] if more else []
+    results = []
+    for module in (reference, fused):
+        leaves = [x.clone().requires_grad_() for x in inputs + more]
+        y = getattr(module, name)(*leaves, *options)
+        results.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
+    with torch.no_grad():
+        results[1].append(getattr(fused, name)(*inputs, *more, *options))
+    for a, b in zip(results[1], [*results[0], results[0][0]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_a_norm_of_zeros_is_finite() -> None:
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = fused.rms_norm(x, torch.ones(8), 1e-6)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert not y.any()

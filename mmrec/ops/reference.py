@@ -1,12 +1,13 @@
-"""The two recurrences, one token at a time: plainly right, slow, and what every fast form is tested against.
+"""The recurrences, one token at a time, and other pieces: plainly right, and what every fast form is tested against.
 
-Legend of shapes: B rows, T tokens, D channels, H heads, K key size, V value size.
+Legend of shapes: B rows, T tokens, D channels, C convolution width, H heads, K key size, V value size.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def gated_linear_recurrence(log_decay: Tensor, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,3 +59,30 @@ def gated_delta_rule(
         state = state + k_t.unsqueeze(-1) * correction.unsqueeze(-2)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
     return torch.stack(outputs, dim=2), state
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Depth-wise convolution over the last C tokens: ``y_t = sum_i weight_i * x_{t - C + 1 + i}``.
+
+    Args:
+        x: [B, T, D].
+        past: [B, C - 1, D], the inputs before the first token.
+        weight: [D, C]; the last column is that of the token itself.
+
+    Returns:
+        [B, T, D], and the last C - 1 inputs.
+    """
+    seen = torch.cat([past, x], dim=1)
+    y = F.conv1d(seen.mT, weight.unsqueeze(1), groups=weight.shape[0]).mT
+    return y, seen[:, x.shape[1] :]
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """The gated unit of Shazeer (2020): [..., 2F] to [..., F], the first half times the SiLU of the second."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.silu(gate)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalization (Zhang and Sennrich 2019) over the last dimension, scaled by ``weight`` [D]."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

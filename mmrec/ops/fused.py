@@ -1,0 +1,132 @@
+"""Pieces of a layer with gradients of their own: the same results as in :mod:`mmrec.ops.reference`, in fewer passes.
+
+On a CPU these pieces are bound by memory, not by arithmetic. Autograd would keep every intermediate result, fill
+whole tensors with zeros for the gradient of each slice, and copy the gradients of parts together; here each gradient
+is written once, where it belongs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`mmrec.ops.reference.causal_conv` as a sum of shifted products."""
+    if weight.shape[1] == 1:
+        return x * weight[:, 0], past
+    if torch.is_grad_enabled():
+        y, after = _CausalConv.apply(x, past.to(x.dtype), weight)
+    else:
+        y, after = _conv(x, past.to(x.dtype), weight)
+    return y, after.to(past.dtype)
+
+
+def _conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    length, width = x.shape[1], weight.shape[1]
+    y = x * weight[:, -1]
+    for back in range(1, width):
+        tap = weight[:, -1 - back]
+        if length > back:
+            y[:, back:].addcmul_(x[:, : length - back], tap)
+        first = min(back, length)
+        y[:, :first].addcmul_(past[:, width - 1 - back : width - 1 - back + first], tap)
+    if length >= width - 1:
+        return y, x[:, length - (width - 1) :].clone()
+    return y, torch.cat([past[:, length:], x], dim=1)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, past, weight)
+        return _conv(x, past, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, past, weight = ctx.saved_tensors
+        length, width = x.shape[1], weight.shape[1]
+        kept = width - 1
+        to_x, to_past = grad * weight[:, -1], torch.zeros_like(past, dtype=grad.dtype)
+        to_weight = torch.empty_like(weight)
+        to_weight[:, -1] = (grad * x).sum((0, 1))
+        for back in range(1, width):
+            tap, first = weight[:, -1 - back], min(back, length)
+            seen = slice(kept - back, kept - back + first)
+            to_past[:, seen].addcmul_(grad[:, :first], tap)
+            part = (grad[:, :first] * past[:, seen]).sum((0, 1))
+            if length > back:
+                to_x[:, : length - back].addcmul_(grad[:, back:], tap)
+                part += (grad[:, back:] * x[:, : length - back]).sum((0, 1))
+            to_weight[:, -1 - back] = part
+        own = min(length, kept)  # how many of the kept inputs are from x; the others were kept before
+        to_x[:, length - own :] += grad_after[:, kept - own :]
+        to_past[:, own:] += grad_after[:, : kept - own]
+        return to_x.to(x.dtype), to_past.to(past.dtype), to_weight
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """:func:`mmrec.ops.reference.swiglu`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _SwiGLU.apply(x)
+        return y
+    value, gate = x.chunk(2, dim=-1)
+    return value * torch.nn.functional.silu(gate)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        opened = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(x, opened)
+        return value * opened
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, opened = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        result = torch.empty_like(x)
+        to_value, to_gate = result.chunk(2, dim=-1)
+        torch.mul(grad, opened, out=to_value)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=to_gate)
+        return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`mmrec.ops.reference.rms_norm`."""
+    if torch.is_grad_enabled():
+        y: Tensor = _RMSNorm.apply(x, weight, eps)
+        return y
+    return _normalized(x, eps)[0] * weight
+
+
+def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    scale = (length.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
+    return x * scale, scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normal, scale = _normalized(x, eps)
+        ctx.save_for_backward(normal, scale, weight)
+        return normal * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normal, scale, weight = ctx.saved_tensors
+        grad = grad.to(normal.dtype)
+        product = grad * normal
+        to_weight = product.flatten(0, -2).sum(0)
+        # What a step along x would change of its own length does not reach the output.
+        along = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(normal.shape[-1])
+        to_x = torch.mul(grad, weight).addcmul_(normal, along, value=-1).mul_(scale)
+        return to_x, to_weight.to(weight.dtype), None
