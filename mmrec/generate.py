@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrec.checkpoint import load_trained
+from mmrec.decode import Decoder
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM, State
 from mmrec.runs import find_checkpoint
@@ -70,12 +71,14 @@ def continue_text(
     """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens."""
     random = torch.Generator(device=prompt.device).manual_seed(seed)
     logits, state = read(net, prompt[None], net.zero_state(1))
+    decoder = Decoder(net, state) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
     for remaining in range(length, 0, -1):
-        token = choose(logits, temperature, top_k, top_p, random)
-        yield int(token)
-        if remaining > 1:
-            logits, state = net(token[None], state)
-            logits = logits[:, -1]
+        token = int(choose(logits, temperature, top_k, top_p, random))
+        yield token
+        if remaining > 1 and decoder is not None:
+            logits = decoder.step(token)[None]
+        elif remaining > 1:
+            logits, state = read(net, torch.tensor([[token]], device=prompt.device), state)
 
 
 def generate(

@@ -87,12 +87,14 @@ class CausalConv(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square normalization over the last dimension, of size ``dim``."""
 
+    EPSILON = 1e-6
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, eps=1e-6)
+        return fused.rms_norm(x, self.weight, self.EPSILON)
 
 
 class Memory(nn.Module, ABC):

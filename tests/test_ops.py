@@ -134,3 +134,15 @@ def test_a_norm_of_zeros_is_finite() -> None:
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert not y.any()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("length", [1, 40])
+def test_mixed_precision_leaves_the_memory_as_precise_as_it_was(name: str, length: int) -> None:
+    _, fast, make, _ = OPS[name]
+    inputs = [x.float() for x in make(length)]
+    expected = fast(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fast(*inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

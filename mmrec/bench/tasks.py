@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.bench.peers import GPT, LSTM, Cache, make_peer, size
+from mmrec.decode import Decoder
 from mmrec.model import MemoryLM, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
 from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
@@ -136,6 +137,16 @@ def decode_speed(peer: str, position: int, vocab_size: int, seconds: float, toke
             logits, state = model(token, state)
             token = logits[:, -1:].argmax(-1)
 
+    decoder = Decoder(model, state) if isinstance(model, MemoryLM) else None
+
+    def write_by_decoder() -> None:
+        assert decoder is not None
+        last = 0
+        for _ in range(tokens):
+            last = int(decoder.step(last).argmax())
+
+    if decoder is not None:
+        write = write_by_decoder
     write()
     times = repeat(write, seconds)
     return {"tokens_per_second": tokens * len(times) / sum(times), "state_bytes": state_bytes(state)}

@@ -1,0 +1,85 @@
+"""The fast path of writing text against the plain model: logits and state, from any state, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmrec.decode import STEPS, Decoder
+from mmrec.model import MemoryLM, Shape, ShortMemory
+
+
+def trained(shape: Shape, tokens: int = 11) -> MemoryLM:
+    """A model whose every number, biases and norms too, is something else than at the start."""
+    net = MemoryLM(shape, tokens).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return net
+
+
+SHAPES = {
+    "both": Shape(dim=24, layers=3, memories=("short", "long"), heads=3, ffn_dim=20),
+    "no convolution": Shape(dim=16, layers=2, memories=("long", "short"), heads=2, ffn_dim=24, conv_width=1),
+    "untied": Shape(dim=16, layers=1, memories=("long",), heads=1, ffn_dim=8, conv_width=2, tie_embeddings=False),
+}
+
+
+def assert_same(net: MemoryLM, read: int, then: int = 9) -> None:
+    tokens = torch.randint(11, (1, read + then))
+    with torch.no_grad():
+        state = net.zero_state(1)
+        if read:
+            _, state = net(tokens[:, :read], state)
+        expected, after = net(tokens[:, read:], state)
+    before = [tuple(part.clone() for part in layer) for layer in state]
+    decoder = Decoder(net, state)
+    found = torch.stack([decoder.step(int(token)).clone() for token in tokens[0, read:]])
+    torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
+    for layer, wanted, untouched, given in zip(decoder.state(), after, before, state, strict=True):
+        for a, b in zip(layer, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(untouched, given, strict=True))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("read", [0, 1, 3, 50])
+def test_token_by_token_is_what_the_model_computes(name: str, read: int) -> None:
+    assert_same(trained(SHAPES[name]), read)
+
+
+def test_a_memory_without_a_fast_step_takes_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(STEPS, ShortMemory)
+    assert_same(trained(SHAPES["both"]), 5)
+
+
+def test_the_state_that_comes_out_goes_in_again() -> None:
+    net = trained(SHAPES["both"])
+    tokens = torch.randint(11, (20,)).tolist()
+
+    def logits(parts: list[list[int]]) -> Tensor:
+        state, found = net.zero_state(1), []
+        for part in parts:
+            decoder = Decoder(net, state)
+            found += [decoder.step(token).clone() for token in part]
+            state = decoder.state()
+        return torch.stack(found)
+
+    torch.testing.assert_close(logits([tokens[:7], tokens[7:]]), logits([tokens]))
+
+
+def test_no_weights_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = trained(SHAPES["both"])
+    decoder = Decoder(net, net.zero_state(1))
+    own = {parameter.data_ptr() for parameter in net.parameters() if parameter.dim() == 2 and len(parameter) > 20}
+
+    def matrices(thing: Any) -> list[Tensor]:
+        return [value for value in vars(thing).values() if isinstance(value, Tensor) and value.dim() == 2]
+
+    used = {matrix.data_ptr() for thing in (decoder, *decoder.steps) for matrix in matrices(thing)}
+    linear = {m.weight.data_ptr() for m in net.modules() if isinstance(m, nn.Linear) and len(m.weight) > 20}
+    assert linear <= used
+    assert used & own
