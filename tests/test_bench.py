@@ -96,6 +96,7 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing")
 def test_all_that_is_measured(mmrec: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,16384] --tokens=40000"
     measures = "--measures=[train,decode,read,learn]"
@@ -112,6 +113,7 @@ def test_all_that_is_measured(mmrec: Callable[..., int], prepared: Path, capsys:
     assert state[0] == state[1]
     assert results["read"]["mmrec"][0]["seconds_per_token"][0] > 0
     assert "mmrec / gpt" in capsys.readouterr().out
+    assert Path("bench/results.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 
 from mmrec.bench.check import check_ops
 from mmrec.bench.peers import PEERS
+from mmrec.bench.plot import plot
 from mmrec.errors import UserError, nearest
 from mmrec.tokens import open_tokens
 
@@ -104,8 +105,10 @@ def bench(
     if "learn" in measures:
         results["learn"] = runner.turns(names, rounds, seeds=True, task="learn", folder=str(data_dir), tokens=tokens)
         show_learning(results["learn"])
+    results["points"] = {"train": list(lengths), "decode": list(positions)}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {output_dir / 'results.json'}")
+    drawn = plot(results, output_dir / "results.png")
+    print(f"\nwritten to {output_dir}" + ("" if drawn else "; for a picture: pip install matplotlib"))
 
 
 class Runner:

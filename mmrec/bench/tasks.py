@@ -128,25 +128,19 @@ def decode_speed(peer: str, position: int, vocab_size: int, seconds: float, toke
         state = start(model, 1)
         for first in range(0, position, 4096):
             _, state = model(torch.randint(vocab_size, (1, min(4096, position - first))), state)
-    read, token = state, torch.zeros(1, 1, dtype=torch.int64)
+    decoder = Decoder(model, state) if isinstance(model, MemoryLM) else None
+    read = state
 
     def write() -> None:
-        nonlocal state, token
-        state = read
+        nonlocal state
+        state, token = read, torch.zeros(1, 1, dtype=torch.int64)
         for _ in range(tokens):
-            logits, state = model(token, state)
-            token = logits[:, -1:].argmax(-1)
+            if decoder is not None:
+                token = decoder.step(int(token)).argmax()
+            else:
+                logits, state = model(token, state)
+                token = logits[:, -1:].argmax(-1)
 
-    decoder = Decoder(model, state) if isinstance(model, MemoryLM) else None
-
-    def write_by_decoder() -> None:
-        assert decoder is not None
-        last = 0
-        for _ in range(tokens):
-            last = int(decoder.step(last).argmax())
-
-    if decoder is not None:
-        write = write_by_decoder
     write()
     times = repeat(write, seconds)
     return {"tokens_per_second": tokens * len(times) / sum(times), "state_bytes": state_bytes(state)}

@@ -1,0 +1,51 @@
+"""One picture of a comparison: speed by length and position, and loss by time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot(results: dict[str, Any], path: Path) -> bool:
+    """Write the panels of what was measured to ``path``; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    kinds = [kind for kind in ("train", "decode", "learn") if kind in results]
+    if not kinds:
+        return True
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        if kind == "learn":
+            _courses(axis, results[kind])
+        else:
+            title, label = ("training", "tokens of a row") if kind == "train" else ("writing", "tokens read before")
+            _speeds(axis, results[kind], results["points"][kind])
+            axis.set(title=title, xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def _speeds(axis: Any, found: Sequence[dict[str, list[Any]]], points: Sequence[int]) -> None:
+    for name in found[0]:
+        values = [[run["tokens_per_second"] for run in at[name] if "tokens_per_second" in run] for at in found]
+        known = [(point, statistics.median(runs)) for point, runs in zip(points, values, strict=True) if runs]
+        axis.plot(*zip(*known, strict=True) if known else ([], []), marker="o", label=name)
+
+
+def _courses(axis: Any, found: dict[str, list[Any]]) -> None:
+    for index, (name, runs) in enumerate(found.items()):
+        for number, run in enumerate(runs):
+            course = run.get("course", [])
+            seconds, losses = [point["seconds"] for point in course], [point["loss"] for point in course]
+            axis.plot(seconds, losses, color=f"C{index}", label=None if number else name)
+    axis.set(title="learning", xlabel="seconds of training", ylabel="validation loss, nats/token")
