@@ -32,6 +32,7 @@ from mmrec.data import Evaluation, TextData
 from mmrec.errors import UserError
 from mmrec.module import TextModule
 from mmrec.parsing import given, parse_error, resolve_configs
+from mmrec.precision import native_precision
 
 BEST_DEFAULTS = {
     "monitor": "val/loss",
@@ -120,6 +121,8 @@ class TextCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decide on the run's folder, and on the checkpoint to start from, before anything is made."""
         config = self.config[str(self.subcommand)]
+        if config.trainer.precision is None:
+            config.trainer.precision = native_precision(str(config.trainer.accelerator))
         self.root = Path(config.trainer.default_root_dir or ".")
         which, name = config.get("ckpt_path"), config.get("run")
         fit = self.subcommand == "fit"

@@ -132,9 +132,9 @@ def test_a_wrong_request_is_refused(
 
 
 def test_learning_is_the_same_again(prepared: Path) -> None:
-    runs = [learning("mmrec", str(prepared), 20_480, seed=1, evaluations=2) for _ in range(2)]
+    runs = [learning("mmrec", str(prepared), 20_480, seed=1, precision="32-true", evaluations=2) for _ in range(2)]
     assert [point["loss"] for point in runs[0]["course"]] == [point["loss"] for point in runs[1]["course"]]
-    other = learning("mmrec", str(prepared), 20_480, seed=2, evaluations=2)
+    other = learning("mmrec", str(prepared), 20_480, seed=2, precision="32-true", evaluations=2)
     assert other["course"] != runs[0]["course"]
 
 

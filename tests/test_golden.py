@@ -48,7 +48,12 @@ def test_an_old_checkpoint_can_be_trained_on(mmrec: Command, prepared: Path) -> 
     assert last("more")["global_step"] == 60
 
 
-COMMAND = ["--trainer.max_steps=50", "--trainer.max_epochs=-1", "--trainer.log_every_n_steps=1"]
+COMMAND = [
+    "--trainer.precision=32-true",
+    "--trainer.max_steps=50",
+    "--trainer.max_epochs=-1",
+    "--trainer.log_every_n_steps=1",
+]
 
 
 @pytest.mark.slow

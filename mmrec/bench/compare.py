@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from mmrec.bench.check import check_ops
 from mmrec.bench.peers import PEERS
 from mmrec.bench.plot import plot
 from mmrec.errors import UserError, nearest
+from mmrec.precision import native_precision
 from mmrec.tokens import open_tokens
 
 OURS = "mmrec"
@@ -39,6 +40,7 @@ def bench(
     rounds: int = 3,
     seconds: float = 5.0,
     threads: int | None = None,
+    precision: Literal["32-true", "bf16-mixed"] | None = None,
     output_dir: Path = Path("bench"),
 ) -> None:
     """Compare this program's model with others, in turn, each measurement in a process of its own.
@@ -54,6 +56,8 @@ def bench(
         rounds: how often all take their turn; for learn, the number of seeds.
         seconds: time of one measurement of speed, at least.
         threads: of torch; as many as there are cores if left out.
+        precision: of the matrix products of all models in training; the fastest that the processor has units for
+            if left out.
         output_dir: folder for results.json and results.png.
 
     Raises:
@@ -71,30 +75,22 @@ def bench(
     output_dir.mkdir(parents=True, exist_ok=True)
     names = [OURS, *(peer for peer in peers if peer != OURS)]
     runner = Runner(threads or os.cpu_count() or 1)
-    results: dict[str, Any] = {"machine": machine(runner.threads), "ops": check_ops()}
+    chosen = precision or native_precision("cpu")
+    results: dict[str, Any] = {"machine": machine(runner.threads), "precision": chosen, "ops": check_ops()}
     for name, difference in results["ops"].items():
         print(f"{name}: within {difference:.0e} of the reference")
 
+    speed: dict[str, Any] = {"vocab_size": VOCABULARY, "seconds": seconds}
     if "train" in measures:
-        results["train"] = [
-            runner.turns(names, rounds, task="train", length=length, vocab_size=VOCABULARY, seconds=seconds)
-            for length in lengths
-        ]
-        show("training, tokens/s", "length", lengths, results["train"], "tokens_per_second")
-        show(
-            "training, memory above the idle process in MiB",
-            "length",
-            lengths,
-            results["train"],
-            "working_bytes",
-            2**20,
-        )
+        request = {**speed, "task": "train", "precision": chosen}
+        results["train"] = [runner.turns(names, rounds, **request, length=length) for length in lengths]
+        show(f"training, tokens/s, {chosen}", "length", lengths, results["train"], "tokens_per_second")
+        memory = "training, memory above the idle process in MiB"
+        show(memory, "length", lengths, results["train"], "working_bytes", 2**20)
     recurrent = [name for name in names if name in (OURS, "lstm", "gpt")]
     if "decode" in measures:
-        results["decode"] = [
-            runner.turns(recurrent, rounds, task="decode", position=position, vocab_size=VOCABULARY, seconds=seconds)
-            for position in positions
-        ]
+        request = {**speed, "task": "decode"}
+        results["decode"] = [runner.turns(recurrent, rounds, **request, position=position) for position in positions]
         show("writing, tokens/s", "position", positions, results["decode"], "tokens_per_second")
         show(
             "writing, memory of what was read in KiB", "position", positions, results["decode"], "state_bytes", 2**10
@@ -103,7 +99,8 @@ def bench(
         results["read"] = runner.turns([OURS], rounds, task="read", total=positions[-1], vocab_size=VOCABULARY)
         show_reading(results["read"], positions[-1])
     if "learn" in measures:
-        results["learn"] = runner.turns(names, rounds, seeds=True, task="learn", folder=str(data_dir), tokens=tokens)
+        request = {"task": "learn", "folder": str(data_dir), "tokens": tokens, "precision": chosen}
+        results["learn"] = runner.turns(names, rounds, seeds=True, **request)
         show_learning(results["learn"])
     results["points"] = {"train": list(lengths), "decode": list(positions)}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")

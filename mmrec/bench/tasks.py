@@ -24,6 +24,7 @@ from mmrec.bench.peers import GPT, LSTM, Cache, make_peer, size
 from mmrec.decode import Decoder
 from mmrec.model import MemoryLM, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
+from mmrec.precision import FULL, MIXED
 from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
 from mmrec.tokens import open_tokens
 
@@ -53,10 +54,13 @@ def fresh_rows(model: nn.Module, state: Any, fresh: Tensor) -> Any:
     return tuple(part.masked_fill(fresh[None, :, None], 0) for part in state)
 
 
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, state: Any) -> tuple[Tensor, Any]:
+def loss_of(
+    model: nn.Module, inputs: Tensor, targets: Tensor, state: Any, precision: str = FULL
+) -> tuple[Tensor, Any]:
     """Return the mean loss in nats/token, and the state after the last token."""
-    logits, state = model(inputs, state)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE), state
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
+        logits, state = model(inputs, state)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE), state
 
 
 def optimizer_of(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -74,7 +78,9 @@ def start(model: nn.Module, rows: int) -> Any:
     return None if isinstance(model, GPT) else model.zero_state(rows)  # type: ignore[operator]
 
 
-def train_speed(peer: str, length: int, vocab_size: int, seconds: float, step_tokens: int = 4096) -> dict[str, Any]:
+def train_speed(
+    peer: str, length: int, vocab_size: int, seconds: float, precision: str, step_tokens: int = 4096
+) -> dict[str, Any]:
     """Train on random tokens for some seconds: forward, backward, clipping and update.
 
     Args:
@@ -82,6 +88,7 @@ def train_speed(peer: str, length: int, vocab_size: int, seconds: float, step_to
         length: tokens of a row.
         vocab_size: N.
         seconds: time to measure; at least one update is made.
+        precision: of the matrix products, Lightning's name.
         step_tokens: tokens of an update, where a row is shorter.
     """
     model = make_peer(peer, vocab_size, length)
@@ -89,7 +96,7 @@ def train_speed(peer: str, length: int, vocab_size: int, seconds: float, step_to
 
     def update(rows: int, length: int) -> None:
         tokens = torch.randint(vocab_size, (rows, length + 1))
-        loss, _ = loss_of(model, tokens[:, :-1], tokens[:, 1:], start(model, rows))
+        loss, _ = loss_of(model, tokens[:, :-1], tokens[:, 1:], start(model, rows), precision)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,9 +192,7 @@ RECIPES: dict[str, dict[str, float]] = {
 """How each learns; the others as our model, but on windows chosen at random."""
 
 
-def learning(
-    peer: str, folder: str, tokens: int, seed: int, evaluations: int = 16, seconds: float = float("inf")
-) -> dict[str, Any]:
+def learning(peer: str, folder: str, tokens: int, seed: int, precision: str, evaluations: int = 16) -> dict[str, Any]:
     """Train on a token folder and score all of its validation text now and then, on the way that the model is used.
 
     A model with a state reads rows on with it, and is scored with it carried; attention is trained and scored on
@@ -198,8 +203,8 @@ def learning(
         folder: of ``mmrec prepare``.
         tokens: how many to train on.
         seed: of weights and order.
+        precision: of the matrix products in training, Lightning's name; scores are in full precision.
         evaluations: how often to score.
-        seconds: give up after so many of training.
     """
     torch.manual_seed(seed)
     data = open_tokens(Path(folder))
@@ -238,18 +243,15 @@ def learning(
     for step in range(steps):
         began = time.monotonic()
         inputs, targets, state = batch(step, state)
-        loss, state = loss_of(model, inputs, targets, state)
+        loss, state = loss_of(model, inputs, targets, state, precision)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         spent += time.monotonic() - began
-        over = step + 1 == steps or spent > seconds
-        if over or (step + 1) % max(1, steps // evaluations) == 0:
+        if step + 1 == steps or (step + 1) % max(1, steps // evaluations) == 0:
             course.append({"tokens": (step + 1) * rows * length, "seconds": spent, "loss": score()})
-        if over:
-            break
     return {"course": course, "size": size(model), "protocol": "carried" if carries else f"windowed at {length}"}
 
 
