@@ -21,6 +21,10 @@ OTHER_COMMANDS = {
     "generate": "write text with a trained model",
     "bench": "compare speed, memory and learning with other models, side by side",
 }
+CORPUS_HELP = (
+    "tiny_shakespeare, shakespeare_plays, sample, file, directory, openwebtext, wikipedia, c4, hf:OWNER/NAME, or "
+    "your own files and folders"
+)
 COMMANDS = OTHER_COMMANDS | LIGHTNING_COMMANDS
 
 
@@ -72,13 +76,17 @@ def _dispatch(command: str, *options: str) -> None:
         case "prepare":
             from mmrec.prepare import prepare
 
+            flags = {
+                "force": "replace another token folder at output_dir",
+                "verify": "only check the files of output_dir",
+                "drop_duplicates": "keep one of several documents with the same text (large corpora)",
+            }
             parser = Parser(prog="mmrec prepare", description=OTHER_COMMANDS[command])
-            parser.add_argument(
-                "corpus", nargs="?", help="tiny_shakespeare, shakespeare_plays, sample, file or directory"
-            )
-            parser.add_function_arguments(prepare, skip={"corpus", "force", "verify"})
-            parser.add_argument("--force", action="store_true", help="replace another token folder at output_dir")
-            parser.add_argument("--verify", action="store_true", help="only check the files of output_dir")
+            parser.add_argument("corpus", nargs="?", help=CORPUS_HELP)
+            parser.add_argument("paths", nargs="*", help="files and folders, for a large corpus")
+            parser.add_function_arguments(prepare, skip={"corpus", "paths", *flags})
+            for flag, about in flags.items():
+                parser.add_argument(f"--{flag}", action="store_true", help=about)
             prepare(**vars(parser.parse_args(args)))
         case "generate":
             from mmrec.generate import generate

@@ -107,7 +107,7 @@ class TextData(LightningDataModule):
         self.data_dir.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.data_dir.parent / f".{self.data_dir.name}.lock"):
             if not self.data_dir.exists():
-                prepare(self.corpus, self.data_dir)
+                prepare(self.corpus, output_dir=self.data_dir)
 
     def _stream(self) -> RowStream:
         trainer = self.trainer

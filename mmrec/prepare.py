@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrec.corpora import get_corpus
+from mmrec.corpora import CORPORA, get_corpus
 from mmrec.corpora.base import Document, Options
-from mmrec.errors import UserError
+from mmrec.errors import UserError, nearest
 from mmrec.tokenizers import make_tokenizer
 from mmrec.tokens import FILES, TokenFolder, open_tokens, read_manifest, verify_tokens, write_tokens
 
+LARGE, HUB = ("openwebtext", "wikipedia", "c4"), "hf:"
+"""Corpora that are read shard by shard; what that needs is imported only for them."""
 SEPARATOR = "\n\n"
 """Stands between two documents, in the text files as in the tokens."""
 
 
 def prepare(
     corpus: str | None = None,
+    paths: Sequence[str] = (),
     output_dir: Path | None = None,
     input_file: Path | None = None,
     input_dir: Path | None = None,
@@ -29,14 +32,21 @@ def prepare(
     encoding: str = "utf-8",
     glob: str = "*.txt",
     mirror: str | None = None,
+    text_field: str = "text",
+    drop_duplicates: bool = False,
+    engine: str = "local",
+    workers: int | None = None,
+    slurm: dict[str, str] | None = None,
     force: bool = False,
     verify: bool = False,
-) -> TokenFolder:
+) -> TokenFolder | None:
     """Read a corpus, split it into training and validation, and write both as text and as tokens.
 
     Args:
-        corpus: tiny_shakespeare, shakespeare_plays, sample, file or directory. May be left out where
-            --input_file or --input_dir is given.
+        corpus: tiny_shakespeare, shakespeare_plays, sample, file or directory; openwebtext, wikipedia, c4 or
+            hf:OWNER/NAME; or the first of your own files and folders. May be left out where --input_file or
+            --input_dir is given.
+        paths: files and folders, local or s3://, gs://, https://; large corpora are downloaded if left out.
         output_dir: folder to write; data/CORPUS if left out. It must be new, empty, or hold this very corpus.
         input_file: your own text, for the corpus "file".
         input_dir: folder of your own texts, searched with its subfolders, for the corpus "directory".
@@ -46,23 +56,54 @@ def prepare(
         encoding: of the input files.
         glob: names of the files that count, for --input_dir.
         mirror: folder or URL that holds the corpus's file, used instead of the internet.
+        text_field: name of the text in JSON, Parquet and tf.Example records.
+        drop_duplicates: keep one of several documents with the same text (large corpora).
+        engine: local, ray (a cluster that RAY_ADDRESS names) or slurm, for large corpora.
+        workers: shards of a large corpus that are worked on at once; as many as there are cores if left out.
+        slurm: options of the Slurm jobs, as {partition: cpu, time: "4:00:00"}.
         force: replace another token folder that stands at output_dir.
         verify: only check that the files of output_dir are as they were written.
 
     Returns:
-        The token folder, opened.
+        The token folder, opened; None where Slurm has yet to do the work.
 
     Raises:
         UserError: something that was given is wrong; nothing has been changed.
     """
+    if input_file is None and input_dir is None and corpus is not None and corpus not in CORPORA:
+        if corpus not in LARGE and not corpus.startswith(HUB):
+            paths, corpus = (_existing(corpus), *paths), None
+        if corpus is None and len(paths) == 1 and _is_small_text(paths[0]):
+            input_file, paths = Path(paths[0]), ()
+        else:
+            folder = output_dir or Path("data") / _name_of(corpus or paths[0])
+            if verify:
+                return _verified(folder)
+            _check_split(val_split)
+            _check_target(folder, force)
+            from mmrec.large.prepare import prepare_large
+
+            return prepare_large(
+                corpus,
+                paths,
+                folder,
+                val_split,
+                tokenizer,
+                vocab_size,
+                text_field,
+                drop_duplicates,
+                engine,
+                workers,
+                slurm or {},
+                force,
+            )
+    if paths:
+        raise UserError(f"{paths[0]}: the corpus {corpus!r} takes no files of yours")
     name = _corpus_name(corpus, input_file, input_dir)
     folder = output_dir or Path("data") / name
     if verify:
-        verify_tokens(folder)
-        print(f"{folder}: every file is as it was written")
-        return open_tokens(folder)
-    if val_split is not None and not 0 < val_split < 1:
-        raise UserError(f"--val_split is {val_split}; it must lie between 0 and 1, for example 0.1")
+        return _verified(folder)
+    _check_split(val_split)
     earlier = _check_target(folder, force)
 
     source = get_corpus(name, Options(input_file, input_dir, encoding, glob, mirror))
@@ -95,6 +136,39 @@ def prepare(
     tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description)
     print(summary(tokens))
     return tokens
+
+
+def _existing(path: str) -> str:
+    """Return ``path``, given where a corpus may stand; UserError where it is neither."""
+    if "://" in path or Path(path).exists():
+        return path
+    names = [*CORPORA, *LARGE]
+    raise UserError(
+        f"unknown corpus {path!r}, and no such file or folder; known: {', '.join(names)}, {HUB}OWNER/NAME"
+        f"{nearest(path, names)}"
+    )
+
+
+def _is_small_text(path: str) -> bool:
+    """Whether a path is a text file that is held in memory as a whole."""
+    file = Path(path)
+    return file.is_file() and file.suffix.lower() in ("", ".txt", ".md") and file.stat().st_size < 10**9
+
+
+def _name_of(path: str) -> str:
+    """Return a folder's name for a corpus or a path."""
+    return path.removeprefix(HUB).rstrip("/").rpartition("/")[2].partition(".")[0] or "corpus"
+
+
+def _verified(folder: Path) -> TokenFolder:
+    verify_tokens(folder)
+    print(f"{folder}: every file is as it was written")
+    return open_tokens(folder)
+
+
+def _check_split(val_split: float | None) -> None:
+    if val_split is not None and not 0 < val_split < 1:
+        raise UserError(f"--val_split is {val_split}; it must lie between 0 and 1, for example 0.1")
 
 
 def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:

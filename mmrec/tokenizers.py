@@ -14,6 +14,8 @@ import numpy as np
 from mmrec.errors import UserError, nearest
 
 DEFAULT_BPE_VOCABULARY = 4096
+SEPARATOR_BYTES = b"\n\n"
+"""What the separator of documents stands for, in text that is written and where bytes are counted."""
 
 
 class Tokenizer(ABC):
@@ -21,6 +23,8 @@ class Tokenizer(ABC):
 
     name: ClassVar[str]
     vocab_size: int
+    separator: int | None = None
+    """The token that begins each document, where the text is cut into such; :meth:`encode` never gives it."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -81,16 +85,19 @@ class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8: no vocabulary to build, and never an unknown symbol."""
 
     name = "bytes"
-    vocab_size = 256
+
+    def __init__(self, documents: bool = False) -> None:
+        self.vocab_size = 256 + documents
+        self.separator = 256 if documents else None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
+        return SEPARATOR_BYTES if token == self.separator else bytes([token])
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return {"name": self.name} | _documents(self)
 
 
 class BPETokenizer(Tokenizer):
@@ -100,7 +107,7 @@ class BPETokenizer(Tokenizer):
     # Text is handed over in pieces: the library holds many times its input in memory.
     PIECE = 1 << 20
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, documents: bool = False) -> None:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
@@ -117,13 +124,18 @@ class BPETokenizer(Tokenizer):
             if letters is None or not all(letter in byte_of for letter in letters):
                 raise UserError(f"the tokenizer is not byte-level BPE: token {token} does not stand for bytes")
             self._bytes.append(bytes(byte_of[letter] for letter in letters))
+        if documents:
+            self.separator = self.vocab_size
+            self.vocab_size += 1
+            self._bytes.append(SEPARATOR_BYTES)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Learn ``vocab_size`` tokens (at least 256) from ``text``."""
+    def train(cls, texts: str | Iterable[str], vocab_size: int, documents: bool = False) -> BPETokenizer:
+        """Learn ``vocab_size`` tokens, at least 256 (and one for a separator), from a text or several."""
         from tokenizers import Tokenizer as HFTokenizer
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
+        vocab_size -= documents
         if vocab_size < 256:
             raise UserError(f"--vocab_size {vocab_size} is too small: the 256 bytes are tokens too")
         tokenizer = HFTokenizer(models.BPE())
@@ -134,8 +146,9 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-        tokenizer.train_from_iterator(_pieces(text, cls.PIECE), trainer)
-        return cls(tokenizer.to_str())
+        several = [texts] if isinstance(texts, str) else texts
+        tokenizer.train_from_iterator((piece for text in several for piece in _pieces(text, cls.PIECE)), trainer)
+        return cls(tokenizer.to_str(), documents)
 
     def encode(self, text: str) -> np.ndarray:
         parts = [np.array(self._tokenizer.encode(piece).ids, dtype=self.dtype) for piece in _pieces(text, self.PIECE)]
@@ -145,7 +158,7 @@ class BPETokenizer(Tokenizer):
         return self._bytes[token]
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name, "model": self._tokenizer.to_str()}
+        return {"name": self.name, "model": self._tokenizer.to_str()} | _documents(self)
 
 
 class StreamDecoder:
@@ -198,9 +211,9 @@ def load_tokenizer(state: Mapping[str, Any]) -> Tokenizer:
         case {"name": "characters", "alphabet": str(alphabet)} if alphabet:
             return CharacterTokenizer(alphabet)
         case {"name": "bytes"}:
-            return ByteTokenizer()
+            return ByteTokenizer(state.get("documents") is True)
         case {"name": "bpe", "model": str(model)}:
-            return BPETokenizer(model)
+            return BPETokenizer(model, state.get("documents") is True)
     raise UserError(f"not a tokenizer of this program: {str(state)[:80]}")
 
 
@@ -211,6 +224,10 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
         spelled = tokenizer.token_bytes(token)
         lengths[token] = len(spelled), sum(byte & 0xC0 != 0x80 for byte in spelled)
     return lengths
+
+
+def _documents(tokenizer: Tokenizer) -> dict[str, bool]:
+    return {} if tokenizer.separator is None else {"documents": True}
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The flat token store: a folder with the text, its tokens, the tokenizer, and a manifest of them all.
+"""The flat token store: a folder with tokens, the tokenizer, and a manifest of them all.
 
-``train.bin`` and ``val.bin`` are the tokens of ``train.txt`` and ``val.txt``, little-endian uint16 or uint32,
-nothing else: random access is arithmetic, and a memory map needs no memory.
+``train.bin`` and ``val.bin`` are tokens, little-endian uint16 or uint32, nothing else: random access is arithmetic,
+and a memory map needs no memory. A small corpus has its text beside them, ``train.txt`` and ``val.txt``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from mmrec.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT, VERSION = "mmrec-tokens", 2
 MANIFEST = "manifest.json"
-FILES = ("train.txt", "val.txt", "train.bin", "val.bin", "tokenizer.json")
+NEEDED = ("train.bin", "val.bin", "tokenizer.json")
+FILES = ("train.txt", "val.txt", *NEEDED, "rejected.jsonl")
+"""What a token folder may hold: also the texts of a small corpus, and what was set aside of a large one."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,16 @@ class TokenFolder:
     val: np.ndarray
 
 
-def write_tokens(
-    folder: Path, texts: Mapping[str, str], tokenizer: Tokenizer, description: Mapping[str, Any]
-) -> TokenFolder:
-    """Write a token folder: whole, or not at all.
+@contextmanager
+def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder for ``train.bin`` and ``val.bin``; it becomes a token folder: whole, or not at all.
 
-    All is written into a folder beside the target and renamed into place when it is on disk.
+    All is written into a folder beside the target, and renamed into place at the end, when it is on disk.
 
     Args:
         folder: the target; missing, empty, or a token folder that is to be replaced.
-        texts: "train" and "val".
-        tokenizer: encodes both.
-        description: what else the manifest says: the corpus and the split.
+        tokenizer: of the tokens.
+        description: what else the manifest says, at the end: the corpus and the split.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the target is as it was.
@@ -68,13 +69,9 @@ def write_tokens(
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
-        counts = {}
-        for part, text in texts.items():
-            tokens = tokenizer.encode(text)
-            counts[part] = len(tokens)
-            _write(staging / f"{part}.txt", text.encode("utf-8"))
-            _write(staging / f"{part}.bin", tokens.tobytes())
+        yield staging
         _write(staging / "tokenizer.json", json.dumps(tokenizer.state(), ensure_ascii=False).encode("utf-8"))
+        files = {name: _fingerprint(staging / name) for name in FILES if (staging / name).exists()}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -85,14 +82,24 @@ def write_tokens(
                 "digest": tokenizer.digest(),
             },
             "dtype": tokenizer.dtype.str,
-            "tokens": counts,
-            "files": {name: _fingerprint(staging / name) for name in FILES},
+            "tokens": {part: files[f"{part}.bin"]["bytes"] // tokenizer.dtype.itemsize for part in ("train", "val")},
+            "files": files,
         }
         manifest["sha256"] = manifest_digest(manifest)
         _write(staging / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
         _replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tokens(
+    folder: Path, texts: Mapping[str, str], tokenizer: Tokenizer, description: Mapping[str, Any]
+) -> TokenFolder:
+    """Write the texts "train" and "val" and their tokens as a token folder, as :func:`writing` does."""
+    with writing(folder, tokenizer, description) as staging:
+        for part, text in texts.items():
+            _write(staging / f"{part}.txt", text.encode("utf-8"))
+            _write(staging / f"{part}.bin", tokenizer.encode(text).tobytes())
     return open_tokens(folder)
 
 
@@ -185,7 +192,11 @@ def _described(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[s
             known = {file: entry.get("bytes") for file, entry in files.items() if isinstance(entry, dict)}
             sizes = {file: size for file in FILES if isinstance(size := known.get(file), int)}
             tokens = [sizes.get(file, 0) for file in ("train.bin", "val.bin")]
-            whole = len(sizes) == len(FILES) and all(size > 0 == size % dtype.itemsize for size in tokens)
+            whole = (
+                len(sizes) == len(files)
+                and set(NEEDED) <= set(sizes)
+                and all(size > 0 == size % dtype.itemsize for size in tokens)
+            )
             if whole and manifest.get("sha256") == manifest_digest(manifest):
                 return dtype, sizes
     raise UserError(f"{folder / MANIFEST}: is damaged; prepare the corpus again (--force)")
@@ -194,6 +205,6 @@ def _described(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[s
 def verify_tokens(folder: Path) -> None:
     """Read every file of a token folder and compare its hash; UserError names the first that differs."""
     manifest = open_tokens(folder).manifest
-    for name in FILES:
+    for name in manifest["files"]:
         if _fingerprint(folder / name) != manifest["files"][name]:
             raise UserError(f"{folder / name}: its content has changed (wrong sha256); prepare the corpus again")

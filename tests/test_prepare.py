@@ -108,7 +108,7 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="the real file is not at hand")
 def test_tiny_shakespeare_is_split_as_everyone_does(tmp_path: Path) -> None:
-    folder = prepare("tiny_shakespeare", tmp_path / "out", mirror=str(SHAKESPEARE.parent))
+    folder = prepare("tiny_shakespeare", output_dir=tmp_path / "out", mirror=str(SHAKESPEARE.parent))
     assert (len(folder.train), len(folder.val)) == (1_003_854, 111_540)
     assert folder.tokenizer.vocab_size == 65
 

@@ -1,0 +1,126 @@
+"""Fetching the files of a corpus: going on where a download stopped, and checking what arrived."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmrec.errors import UserError
+from mmrec.large.records import module
+
+BLOCK = 1 << 20
+ATTEMPTS = 5
+"""Times that a file is tried without a single new byte, before it is given up."""
+PATIENCE = 1.0
+"""Seconds before the second attempt; each later one waits twice as long."""
+
+
+def download(urls: Sequence[str], folder: Path) -> list[str]:
+    """Fetch files that are not there yet, and return their local paths.
+
+    A file arrives as NAME.part, which a later call goes on with from its last byte, and gets its name once its size
+    (and its sha256, where the server tells it) is right.
+
+    Args:
+        urls: of any file system that fsspec knows: https, hf, s3, gs.
+        folder: where they are kept; made where it is missing.
+
+    Raises:
+        UserError: a server cannot be reached or sends something else, or the disk has too little room.
+    """
+    url_to_fs = module("fsspec.core").url_to_fs
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = []
+    for url in urls:
+        fs, name = url_to_fs(url)
+        try:
+            info = fs.info(name)
+        except Exception as error:  # every file system raises errors of its own
+            raise UserError(f"{url}: cannot be reached: {_line(error)}") from None
+        if info.get("size") is None:
+            raise UserError(f"{url}: the server does not say how long the file is; fetch it by hand into {folder}")
+        wanted.append((url, fs, name, info, folder / url.rpartition("/")[2]))
+    left = [item for item in wanted if not item[4].exists() or item[4].stat().st_size != item[3]["size"]]
+    size = sum(info["size"] for _, _, _, info, _ in left)
+    there = sum(part.stat().st_size for *_, path in left if (part := _part(path)).exists())
+    room = shutil.disk_usage(folder).free
+    if size - there > room:
+        raise UserError(f"{folder}: {size - there:,} bytes are to be fetched, and there is room for {room:,}")
+    with tqdm(
+        total=size,
+        initial=there,
+        unit="B",
+        unit_scale=True,
+        desc=f"downloading {len(left)} files",
+        disable=not left or not sys.stderr.isatty(),
+    ) as bar:
+        for url, fs, name, info, path in left:
+            _fetch(url, fs, name, info, path, bar)
+    return [str(path) for *_, path in wanted]
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: tqdm[Any]) -> None:
+    part, attempt = _part(path), 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        if before == info["size"]:
+            break
+        if before > info["size"]:
+            part.unlink()
+            continue
+        try:
+            with (
+                open(part, "ab") as target,
+                fs.open(name, "rb", block_size=4 * BLOCK, cache_type="readahead") as file,
+            ):
+                file.seek(before)
+                while data := file.read(BLOCK):
+                    target.write(data)
+                    bar.update(len(data))
+                target.flush()
+                os.fsync(target.fileno())
+            problem = "the server sent less than it said"
+        except OSError as error:
+            if error.errno is not None and error.filename == str(part):
+                raise
+            problem = _line(error)
+        except Exception as error:  # every file system raises errors of its own
+            problem = _line(error)
+        after = part.stat().st_size
+        attempt = 0 if after > before else attempt + 1
+        if after != info["size"] and attempt >= ATTEMPTS:
+            raise UserError(f"{url}: {problem}; {after:,} of {info['size']:,} bytes are kept, try again later")
+        if after < info["size"]:
+            time.sleep(PATIENCE * 2**attempt)
+    expected = _sha256(info)
+    if expected is not None:
+        with open(part, "rb") as written:
+            if hashlib.file_digest(written, "sha256").hexdigest() != expected:
+                part.unlink()
+                raise UserError(
+                    f"{url}: what arrived has another sha256 than the server says; it was deleted, try again"
+                )
+    os.replace(part, path)
+
+
+def _sha256(info: dict[str, Any]) -> str | None:
+    """Return the sha256 that a server gives: Hugging Face's does, for its large files."""
+    lfs = info.get("lfs")
+    value = getattr(lfs, "sha256", None) or (lfs.get("sha256") if isinstance(lfs, dict) else None)
+    return str(value) if value else None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,123 @@
+"""MediaWiki's XML dumps: articles without their markup."""
+
+from __future__ import annotations
+
+import bz2
+import io
+from collections.abc import Iterator
+from typing import IO
+from xml.etree import ElementTree
+
+from mmrec.large.records import Record, Rejected, decompressed, module, naming, open_raw, suffixes
+from mmrec.large.shards import Shard
+
+ARTICLES = "0"
+"""The namespace of articles; talk, files, templates and the rest have others."""
+PART_BYTES = 1 << 25
+"""Compressed bytes that a shard of a multistream dump has at least."""
+
+
+def read_mediawiki(shard: Shard, field: str) -> Iterator[Record]:
+    """The articles of a dump, or of some streams of a multistream dump, without redirects and other pages."""
+    clean = module("mwparserfromhell").parse
+    with open_raw(shard.path) as raw, naming(shard.path):
+        whole = shard.first == 0 and shard.last is None
+        if whole:
+            with decompressed(raw, shard.path) as file:
+                yield from _articles(file, clean)
+        else:
+            raw.seek(shard.first)
+            data = raw.read() if shard.last is None else raw.read(shard.last - shard.first)
+            if shard.last is not None and len(data) < shard.last - shard.first:
+                raise EOFError("ends before the last stream that its index names")
+            yield from _articles(_Rooted(bz2.BZ2File(io.BytesIO(data)), shard.last is not None), clean)
+
+
+def _articles(file: IO[bytes] | _Rooted, clean: object) -> Iterator[Record]:
+    assert callable(clean)
+    for title, text in pages(file):
+        if text is None:
+            yield Rejected("no text", title)
+            continue
+        try:
+            yield str(clean(text).strip_code())
+        except Exception as error:  # the parser's own errors, and the recursion of markup nested too deep
+            yield Rejected(f"wikitext cannot be parsed ({type(error).__name__})", title)
+
+
+def pages(file: IO[bytes] | _Rooted) -> Iterator[tuple[str, str | None]]:
+    """Yield the title and the markup of every article that is not a redirect; each page is dropped once read.
+
+    Expat itself bounds what entities may expand to.
+    """
+    path: list[ElementTree.Element] = []
+    for event, element in ElementTree.iterparse(file, events=("start", "end")):
+        if event == "start":
+            path.append(element)
+            continue
+        path.pop()
+        if _name(element) != "page":
+            continue
+        parts = {_name(child): child for child in element}
+        space, redirect = parts.get("ns"), "redirect" in parts
+        if not redirect and (space is None or (space.text or "").strip() == ARTICLES):
+            title = parts["title"].text if "title" in parts else None
+            revision = parts.get("revision")
+            markup = [child for child in (revision if revision is not None else ()) if _name(child) == "text"]
+            yield title or "?", markup[-1].text if markup else None
+        if path:
+            path[-1].clear()
+
+
+def _name(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+class _Rooted:
+    """Pages from the middle of a dump, between the tags that a parser wants around them.
+
+    Args:
+        file: pages.
+        close: whether the closing tag is missing; the last stream of a dump has it.
+    """
+
+    def __init__(self, file: IO[bytes], close: bool) -> None:
+        self.parts: list[IO[bytes]] = [io.BytesIO(b"<mediawiki>"), file]
+        self.parts += [io.BytesIO(b"</mediawiki>")] if close else []
+
+    def read(self, size: int = -1) -> bytes:
+        while self.parts:
+            data = self.parts[0].read(size)
+            if data:
+                return data
+            self.parts.pop(0)
+        return b""
+
+
+def split_dump(path: str, index: str, part_bytes: int = PART_BYTES) -> list[Shard]:
+    """Return the shards of a multistream dump, cut at streams that ``index`` ("offset:page:title" a line) names.
+
+    The first stream, before the first offset, holds what is said of the site and no page.
+    """
+    shards: list[Shard] = []
+    offsets: list[int] = []
+    with open_raw(index) as raw, naming(index), decompressed(raw, index) as file:
+        for line in file:
+            start = line.split(b":", 1)[0]
+            if not start.isdigit():
+                raise EOFError(f"{line[:40]!r} is not 'offset:page:title'")
+            if not offsets or int(start) != offsets[-1]:
+                offsets.append(int(start))
+    first = 0
+    for offset in offsets:
+        if not first:
+            first = offset
+        elif offset - first >= part_bytes:
+            shards.append(Shard("mediawiki", path, first, offset))
+            first = offset
+    return [*shards, Shard("mediawiki", path, first, None)] if first else [Shard("mediawiki", path)]
+
+
+def is_multistream(path: str) -> bool:
+    """Whether a file's name says that its bz2 streams stand each for itself."""
+    return "multistream" in path.rpartition("/")[2] and "index" not in path and suffixes(path)[-1:] == ["bz2"]

@@ -1,0 +1,173 @@
+"""From the tokens of all shards to a token folder: the split, the duplicates, and the counts."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrec.errors import UserError
+from mmrec.large.work import DOCUMENT, read_json, stem
+from mmrec.tokenizers import Tokenizer
+from mmrec.tokens import TokenFolder, open_tokens, writing
+
+AT_ONCE = 1 << 23
+"""Documents whose hashes are compared at once, and tokens that are copied at once: it bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What the workers wrote, shard by shard.
+
+    Attributes:
+        work: their folder.
+        parts: "train", "val" or None for each shard, as in its :class:`~mmrec.large.shards.Shard`.
+        val_split: share of the documents that validate, where their shard does not decide it.
+    """
+
+    work: Path
+    parts: Sequence[str | None]
+    val_split: float
+
+    def rows(self, number: int) -> np.ndarray:
+        """Return the documents of a shard, memory-mapped: [D] of :data:`DOCUMENT`."""
+        path = self.work / f"{stem(number)}.documents"
+        if not path.stat().st_size:
+            return np.zeros(0, dtype=DOCUMENT)
+        return np.memmap(path, dtype=DOCUMENT, mode="r")
+
+    def blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (shard, number of its first document, documents) of all shards, a bounded number at a time."""
+        for number in range(len(self.parts)):
+            rows = self.rows(number)
+            for first in range(0, len(rows), AT_ONCE):
+                yield number, first, rows[first : first + AT_ONCE]
+
+    def validates(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Return which documents of shard ``number`` validate, [D] of bool: a function of their content alone."""
+        part = self.parts[number]
+        if part is not None:
+            return np.full(len(rows), part == "val")
+        return rows["hash"][:, 0] < np.uint64(int(self.val_split * 2**64))
+
+
+def find_duplicates(shards: Shards) -> np.ndarray:
+    """Return which documents were there before, in the order of the shards: [all documents] of bool.
+
+    A document of the training files that is also in the corpus's own validation files is one, too. The hashes are
+    compared in as many passes as keep memory bounded.
+    """
+    counts = [len(shards.rows(number)) for number in range(len(shards.parts))]
+    total = sum(counts)
+    # Validation files first: a text that is in both is kept there.
+    order = sorted(range(len(counts)), key=lambda number: shards.parts[number] != "val")
+    starts = np.cumsum([0, *counts])
+    duplicate = np.zeros(total, dtype=bool)
+    passes = -(-total // AT_ONCE)
+    for turn in range(passes):
+        hashes, places = [], []
+        for number in order:
+            hash_ = shards.rows(number)["hash"]
+            mine = np.flatnonzero(hash_[:, 1] % np.uint64(passes) == turn)
+            hashes.append(hash_[mine])
+            places.append(starts[number] + mine)
+        hash_, place = np.concatenate(hashes), np.concatenate(places)
+        by_hash = np.lexsort((hash_[:, 0], hash_[:, 1]))  # stable: of equal ones the earliest comes first
+        equal = (hash_[by_hash[1:]] == hash_[by_hash[:-1]]).all(axis=1)
+        duplicate[place[by_hash[1:][equal]]] = True
+    return duplicate
+
+
+def merge(
+    shards: Shards, folder: Path, tokenizer: Tokenizer, description: dict[str, Any], drop_duplicates: bool
+) -> TokenFolder:
+    """Write the token folder, and return it opened.
+
+    Raises:
+        UserError: the corpus has too few documents to split.
+    """
+    counts = [read_json(shards.work / f"{stem(number)}.json") for number in range(len(shards.parts))]
+    documents = sum(count["documents"] for count in counts)
+    if documents < 2:
+        raise UserError(
+            f"{description['corpus']['title']}: {documents} documents; at least two are needed, one to validate"
+        )
+    dropped = find_duplicates(shards) if drop_duplicates else np.zeros(documents, dtype=bool)
+    only = _lone_validator(shards, dropped)
+    reasons: Counter[str] = Counter()
+    for count in counts:
+        reasons.update(count["rejected"])
+    sizes = {part: Counter[str]() for part in ("train", "val", "duplicates")}
+    with writing(folder, tokenizer, description) as staging:
+        with open(staging / "train.bin", "wb") as train, open(staging / "val.bin", "wb") as val:
+            place = position = 0
+            current = -1
+            for number, _, rows in shards.blocks():
+                if number != current:
+                    current, position = number, 0
+                    tokens = np.memmap(shards.work / f"{stem(number)}.tokens", dtype=tokenizer.dtype, mode="r")
+                kept = ~dropped[place : place + len(rows)]
+                validates = shards.validates(number, rows)
+                if only is not None:
+                    validates = np.arange(place, place + len(rows)) == only
+                for part, chosen in (("train", kept & ~validates), ("val", kept & validates), ("duplicates", ~kept)):
+                    sizes[part]["documents"] += int(chosen.sum())
+                    sizes[part]["bytes"] += int(rows["bytes"][chosen].sum())
+                _copy(tokens, position, rows["tokens"], kept & ~validates, train)
+                _copy(tokens, position, rows["tokens"], kept & validates, val)
+                position += int(rows["tokens"].sum())
+                place += len(rows)
+        with open(staging / "rejected.jsonl", "wb") as rest:
+            for number in range(len(shards.parts)):
+                with open(shards.work / f"{stem(number)}.rejected", "rb") as lines:
+                    shutil.copyfileobj(lines, rest)
+        description["documents"] = {part: dict(size) for part, size in sizes.items()}
+        description["rejected"] = dict(sorted(reasons.items()))
+    return open_tokens(folder)
+
+
+def _lone_validator(shards: Shards, dropped: np.ndarray) -> int | None:
+    """Return the place of the document that validates alone, where the shares leave one part empty; else None."""
+    validating = training = place = 0
+    smallest, lowest = 0, 2**64
+    for number, _, rows in shards.blocks():
+        kept = ~dropped[place : place + len(rows)]
+        validates = shards.validates(number, rows)
+        validating += int((kept & validates).sum())
+        training += int((kept & ~validates).sum())
+        hashes = np.where(kept, rows["hash"][:, 0], np.uint64(2**64 - 1))
+        if len(hashes) and int(hashes.min()) < lowest:
+            smallest, lowest = place + int(hashes.argmin()), int(hashes.min())
+        place += len(rows)
+    if validating + training < 2:
+        raise UserError("only one document is left; at least two are needed, one to validate")
+    return None if validating and training else smallest
+
+
+def _copy(tokens: np.ndarray, position: int, lengths: np.ndarray, chosen: np.ndarray, target: Any) -> None:
+    """Append the tokens of the documents that are chosen, run by run, to a file."""
+    ends = position + np.cumsum(lengths.astype(np.int64))
+    starts = ends - lengths.astype(np.int64)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        for start in range(int(starts[first]), int(ends[last - 1]), AT_ONCE):
+            target.write(tokens[start : min(start + AT_ONCE, int(ends[last - 1]))].tobytes())
+
+
+def counts_table(manifest: dict[str, Any]) -> str:
+    """Return a few lines for a person: documents, bytes and tokens of each part, and what was set aside."""
+    rows = [("", "documents", "bytes", "tokens")]
+    for part, size in manifest["documents"].items():
+        tokens = manifest["tokens"].get(part)
+        rows.append((part, f"{size['documents']:,}", f"{size['bytes']:,}", "" if tokens is None else f"{tokens:,}"))
+    lines = [f"{a:<12}{b:>15}{c:>20}{d:>20}".rstrip() for a, b, c, d in rows]
+    rejected = manifest["rejected"]
+    if rejected:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        lines.append(f"set aside   {sum(rejected.values()):,} records: {reasons} (rejected.jsonl)")
+    return "\n".join(lines)

@@ -1,0 +1,178 @@
+"""``mmrec prepare`` for corpora that outgrow memory: plan, tokenize shard by shard, merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mmrec.errors import UserError, nearest
+from mmrec.large.download import download
+from mmrec.large.engines import ENGINES, run_shards
+from mmrec.large.merge import Shards, counts_table, merge
+from mmrec.large.records import is_remote, module
+from mmrec.large.shards import Shard
+from mmrec.large.sources import HUB, SOURCES, files_of, find_shards
+from mmrec.large.work import PLAN, documents, hash_of, read_json, write_json
+from mmrec.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from mmrec.tokens import TokenFolder, open_tokens, read_manifest
+
+DEFAULT_SPLIT = 0.05
+LARGE_VOCABULARY = 32_768
+"""Of BPE for the named corpora, where no other size is asked for."""
+SAMPLE_SHARDS, SAMPLE_BYTES = 16, 1 << 21
+"""BPE is learned from the first documents of so many shards, so many bytes of each."""
+
+
+def prepare_large(
+    corpus: str | None,
+    paths: Sequence[str],
+    output_dir: Path,
+    val_split: float | None,
+    tokenizer: str | None,
+    vocab_size: int | None,
+    text_field: str,
+    drop_duplicates: bool,
+    engine: str,
+    workers: int | None,
+    slurm: dict[str, str],
+    force: bool,
+) -> TokenFolder | None:
+    """Prepare a corpus of any size. What is done is kept, and the same command goes on after a stop.
+
+    Args:
+        corpus: one of :data:`~mmrec.large.sources.SOURCES`, ``hf:OWNER/NAME``, or None for one's own files.
+        paths: files and folders, local or remote; none to download the corpus.
+        output_dir: the token folder; beside it, NAME.work holds what is done so far.
+        val_split: share of the documents that validate, chosen by a hash of their text.
+        tokenizer: bytes or bpe.
+        vocab_size: for bpe.
+        text_field: of JSON, Parquet and tf.Example.
+        drop_duplicates: keep one of documents with the same text.
+        engine: local, ray or slurm.
+        workers: shards that are worked on at once; as many as there are cores if None.
+        slurm: options for Slurm.
+        force: replace the token folder that is there, and what is done of another one.
+
+    Returns:
+        The token folder, or None where Slurm has yet to do the work.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"unknown --engine {engine!r}; known: {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
+    module("datatrove")
+    source = SOURCES.get(corpus or "")
+    title = source.title if source else corpus or f"the texts of {', '.join(Path(path).name for path in paths[:3])}"
+    if not paths:
+        paths = _downloaded(corpus or "", output_dir)
+    shards = find_shards(corpus, paths)
+    name = tokenizer or ("bpe" if source else "bytes")
+    if name not in ("bytes", "bpe"):
+        raise UserError(f"--tokenizer {name} needs the whole text at once; for large corpora: bytes or bpe")
+    if name == "bytes" and vocab_size is not None:
+        raise UserError("--vocab_size is for --tokenizer bpe")
+    plan = {
+        "shards": [shard.as_dict() for shard in shards],
+        "sizes": {path: _size(path) for path in sorted({shard.path for shard in shards})},
+        "text_field": text_field,
+        "tokenizer": [name, (vocab_size or LARGE_VOCABULARY) if name == "bpe" else None],
+        "val_split": DEFAULT_SPLIT if val_split is None else val_split,
+        "drop_duplicates": drop_duplicates,
+    }
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    earlier = read_manifest(output_dir)
+    if earlier is not None and not force:
+        if earlier.get("request", {}).get("plan") == digest:
+            print(f"{output_dir}: already prepared, nothing to do")
+            return open_tokens(output_dir)
+        raise UserError(
+            f"{output_dir}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
+            f"replace it by --force"
+        )
+    work = output_dir.with_name(f"{output_dir.name}.work")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output_dir.with_name(f".{output_dir.name}.lock"), timeout=0):
+            _plan_work(work, plan, force)
+            made = _tokenizer(work, shards, plan)
+            print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")  # type: ignore[attr-defined]
+            if not run_shards(work, len(shards), engine, workers or os.cpu_count() or 1, slurm):
+                print(f"handed to Slurm; once its jobs are done, the same command writes {output_dir}")
+                return None
+            description: dict[str, Any] = {
+                "corpus": {"name": corpus or "paths", "title": title, "files": len(plan["sizes"])},  # type: ignore[arg-type]
+                "split": {"val_split": plan["val_split"], "rule": "by a hash of each document"},
+                "request": {"plan": digest},
+            }
+            parts = Shards(work, [shard.part for shard in shards], float(plan["val_split"]))  # type: ignore[arg-type]
+            tokens = merge(parts, output_dir, made, description, drop_duplicates)
+            shutil.rmtree(work)
+    except Timeout:
+        raise UserError(f"{output_dir}: another mmrec prepare is at work on it") from None
+    print(f"{counts_table(tokens.manifest)}\nwritten to  {output_dir}")
+    return tokens
+
+
+def _downloaded(corpus: str, output_dir: Path) -> list[str]:
+    """Return the local files of a corpus, fetched where they are missing."""
+    url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else SOURCES[corpus].url
+    return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"))
+
+
+def _size(path: str) -> int:
+    if is_remote(path):
+        fs, inner = module("fsspec.core").url_to_fs(path)
+        return int(fs.size(inner) or 0)
+    return Path(path).stat().st_size
+
+
+def _plan_work(work: Path, plan: dict[str, Any], force: bool) -> None:
+    """Make the work folder, or go on with it where it is of the same plan."""
+    if (work / PLAN).exists() and not force:
+        if read_json(work / PLAN) != plan:
+            raise UserError(
+                f"{work}: holds what is done of another request, or the files have changed; delete it, or "
+                f"begin anew by --force"
+            )
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / PLAN, plan)
+
+
+def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of the plan: that of the work folder, or made, and kept there."""
+    path = work / "tokenizer.json"
+    if path.exists():
+        return load_tokenizer(read_json(path))
+    name, size = plan["tokenizer"]
+    tokenizer: Tokenizer = ByteTokenizer(documents=True)
+    if name == "bpe":
+        sample = _sample(shards, plan["text_field"], plan["val_split"])
+        tokenizer = BPETokenizer.train(sample, size, documents=True)
+    write_json(path, tokenizer.state())
+    return tokenizer
+
+
+def _sample(shards: Sequence[Shard], field: str, val_split: float) -> Iterator[str]:
+    """Yield training documents from all over the corpus, the same ones each time."""
+    training = [shard for shard in shards if shard.part != "val"]
+    step = max(1, len(training) // SAMPLE_SHARDS)
+    for shard in training[::step][:SAMPLE_SHARDS]:
+        size = 0
+        for record in documents(shard, field):
+            if isinstance(record, str):
+                data = record.encode("utf-8")
+                if shard.part is None and int(hash_of(data)[0]) < int(val_split * 2**64):
+                    continue
+                yield record
+                size += len(data)
+                if size >= SAMPLE_BYTES:
+                    break

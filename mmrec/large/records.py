@@ -1,0 +1,120 @@
+"""What a reader yields, and how a file is opened: local or remote, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from mmrec.errors import UserError
+
+LONGEST = 1 << 26
+"""Bytes of the longest record that is read; longer ones are set aside, so that memory stays bounded."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that is not used.
+
+    Attributes:
+        reason: one of a few, to be counted.
+        where: the place in its file, for a person.
+    """
+
+    reason: str
+    where: str
+
+
+Record = str | Rejected
+"""The text of a document, or why there is none."""
+
+
+def module(name: str) -> Any:
+    """Return an optional package; UserError says how to install it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(f"this needs the package {name}; pip install 'mmrec[prepare]'") from None
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is a URL, as s3://bucket/file."""
+    return "://" in path
+
+
+def suffixes(path: str) -> list[str]:
+    """Return the ends of a file's name, in lower case and without dots: "a.json.gz" gives json, gz."""
+    return [part.lower() for part in PurePosixPath(path).name.split(".")[1:]]
+
+
+@contextmanager
+def open_raw(path: str) -> Iterator[IO[bytes]]:
+    """Open a file of any file system that fsspec knows, as it is. UserError names it where that fails."""
+    try:
+        if is_remote(path):
+            with module("fsspec").open(path, "rb") as file:
+                yield file
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (FileNotFoundError, PermissionError, IsADirectoryError, ImportError) as error:
+        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {what}") from None
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed by the end of its name; what is cut short or damaged is a UserError naming it."""
+    with open_raw(path) as raw, naming(path), decompressed(raw, path) as file:
+        yield file
+
+
+@contextmanager
+def decompressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
+    """Yield the content of ``raw``, which is compressed as the end of ``path`` says."""
+    match suffixes(path)[-1:]:
+        case ["gz"]:
+            with gzip.GzipFile(fileobj=raw) as file:
+                yield file  # type: ignore[misc]
+        case ["bz2"]:
+            with bz2.BZ2File(raw) as file:
+                yield file
+        case ["xz"]:
+            with lzma.LZMAFile(raw) as file:
+                yield file
+        case ["zst"]:
+            # Not zstandard: at the end of a file that was cut short it just stops.
+            with module("backports.zstd").ZstdFile(raw) as file:
+                yield file
+        case _:
+            yield raw
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn what the libraries raise on damaged files into one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, DAMAGE) and type(error).__name__ not in DAMAGE_NAMES:
+            raise
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is cut short or damaged ({what[:120]}); get it again") from None
+
+
+DAMAGE: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+DAMAGE_NAMES = {"ZstdError", "ArrowInvalid", "ParseError", "ReadError", "StreamError", "CutShort"}
+"""Of optional packages, and of modules that are slow to import."""
+
+
+class CutShort(ValueError):
+    """A file ends, or is damaged, inside a record."""
