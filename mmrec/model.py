@@ -80,7 +80,9 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, past: Tensor, fresh: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if fresh is not None:
+            return fused.causal_conv_of_documents(x, past, self.weight, fresh)
         return fused.causal_conv(x, past, self.weight)
 
 
@@ -105,8 +107,8 @@ class Memory(nn.Module, ABC):
         """Return the state before the first token of ``rows`` texts."""
 
     @abstractmethod
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """Read ``x`` [B, T, D] on from ``state``."""
+    def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        """Read ``x`` [B, T, D] on from ``state``, forgetting all before each token where ``fresh`` [B, T] is true."""
 
 
 class ShortMemory(Memory):
@@ -136,14 +138,15 @@ class ShortMemory(Memory):
         past = torch.zeros(rows, width - 1, channels, device=device, dtype=dtype)
         return past, torch.zeros(rows, channels, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
         z, r, i, gate = self.project(x).chunk(4, dim=-1)
-        z, past = self.conv(z, state[0])
+        z, past = self.conv(z, state[0], fresh)
         dtype = state[1].dtype
         r, i = (r + self.r_bias).to(dtype).sigmoid(), (i + self.i_bias).to(dtype).sigmoid()
         log_decay = -self.SHARPNESS * F.softplus(self.rate) * r
         # 1 - a^2 by expm1: exact where a is close to 1; the floor keeps the root's gradient finite.
         scale = (-torch.expm1(2 * log_decay)).clamp_min(1e-8).sqrt()
+        log_decay = _forget(log_decay, fresh)
         h, memory = chunked.gated_linear_recurrence(log_decay, scale * i * z, state[1])
         return self.output(h.to(x.dtype) * gate.sigmoid()), (past, memory)
 
@@ -177,14 +180,15 @@ class LongMemory(Memory):
         past = torch.zeros(rows, width - 1, channels, device=device, dtype=dtype)
         return past, torch.zeros(rows, self.heads, size, size, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
         rows, length, _ = x.shape
         qkv, decay, beta, gate = self.project(x).split(self.splits, dim=-1)
-        qkv, past = self.conv(qkv, state[0])
+        qkv, past = self.conv(qkv, state[0], fresh)
         q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dtype = state[1].dtype
         q, k = _unit_length(q.to(dtype)), _unit_length(k.to(dtype))
         log_decay = -self.log_rate.exp() * F.softplus(decay.to(dtype) + self.decay_bias)
+        log_decay = _forget(log_decay, fresh)
         strength = (beta.to(dtype) + self.beta_bias).sigmoid()
         o, memory = chunked.gated_delta_rule(q, k, v, log_decay.mT, strength.mT, state[1])
         o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
@@ -192,6 +196,15 @@ class LongMemory(Memory):
 
 
 MEMORIES: dict[str, Callable[[Shape], Memory]] = {"short": ShortMemory, "long": LongMemory}
+
+
+FORGET = -30.0
+"""Logarithm of a decay that leaves nothing in float32, and small enough for sums of many to stay exact."""
+
+
+def _forget(log_decay: Tensor, fresh: Tensor | None) -> Tensor:
+    """Return ``log_decay`` [B, T, any] with all forgotten at the tokens where ``fresh`` [B, T] is true."""
+    return log_decay if fresh is None else log_decay.masked_fill(fresh.unsqueeze(-1), FORGET)
 
 
 def _unit_length(x: Tensor) -> Tensor:
@@ -222,8 +235,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(shape)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        y, state = self.memory(self.memory_norm(x), state)
+    def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        y, state = self.memory(self.memory_norm(x), state, fresh)
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.ffn_norm(x))), state
 
@@ -278,12 +291,13 @@ class MemoryLM(nn.Module):
         memories = (block.get_submodule("memory") for block in self.blocks)
         return [memory.zero_state(rows, device, dtype) for memory in memories if isinstance(memory, Memory)]
 
-    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: State, fresh: Tensor | None = None) -> tuple[Tensor, State]:
         """Read tokens and predict, after each, the next one.
 
         Args:
             tokens: [B, T], integers below N.
             state: what was read before, from :meth:`zero_state` or an earlier call. It is not changed.
+            fresh: [B, T], bool: tokens before which all is forgotten; none if left out.
 
         Returns:
             Logits [B, T, N] and the state after the last token.
@@ -291,7 +305,7 @@ class MemoryLM(nn.Module):
         x = self.dropout(self.embedding(tokens))
         after: State = []
         for block, before in zip(self.blocks, state, strict=True):
-            x, layer_state = block(x, before)
+            x, layer_state = block(x, before, fresh)
             after.append(layer_state)
         logits: Tensor = self.head(self.norm(x))
         return logits, after

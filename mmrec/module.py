@@ -36,6 +36,8 @@ class TextModule(LightningModule):
         beta2: AdamW's average of the squared gradient.
         warmup_steps: updates over which the rate rises linearly.
         final_lr_share: share of the rate that is left at the end of the cosine.
+        reset_at_documents: forget all at the start of each document, where the text is cut into such; else the
+            memory is carried on from one to the next.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TextModule(LightningModule):
         beta2: float = 0.99,
         warmup_steps: int = 100,
         final_lr_share: float = 0.05,
+        reset_at_documents: bool = False,
     ) -> None:
         super().__init__()
         if tokenizer is None:
@@ -60,7 +63,10 @@ class TextModule(LightningModule):
         _check_range("learning_rate", learning_rate, 0, float("inf"))
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
+        if reset_at_documents and tokenizer.separator is None:
+            raise UserError("model.reset_at_documents needs text that is cut into documents, as a large corpus is")
         self.tokenizer = tokenizer
+        self.reset_at_documents = reset_at_documents
         self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
         self.dropout = dropout
         self.optimizer = optimizer
@@ -111,6 +117,7 @@ class TextModule(LightningModule):
             "beta2": self.betas[1],
             "warmup_steps": self.warmup_steps,
             "final_lr_share": self.final_lr_share,
+            "reset_at_documents": self.reset_at_documents,
             "parameters": self.net.parameter_count(),
         }
 
@@ -126,7 +133,8 @@ class TextModule(LightningModule):
         rows = len(batch.inputs)
         if state is None or len(state[0][0]) != rows:
             state = self.net.zero_state(rows, self.device, torch.float32)
-        logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh))
+        starts = batch.inputs == self.tokenizer.separator if self.reset_at_documents else None
+        logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh), starts)
         return logits, after
 
     def forget(self) -> None:
@@ -163,7 +171,9 @@ class TextModule(LightningModule):
                 self._reading = detach_state(self._reading or [])
 
     def _nats(self, batch: Batch) -> Tensor:
-        logits, self._reading = self._read(batch, self._reading)
+        # On a CPU scores are in full precision, so that one machine's compare with another's.
+        with torch.autocast("cpu", enabled=False):
+            logits, self._reading = self._read(batch, self._reading)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
 
     def on_validation_epoch_end(self) -> None:
@@ -253,7 +263,9 @@ class TextModule(LightningModule):
         self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})
         before = progress["hyperparameters"]
         changed = [
-            f"{name} {before[name]} -> {new}" for name, new in self.hyperparameters().items() if new != before[name]
+            f"{name} {before[name]} -> {new}"
+            for name, new in self.hyperparameters().items()
+            if new != before.get(name, new)  # an older checkpoint does not know all names
         ]
         if changed and self.trainer.training:
             rank_zero_info(f"Changed since the checkpoint, and in force from here on: {', '.join(changed)}")

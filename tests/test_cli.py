@@ -26,6 +26,11 @@ Command = Callable[..., int]
 # The main job
 
 
+def test_documents_are_needed_to_reset_at(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec(*fit(prepared, "--model.reset_at_documents=true")) == 2
+    assert "needs text that is cut into documents" in capsys.readouterr().err
+
+
 def test_fit_validate_and_generate(
     mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,8 +43,9 @@ from mmrec.tokenizers import (
     load_tokenizer,
     token_lengths,
 )
-from mmrec.tokens import FILES, MANIFEST, manifest_digest, open_tokens, verify_tokens, write_tokens
+from mmrec.tokens import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 
+SMALL = ("train.txt", "val.txt", *NEEDED)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 ENCODINGS = sorted({*encodings.aliases.aliases.values(), "utf-8-sig", "idna", "punycode"})
 KEYS = ["name", "model", "alphabet", "files", "bytes", "sha256", "dtype", "tokens", "version", "shape", "dim"]
@@ -241,7 +242,7 @@ def token_folder() -> tuple[Path, dict[str, bytes]]:
     folder = FOLDER / "tokens"
     texts = {"train": "abracadabra\n" * 4, "val": "cadabra\n"}
     write_tokens(folder, texts, CharacterTokenizer("".join(texts.values())), {"corpus": {"name": "test"}})
-    return folder, {name: (folder / name).read_bytes() for name in (*FILES, MANIFEST)}
+    return folder, {name: (folder / name).read_bytes() for name in (*SMALL, MANIFEST)}
 
 
 def opened(folder: Path) -> None:
@@ -253,7 +254,7 @@ def opened(folder: Path) -> None:
 def damaged_tokens(data: st.DataObject) -> None:
     """A damaged file of tokens is found, and so is a damaged manifest."""
     folder, files = token_folder()
-    name = data.draw(st.sampled_from([*FILES, MANIFEST]))
+    name = data.draw(st.sampled_from([*SMALL, MANIFEST]))
     harmed = damaged(files[name], data)
     (folder / name).write_bytes(harmed)
     try:

@@ -374,7 +374,8 @@ def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     options = ["--output_dir", "out", "--tokenizer", "bpe", "--vocab_size", "300", "--workers", "1"]
     assert mmrec("prepare", "mine", *options) == 0
     assert open_tokens(Path("out")).tokenizer.vocab_size == 300
-    assert mmrec(*fit(Path("out"), "--trainer.max_steps=3", "--run=r")) == 0
+    reset = "--model.reset_at_documents=true"
+    assert mmrec(*fit(Path("out"), "--trainer.max_steps=3", "--run=r", reset)) == 0
     assert mmrec("generate", "--run", "r", "--ckpt", "last", "--length", "5", "--prompt", "The") == 0
 
 
@@ -458,8 +459,14 @@ def test_killed_in_the_middle_the_result_is_the_same(mmrec: Command, tmp_path: P
     ],
 )
 def test_bad_requests(
-    mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+    mmrec: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
     write_json_lines(tmp_path / "a.jsonl", texts(5))
     (tmp_path / "empty").mkdir()
     assert mmrec("prepare", *args, "--output_dir", "out") == 2

@@ -17,9 +17,12 @@ from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import FILES, TokenFolder, open_tokens, verify_tokens, write_tokens
+from mmrec.tokens import NEEDED, TokenFolder, open_tokens, verify_tokens, write_tokens
 
 TEXTS = {"train": "abracadabra\n" * 20, "val": "cadabra\n" * 3}
+
+SMALL = ("train.txt", "val.txt", *NEEDED)
+"""The files of a small corpus."""
 
 
 def write(folder: Path, texts: dict[str, str] = TEXTS) -> TokenFolder:
@@ -47,7 +50,7 @@ def test_manifest_describes_every_file(tmp_path: Path) -> None:
     assert tokens.manifest["format"] == "mmrec-tokens"
     assert tokens.manifest["corpus"] == {"name": "test"}
     assert tokens.manifest["tokenizer"]["digest"] == tokens.tokenizer.digest()
-    for name in FILES:
+    for name in SMALL:
         data = (tokens.folder / name).read_bytes()
         expected = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert tokens.manifest["files"][name] == expected
@@ -107,7 +110,7 @@ def test_folder_without_manifest(tmp_path: Path) -> None:
         open_tokens(tmp_path)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SMALL)
 def test_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "tokens").folder / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -126,7 +129,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_changed_bits_and_missing_ends_are_found(tmp_path: Path, figure: Figure) -> None:
     folder, tried = write(tmp_path / "tokens").folder, 0
     choose = random.Random(0)
-    for name in (*FILES, "manifest.json"):
+    for name in (*SMALL, "manifest.json"):
         whole = (folder / name).read_bytes()
         for number in range(60):
             data = bytearray(whole)
@@ -135,7 +138,7 @@ def test_changed_bits_and_missing_ends_are_found(tmp_path: Path, figure: Figure)
             else:
                 del data[choose.randrange(len(data) - 1) :]
             (folder / name).write_bytes(data)
-            with pytest.raises(UserError, match=re.escape(name) if name in FILES else None):
+            with pytest.raises(UserError, match=re.escape(name) if name in SMALL else None):
                 verify_tokens(folder)
             tried += 1
         (folder / name).write_bytes(whole)

@@ -71,7 +71,7 @@ def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict
     missing = missing_shards(work, shards)
     if missing:
         raise UserError(
-            f"{len(missing)} of {shards} shards were not done, see {work / 'engine.log'}; run the same command to go on"
+            f"{len(missing)} of {shards} shards were not done ({work / 'engine.log'}); run the same command to go on"
         )
     return True
 

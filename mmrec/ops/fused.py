@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,20 @@ def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     else:
         y, after = _conv(x, past.to(x.dtype), weight)
     return y, after.to(past.dtype)
+
+
+def causal_conv_of_documents(x: Tensor, past: Tensor, weight: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv` that sees nothing from before the last token where ``fresh`` [B, T] (bool) is true."""
+    length, kept = x.shape[1], weight.shape[1] - 1
+    everything = torch.cat([past.to(x.dtype), x], dim=1)
+    document = F.pad(fresh.cumsum(1), (kept, 0))
+    y = x * weight[:, -1]
+    for back in range(1, kept + 1):
+        seen = slice(kept - back, kept - back + length)
+        same = document[:, seen] == document[:, kept:]
+        y = y + everything[:, seen] * same.unsqueeze(-1) * weight[:, -1 - back]
+    still = document[:, length:] == document[:, -1:]
+    return y, (everything[:, length:] * still.unsqueeze(-1)).to(past.dtype)
 
 
 def _conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
