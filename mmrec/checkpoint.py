@@ -29,6 +29,10 @@ SEAL = b"mmrec sha256 "
 """Stands before the digest in the comment at the end of the file."""
 
 
+SHARDS_DESCRIPTION = "meta.pt"
+"""Lightning's name for what is not in shards, in a checkpoint that is a folder."""
+
+
 class _Hashing:
     """Passes what is written on to a file and takes its sha256 on the way."""
 
@@ -166,11 +170,16 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
 
     With ``mmap`` the tensors stay in the file until they are used: for a look at what describes the model.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    check_seal(path)
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        if path.is_dir():
+            checkpoint = _read_shards(path, described_only=mmap)
+        else:
+            check_seal(path)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except Exception as error:  # zip, pickle, end of file: torch has no common class for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
@@ -182,13 +191,31 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
     return checkpoint
 
 
+def _read_shards(folder: Path, described_only: bool) -> dict[str, Any]:
+    """Return what several processes wrote into ``folder`` (FSDP2), put together.
+
+    Unlike all else here, torch's own index of the shards is a pickle: open only what you trust.
+    """
+    checkpoint: dict[str, Any] = torch.load(folder / SHARDS_DESCRIPTION, map_location="cpu", weights_only=True)
+    if not described_only:
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+        planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+        shards: dict[str, Any] = {}  # filled in
+        _load_state_dict(shards, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+        checkpoint |= shards
+    return checkpoint
+
+
 def whole_checkpoint(path: Path) -> Path:
     """Return ``path``, or the previous checkpoint beside it where ``path`` is a damaged ``last.ckpt``, saying so."""
     previous = path.with_name("previous.ckpt")
     try:
         read_checkpoint(path, mmap=True)
     except UserError as error:
-        if path.name != "last.ckpt" or not previous.is_file():
+        if path.name != "last.ckpt" or not previous.exists():
             raise
         read_checkpoint(previous, mmap=True)
         print(f"{error}; taking {previous} instead", file=sys.stderr)

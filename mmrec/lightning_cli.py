@@ -226,7 +226,7 @@ def _listed(value: Any) -> list[Any]:
 def _sharded(strategy: Any) -> bool:
     """Return whether ``strategy`` writes checkpoints in shards of its own, which it does not let others do."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    return "fsdp" in name.lower() or "parallel" in name.lower()
+    return any(word in name.lower() for word in ("fsdp", "sharded", "modelparallel"))
 
 
 def run_lightning(command: str, args: list[str]) -> None:

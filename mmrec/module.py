@@ -18,6 +18,7 @@ from mmrec.errors import UserError
 from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
+from mmrec.sharded import shard
 from mmrec.stream import IGNORE, Batch
 from mmrec.tokenizers import Tokenizer, token_lengths
 
@@ -80,9 +81,16 @@ class TextModule(LightningModule):
         lengths = torch.from_numpy(token_lengths(self.tokenizer))
         self.token_lengths: Tensor
         self.register_buffer("token_lengths", lengths, persistent=False)
+        self._cut = False
         self._carried: State | None = None
         self._random: dict[str, Tensor] = {}
         self._dynamic: DynamicEvaluation | None = None
+
+    def configure_model(self) -> None:
+        """Cut the model over the processes, where the strategy is to do so."""
+        if self.device_mesh is not None and not self._cut:
+            shard(self.net, self.device_mesh["data_parallel"])
+            self._cut = True
 
     # Training
 
@@ -125,14 +133,24 @@ class TextModule(LightningModule):
         """Read one batch on from the carried memory and return its loss, in nats/token."""
         logits, self._carried = self._read(batch, self._carried)
         self._carried = detach_state(self._carried)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE)
+        loss = self._mean_over_processes(batch.targets, _nats(logits, batch.targets, "sum"))
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _mean_over_processes(self, targets: Tensor, nats: Tensor) -> Tensor:
+        """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
+        count = (targets != IGNORE).sum()
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(count)
+            return nats / count * self.trainer.world_size
+        return nats / count
 
     def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         rows = len(batch.inputs)
         if state is None or len(state[0][0]) != rows:
-            state = self.net.zero_state(rows, self.device, torch.float32)
+            # Memories are kept in float32 where the weights are in half of it.
+            dtype = torch.promote_types(self.net.embedding.weight.dtype, torch.float32)
+            state = self.net.zero_state(rows, self.device, dtype)
         starts = batch.inputs == self.tokenizer.separator if self.reset_at_documents else None
         logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh), starts)
         return logits, after
@@ -174,7 +192,7 @@ class TextModule(LightningModule):
         # On a CPU scores are in full precision, so that one machine's compare with another's.
         with torch.autocast("cpu", enabled=False):
             logits, self._reading = self._read(batch, self._reading)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
+        return _nats(logits, batch.targets, "none")
 
     def on_validation_epoch_end(self) -> None:
         self._log_score("val")
@@ -269,6 +287,12 @@ class TextModule(LightningModule):
         ]
         if changed and self.trainer.training:
             rank_zero_info(f"Changed since the checkpoint, and in force from here on: {', '.join(changed)}")
+
+
+def _nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Return minus the logarithm of the probability of each target; 0 for those that are not scored."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:

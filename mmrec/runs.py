@@ -55,18 +55,18 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
     if which in (BEST, LAST):
         folder = checkpoint_folder(root, find_run(root, run))
         path = folder / f"{which}.ckpt"
-        if which == LAST and not path.is_file() and (folder / f"{PREVIOUS}.ckpt").is_file():
+        if which == LAST and not path.exists() and (folder / f"{PREVIOUS}.ckpt").exists():
             return folder / f"{PREVIOUS}.ckpt"
-        if not path.is_file():
+        if not path.exists():
             hint = "; no validation has been reached yet, take --ckpt_path last" if which == BEST else ""
             raise UserError(f"no {which}.ckpt in {folder}{hint}")
         return path
     path = Path(which)
-    if path.is_dir():
+    if path.is_dir() and path.suffix != ".ckpt":  # such a folder is a checkpoint in shards
         for inside in (path / CHECKPOINTS / "best.ckpt", path / "best.ckpt", path / CHECKPOINTS / "last.ckpt"):
-            if inside.is_file():
+            if inside.exists():
                 return inside
         raise UserError(f"{path}: no checkpoint in this folder")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give best, last, or the path of a .ckpt file")
     return path

@@ -1,0 +1,82 @@
+"""Two processes learn what one does from the same batches, with the model whole in each or cut over both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fit, last
+
+from mmrec.checkpoint import load_trained
+
+pytestmark = pytest.mark.slow
+
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+FSDP = ["--trainer.devices=2", "--trainer.strategy=sharded"]
+EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epochs=-1", "--trainer.max_steps=20"]
+
+
+def run(folder: Path, *args: object) -> None:
+    """Run a command in ``folder``, in processes of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "mmrec", *map(str, args)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def weights(run: str, folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = last(run, folder)["state_dict"]
+    return found
+
+
+def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the last checkpoint of ``run``, put together where it is in shards."""
+    return load_trained(folder / "lightning_logs" / run / "checkpoints" / "last.ckpt").net.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path, optimizer: str) -> None:
+    options = [*EXACT, f"--model.optimizer={optimizer}"]
+    run(tmp_path, *fit(prepared, *options, "--data.batch_size=4", "--run=one"))
+    run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *DDP, "--run=two"))
+    one, two = weights("one", tmp_path), weights("two", tmp_path)
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+    # Each row of the memory is that of the same text: rows of two processes were never mixed.
+    for mine, theirs in zip(
+        *(last(name, tmp_path)["mmrec_progress"]["carried"] for name in ("one", "two")), strict=True
+    ):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_model_cut_over_processes_goes_on(prepared: Path, tmp_path: Path) -> None:
+    """FSDP: each process keeps a part of every weight, and writes its own part of the checkpoint."""
+    options = [*EXACT[1:3], "--trainer.precision=32-true", "--model.optimizer=adamw"]
+    # A rate that does not depend on how many updates are planned.
+    options += ["--data.batch_size=2", "--model.final_lr_share=1.0", *FSDP]
+    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=20", "--run=whole"))
+    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=12", "--run=parts"))
+    folder = tmp_path / "lightning_logs" / "parts" / "checkpoints"
+    assert len(list((folder / "last.ckpt").glob("*.distcp"))) == 2
+    run(tmp_path, "fit", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=20")
+    ends = [
+        load_trained(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
+    ]
+    assert [end.step for end in ends] == [20, 20]
+    # Not quite the same: the rate's course is planned for the number of updates that is asked for.
+    whole, parts = (end.net.state_dict() for end in ends)
+    assert whole.keys() == parts.keys()
+    run(tmp_path, "generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be")
+
+
+def test_a_model_cut_over_processes_learns_the_same(prepared: Path, tmp_path: Path) -> None:
+    options = [*EXACT, "--model.optimizer=adamw", "--trainer.gradient_clip_val=1.0"]
+    run(tmp_path, *fit(prepared, *options, "--data.batch_size=4", "--run=one"))
+    run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *FSDP, "--run=cut"))
+    one, cut = (trained(name, tmp_path) for name in ("one", "cut"))
+    assert max(float((one[name] - cut[name]).abs().max()) for name in one) < 1e-6
