@@ -79,7 +79,6 @@ def test_configs_stack(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> No
     assert shown["model"]["shape"]["dim"] == 768
     assert shown["model"]["optimizer"] == "adamw"
     assert shown["trainer"]["strategy"] == "sharded"
-    assert shown["trainer"]["gradient_clip_val"] is None
     assert shown["data"]["corpus"] == "sample"
     assert shown["data"]["batch_size"] == 3
 
