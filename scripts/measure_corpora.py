@@ -3,8 +3,8 @@
 
     python scripts/measure_corpora.py FOLDER [--megabytes 30] [--large 2000] [--dump enwiki.xml.bz2]
 
-Real text (Python's help topics, and --text files) is repeated in the exact layouts of OpenWebText and C4. Speeds are in
-MB of text a second. Every pair is measured in turn, three times; the ratio is what tells, as machines are shared.
+Real text (Python's help topics, and --text files) is repeated in the exact layouts of OpenWebText and C4. Speeds are
+in MB of text a second. Every pair is measured in turn, three times; the ratio is what tells, as machines are shared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -172,13 +173,12 @@ def prepare(source: Path, target: Path, workers: int, *options: str) -> tuple[fl
 def write_shards(folder: Path, texts: Iterable[str], shards: int) -> int:
     """Write json lines, round robin; return the bytes of text."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [open(folder / f"{k:03d}.jsonl", "wb") for k in range(shards)]
     size = 0
-    for number, text in enumerate(texts):
-        files[number % shards].write(orjson.dumps({"text": text}) + b"\n")
-        size += len(text.encode())
-    for file in files:
-        file.close()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{k:03d}.jsonl", "wb")) for k in range(shards)]
+        for number, text in enumerate(texts):
+            files[number % shards].write(orjson.dumps({"text": text}) + b"\n")
+            size += len(text.encode())
     return size
 
 
@@ -204,12 +204,12 @@ def main() -> None:
         rates = ", ".join(f"{workers} workers {size / s / 1e6:.1f} MB/s" for workers, s in seconds.items())
         print(f"prepare, {options[1]}: {rates}; gain {seconds[1] / seconds[2]:.2f}", flush=True)
     if asked.large:
-        _, small = prepare(asked.folder / "small", asked.folder / "out", 2)
+        _, before = prepare(asked.folder / "small", asked.folder / "out", 2)
         size = write_shards(asked.folder / "large", documents(asked.text, asked.large * 10**6), 16)
         seconds, large = prepare(asked.folder / "large", asked.folder / "large-tokens", 2)
         print(f"prepare, {size / 1e6:,.0f} MB: {seconds:.0f} s, {size / seconds / 1e6:.1f} MB/s")
         print(
-            f"largest process: {small / 2**20:.0f} MiB at 100 MB, {large / 2**20:.0f} MiB, {large / small:.3f} times"
+            f"largest process: {small / 2**20:.0f} MiB at 100 MB, {large / 2**20:.0f} MiB, {large / before:.3f} times"
         )
 
 
