@@ -208,9 +208,7 @@ def main() -> None:
         size = write_shards(asked.folder / "large", documents(asked.text, asked.large * 10**6), 16)
         seconds, large = prepare(asked.folder / "large", asked.folder / "large-tokens", 2)
         print(f"prepare, {size / 1e6:,.0f} MB: {seconds:.0f} s, {size / seconds / 1e6:.1f} MB/s")
-        print(
-            f"largest process: {small / 2**20:.0f} MiB at 100 MB, {large / 2**20:.0f} MiB, {large / before:.3f} times"
-        )
+        print(f"largest process: {before / 2**20:.0f} MiB at 100 MB, {large / 2**20:.0f} MiB, {large / before:.3f}")
 
 
 if __name__ == "__main__":
