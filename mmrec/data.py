@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from mmrec.dynamic import DYNAMIC_LENGTH
 from mmrec.errors import UserError
 from mmrec.prepare import prepare
+from mmrec.remote import is_url, open_remote_tokens
 from mmrec.stream import RowLoader, RowStream, TextLoader, WindowLoader
 from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens
@@ -47,23 +48,25 @@ class TextData(LightningDataModule):
     Args:
         corpus: corpus to read where no data_dir is given, from data/CORPUS, prepared first where that is not
             there yet: tiny_shakespeare, shakespeare_plays or sample.
-        data_dir: token folder of your own text, as ``mmrec prepare`` writes it.
+        data_dir: token folder of your own text, as ``mmrec prepare`` writes it; or its URL, as s3://bucket/folder.
         batch_size: rows that are read side by side, per process.
         seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
         segment_len: tokens that a row reads on before it goes on elsewhere in the text.
         reset_probability: chance that a row starts such a segment with an empty memory.
         seed: of the order in which the text is read.
+        cache_gb: most gigabytes of a remote token folder that each process keeps on its machine.
     """
 
     def __init__(
         self,
         corpus: str = "tiny_shakespeare",
-        data_dir: Path | None = None,
+        data_dir: str | None = None,
         batch_size: int = 4,
         seq_len: int = 512,
         segment_len: int = 2048,
         reset_probability: float = 0.5,
         seed: int = 0,
+        cache_gb: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("segment_len", segment_len)):
@@ -74,11 +77,14 @@ class TextData(LightningDataModule):
         if seed < 0:
             raise UserError(f"data.seed is {seed}; it must be at least 0")
         self.corpus = corpus
-        if data_dir is not None and not data_dir.exists():
+        if not cache_gb > 0:
+            raise UserError(f"data.cache_gb is {cache_gb}; it must be more than 0")
+        if data_dir is not None and not is_url(data_dir) and not Path(data_dir).exists():
             raise UserError(
                 f"{data_dir}: no such folder; mmrec prepare --output_dir {data_dir} makes it from your text"
             )
-        self.data_dir = data_dir or Path("data") / corpus
+        self.data_dir = data_dir or str(Path("data") / corpus)
+        self.cache_gb = cache_gb
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.segment_len = segment_len
@@ -88,11 +94,19 @@ class TextData(LightningDataModule):
         self._tokens: TokenFolder | None = None
 
     @property
+    def folder(self) -> Path:
+        """The token folder on this machine."""
+        return Path(self.data_dir)
+
+    @property
     def tokens(self) -> TokenFolder:
         """The token folder; prepared first where it is not there."""
         if self._tokens is None:
             self.prepare_data()
-            self._tokens = open_tokens(self.data_dir)
+            remote = is_url(self.data_dir)
+            self._tokens = (
+                open_remote_tokens(self.data_dir, int(self.cache_gb * 1e9)) if remote else open_tokens(self.folder)
+            )
         return self._tokens
 
     @property
@@ -102,12 +116,12 @@ class TextData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Prepare the corpus where its folder is not there yet; one process does, the others wait."""
-        if self.data_dir.exists():
+        if is_url(self.data_dir) or self.folder.exists():
             return
-        self.data_dir.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.data_dir.parent / f".{self.data_dir.name}.lock"):
-            if not self.data_dir.exists():
-                prepare(self.corpus, output_dir=self.data_dir)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.parent / f".{self.folder.name}.lock"):
+            if not self.folder.exists():
+                prepare(self.corpus, output_dir=self.folder)
 
     def _stream(self) -> RowStream:
         trainer = self.trainer

@@ -163,25 +163,40 @@ def open_tokens(folder: Path) -> TokenFolder:
             f"{folder}: holds no prepared tokens (no readable {MANIFEST}); make them by "
             f"'mmrec prepare CORPUS --output_dir FOLDER'"
         )
-    if manifest.get("version") != VERSION:
-        raise UserError(
-            f"{folder}: token format version {manifest.get('version')}, this program reads {VERSION}; "
-            f"prepare the corpus again"
-        )
-    dtype, sizes = _described(manifest, folder)
+    dtype, sizes = describe_tokens(manifest, folder)
     for name, expected in sizes.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
             raise UserError(f"{folder / name}: {found}; prepare the corpus again (--force)")
+    tokenizer = tokenizer_of(folder, dtype)
+    train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
+    return TokenFolder(folder, manifest, tokenizer, train, val)
+
+
+def describe_tokens(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[str, int]]:
+    """Return the dtype of the tokens and the bytes of every file.
+
+    Raises:
+        UserError: the manifest is of another version, or damaged.
+    """
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{folder}: token format version {manifest.get('version')}, this program reads {VERSION}; "
+            f"prepare the corpus again"
+        )
+    return _described(manifest, folder)
+
+
+def tokenizer_of(folder: Path, dtype: np.dtype) -> Tokenizer:
+    """Return the tokenizer in ``folder``; UserError where it is damaged, or made no tokens of ``dtype``."""
     try:
         tokenizer = load_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     except (ValueError, UserError):
         raise UserError(f"{folder / 'tokenizer.json'}: is damaged; prepare the corpus again (--force)") from None
     if tokenizer.dtype != dtype:
         raise UserError(f"{folder / 'tokenizer.json'}: did not make these tokens; prepare the corpus again (--force)")
-    train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
-    return TokenFolder(folder, manifest, tokenizer, train, val)
+    return tokenizer
 
 
 def _described(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[str, int]]:

@@ -1,0 +1,93 @@
+"""Tokens on object storage: the same batches as from a local folder, in a cache of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from helpers import fit, last
+
+from mmrec import remote
+from mmrec.errors import UserError
+from mmrec.remote import RemoteTokens, open_remote_tokens
+from mmrec.stream import RowStream, TextLoader
+from mmrec.tokens import open_tokens
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def url(prepared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The token folder ``prepared`` in a bucket, read in blocks of 512 bytes."""
+    monkeypatch.setattr(remote, "BLOCK", 512)
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path))
+    bucket = fsspec.filesystem("memory")
+    for path in prepared.iterdir():
+        bucket.pipe(f"/bucket/tokens/{path.name}", path.read_bytes())
+    yield "memory://bucket/tokens"
+    bucket.rm("/bucket", recursive=True)
+
+
+def test_any_index_gives_what_a_memory_map_gives(prepared: Path, url: str) -> None:
+    here, there = open_tokens(prepared).train, open_remote_tokens(url, 4096).train
+    assert len(there) == len(here)
+    choose = np.random.default_rng(0)
+    for _ in range(50):
+        index = choose.integers(len(here), size=(3, 70))
+        np.testing.assert_array_equal(there[index], here[index])
+        first, last = sorted(choose.integers(len(here), size=2))
+        np.testing.assert_array_equal(there[first:last], here[first:last])
+
+
+def test_the_stream_is_the_same(prepared: Path, url: str) -> None:
+    here, there = open_tokens(prepared), open_remote_tokens(url, 4096)
+    streams = [RowStream(tokens.train, 3, 32, seed=1, segment_len=100) for tokens in (here, there)]
+    for number in range(0, 2 * len(streams[0]), 5):
+        for a, b in zip(streams[0].batch(number), streams[1].batch(number), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(TextLoader(here.val, 100), TextLoader(there.val, 100), strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+
+
+def test_the_cache_is_bounded(prepared: Path, url: str, tmp_path: Path) -> None:
+    tokens = open_remote_tokens(url, 2048).train
+    assert isinstance(tokens, RemoteTokens)
+    tokens[0 : len(tokens)]
+    (cache,) = tmp_path.glob("mmrec-tokens-*")
+    assert sum(path.stat().st_size for path in cache.glob("*.bin.*")) <= 1024
+    del tokens
+    assert not list(tmp_path.glob("mmrec-tokens-*"))
+
+
+def test_training_learns_the_same(mmrec: Command, prepared: Path, url: str) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_steps=8", "--run=here")) == 0
+    assert mmrec(*fit(Path("x"), f"--data.data_dir={url}", "--trainer.max_steps=8", "--run=there")) == 0
+    here, there = (last(run)["state_dict"] for run in ("here", "there"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_file_that_was_cut_short(url: str) -> None:
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe("/bucket/tokens/train.bin", bucket.cat("/bucket/tokens/train.bin")[:-100])
+    tokens = open_remote_tokens(url, 4096).train
+    with pytest.raises(UserError, match="it is not the file of its manifest"):
+        tokens[len(tokens) - 60 : len(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.data_dir=memory://nothing/there"], "memory://nothing/there/manifest.json: cannot be read"),
+        (["--data.data_dir=s4://bucket/x"], "cannot be read"),
+        (["--data.cache_gb=0"], "data.cache_gb is 0.0; it must be more than 0"),
+    ],
+)
+def test_bad_urls(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert mmrec(*fit(prepared, *options)) == 2
+    assert message in capsys.readouterr().err
