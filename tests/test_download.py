@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_large import split_at_separator, texts, write_parquet
 
 from mmrec.errors import UserError
 from mmrec.large import download as module
 from mmrec.large.download import download
+from mmrec.tokens import open_tokens
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -125,3 +130,69 @@ def test_too_little_room_is_said_before(tmp_path: Path, monkeypatch: pytest.Monk
 def test_no_server(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be reached"):
         download(["http://127.0.0.1:9/file.bin"], tmp_path)
+
+
+HUB = """
+import http.server, json, re, sys
+from pathlib import Path
+from hashlib import sha256
+files = {str(path.relative_to(sys.argv[1])): path.read_bytes() for path in Path(sys.argv[1]).rglob("*") if path.is_file()}
+
+def entry(name):
+    data = files[name]
+    lfs = {"oid": sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
+    return {"type": "file", "oid": "b" * 40, "size": len(data), "path": name, "lfs": lfs}
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, code, data, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/o/n/tree/main"):
+            return self.answer(200, json.dumps([entry(name) for name in files]).encode())
+        if path in ("/api/datasets/o/n", "/api/datasets/o/n/revision/main"):
+            return self.answer(200, json.dumps({"_id": "1", "id": "o/n", "sha": "f" * 40, "siblings": []}).encode())
+        data = files.get(path.removeprefix("/datasets/o/n/resolve/main/"))
+        if data is None:
+            return self.answer(404, b"{}")
+        wanted = re.match(r"bytes=(\\d+)-(\\d*)", self.headers.get("Range") or "bytes=0-")
+        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        span = f"bytes {first}-{last}/{len(data)}"
+        return self.answer(206, data[first : last + 1], ETag='"x"', X_Repo_Commit="f" * 40, Content_Range=span)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_a_set_of_the_hub(tmp_path: Path) -> None:
+    """A stand-in for Hugging Face's server: the files are listed, fetched, checked and prepared."""
+    pytest.importorskip("datatrove")
+    pieces = texts()
+    write_parquet(tmp_path / "hub" / "de" / "train-00000-of-00001.parquet", list(pieces[:60]))
+    write_parquet(tmp_path / "hub" / "en" / "train-00000-of-00001.parquet", list(pieces[60:]))
+    (tmp_path / "hub" / "README.md").write_text("about the set")
+    with subprocess.Popen(
+        [sys.executable, "-c", HUB, str(tmp_path / "hub")], stdout=subprocess.PIPE, text=True
+    ) as hub:
+        assert hub.stdout is not None
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.stdout.readline().strip()}"}
+        command = [sys.executable, "-m", "mmrec", "prepare", "hf:o/n", "--workers", "1"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        hub.terminate()
+    assert done.returncode == 0, done.stderr
+    tokens = open_tokens(tmp_path / "data" / "n")
+    assert sorted(split_at_separator(tokens, "train") + split_at_separator(tokens, "val")) == sorted(pieces)

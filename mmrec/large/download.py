@@ -23,7 +23,7 @@ PATIENCE = 1.0
 """Seconds before the second attempt; each later one waits twice as long."""
 
 
-def download(urls: Sequence[str], folder: Path) -> list[str]:
+def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     """Fetch files that are not there yet, and return their local paths.
 
     A file arrives as NAME.part, which a later call goes on with from its last byte, and gets its name once its size
@@ -32,6 +32,7 @@ def download(urls: Sequence[str], folder: Path) -> list[str]:
     Args:
         urls: of any file system that fsspec knows: https, hf, s3, gs.
         folder: where they are kept; made where it is missing.
+        base: what the URLs begin with; the rest is the path in ``folder``. Only their names are kept if left out.
 
     Raises:
         UserError: a server cannot be reached or sends something else, or the disk has too little room.
@@ -47,7 +48,10 @@ def download(urls: Sequence[str], folder: Path) -> list[str]:
             raise UserError(f"{url}: cannot be reached: {_line(error)}") from None
         if info.get("size") is None:
             raise UserError(f"{url}: the server does not say how long the file is; fetch it by hand into {folder}")
-        wanted.append((url, fs, name, info, folder / url.rpartition("/")[2]))
+        inside = url.removeprefix(base).lstrip("/") if base and url.startswith(base) else url.rpartition("/")[2]
+        if ".." in inside.split("/"):
+            raise UserError(f"{url}: a file outside of its folder is not fetched")
+        wanted.append((url, fs, name, info, folder / inside))
     left = [item for item in wanted if not item[4].exists() or item[4].stat().st_size != item[3]["size"]]
     size = sum(info["size"] for _, _, _, info, _ in left)
     there = sum(part.stat().st_size for *_, path in left if (part := _part(path)).exists())
@@ -73,6 +77,7 @@ def _part(path: Path) -> Path:
 
 def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: tqdm[Any]) -> None:
     part, attempt = _part(path), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         before = part.stat().st_size if part.exists() else 0
         if before == info["size"]:

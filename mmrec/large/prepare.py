@@ -123,7 +123,7 @@ def prepare_large(
 def _downloaded(corpus: str, output_dir: Path) -> list[str]:
     """Return the local files of a corpus, fetched where they are missing."""
     url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else SOURCES[corpus].url
-    return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"))
+    return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"), url)
 
 
 def _size(path: str) -> int:

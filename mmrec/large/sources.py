@@ -73,7 +73,8 @@ def reader_of(path: str) -> str | None:
 
 def files_of(corpus: str, url: str) -> list[str]:
     """Return the URLs of the files of a corpus below ``url`` that are read here."""
-    readers = SOURCES[corpus].readers if corpus in SOURCES else tuple(FORMATS.values())
+    # A set on the hub has text files that speak of it.
+    readers = SOURCES[corpus].readers if corpus in SOURCES else ("parquet", "jsonl")
     files = [file for file in _files_below(url) if reader_of(file) in readers]
     if not files:
         raise UserError(f"{url}: no file of a format that is read here")
