@@ -136,7 +136,8 @@ HUB = """
 import http.server, json, re, sys
 from pathlib import Path
 from hashlib import sha256
-files = {str(path.relative_to(sys.argv[1])): path.read_bytes() for path in Path(sys.argv[1]).rglob("*") if path.is_file()}
+paths = [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
+files = {str(path.relative_to(sys.argv[1])): path.read_bytes() for path in paths}
 
 def entry(name):
     data = files[name]
