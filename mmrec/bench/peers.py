@@ -145,7 +145,7 @@ class Wrapped(nn.Module):
 
 
 def _mmrec(vocab_size: int, length: int) -> nn.Module:
-    return MemoryLM(Shape(dim=128, layers=4, heads=4, ffn_dim=312), vocab_size)
+    return MemoryLM(Shape(memories=("short", "long", "short", "short"), ffn_dim=304), vocab_size)
 
 
 def _mingru(vocab_size: int, length: int) -> nn.Module:
