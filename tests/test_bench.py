@@ -99,7 +99,7 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing")
 def test_all_that_is_measured(mmrec: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,16384] --tokens=40000"
-    measures = "--measures=[train,decode,read,learn]"
+    measures = "--measures=[train,decode,read,learn,race]"
     assert mmrec("bench", *options.split(), measures, "--peers=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
     for name in ("mmrec", "gpt"):

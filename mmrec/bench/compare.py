@@ -18,6 +18,7 @@ import torch
 from mmrec.bench.check import check_ops
 from mmrec.bench.peers import PEERS
 from mmrec.bench.plot import plot
+from mmrec.bench.tasks import RACES
 from mmrec.errors import UserError, nearest
 from mmrec.precision import native_precision
 from mmrec.tokens import open_tokens
@@ -27,7 +28,7 @@ NANOGPT_LOSS = 1.8857
 """Validation loss, in nats/char, that nanoGPT's CPU preset ends with on Tiny Shakespeare."""
 VOCABULARY = 65
 """Of speeds, which are measured on random tokens: Tiny Shakespeare's number of characters."""
-MEASURES = ("train", "decode", "read", "learn")
+MEASURES = ("train", "decode", "read", "learn", "race")
 
 
 def bench(
@@ -47,7 +48,8 @@ def bench(
 
     Args:
         measures: what to measure: train (tokens/s and memory by length), decode (the same by position), read
-            (time and memory by how much was read), learn (loss by tokens and by seconds).
+            (time and memory by how much was read), learn (loss by tokens and by seconds), race (seconds to the
+            loss of nanoGPT's CPU preset, each as it gets there soonest).
         peers: models to compare with: gpt, lstm, mingru, titans, xlstm, mamba, rwkv.
         lengths: tokens of a row, for train.
         positions: tokens read before, for decode; the last one is how far read goes.
@@ -70,7 +72,7 @@ def bench(
     for option, least in (("rounds", rounds), ("tokens", tokens), ("threads", threads or 1)):
         if least < 1:
             raise UserError(f"--{option} is {least}; it must be at least 1")
-    if "learn" in measures:
+    if {"learn", "race"} & set(measures):
         open_tokens(data_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     names = [OURS, *(peer for peer in peers if peer != OURS)]
@@ -102,6 +104,13 @@ def bench(
         request = {"task": "learn", "folder": str(data_dir), "tokens": tokens, "precision": chosen}
         results["learn"] = runner.turns(names, rounds, seeds=True, **request)
         show_learning(results["learn"])
+    if "race" in measures:
+        request = {"task": "learn", "folder": str(data_dir), "tokens": tokens, "precision": chosen, "race": True}
+        # Who learns no other way than above need not do it twice.
+        known = {name: runs for name, runs in results.get("learn", {}).items() if name not in RACES}
+        results["race"] = runner.turns([name for name in names if name not in known], rounds, seeds=True, **request)
+        results["race"] |= known
+        show_race(results["race"])
     results["points"] = {"train": list(lengths), "decode": list(positions)}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     drawn = plot(results, output_dir / "results.png")
@@ -218,6 +227,18 @@ def show_learning(found: dict[str, list[Any]]) -> None:
         )
     head = ["", "protocol", "loss at equal tokens", "loss at equal seconds", f"seconds to {NANOGPT_LOSS}", "seconds"]
     print_table("learning, median (min to max) over seeds, nats/token", head, rows)
+
+
+def show_race(found: dict[str, list[Any]]) -> None:
+    """Print the seconds to nanoGPT's loss, and ours as a share of those of each other model."""
+    times = {name: [time_to(run.get("course", []), NANOGPT_LOSS) for run in runs] for name, runs in found.items()}
+    rows = []
+    for name, seconds in times.items():
+        shares = [mine / other for mine, other in zip(times[OURS], seconds, strict=True) if mine and other]
+        rows.append([name, spread([value for value in seconds if value], "{:.1f}"), spread(shares)])
+    print_table(
+        f"seconds of training to {NANOGPT_LOSS}, median (min to max)", ["", "seconds", "ours as a share"], rows
+    )
 
 
 def end(run: dict[str, Any]) -> float:
