@@ -74,6 +74,7 @@ def prepare(
         if corpus not in LARGE and not corpus.startswith(HUB):
             paths, corpus = (_existing(corpus), *paths), None
         if corpus is None and len(paths) == 1 and _is_small_text(paths[0]):
+            output_dir = output_dir or Path("data") / Path(paths[0]).stem
             input_file, paths = Path(paths[0]), ()
         else:
             folder = output_dir or Path("data") / _name_of(corpus or paths[0])

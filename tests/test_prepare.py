@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,13 @@ def test_what_is_no_token_folder_is_refused(tmp_path: Path, prepared: Path) -> N
     (prepared / MANIFEST).write_text(json.dumps(manifest | {"version": 99}))
     with pytest.raises(UserError, match="version 99"):
         open_tokens(prepared)
+
+
+def test_a_text_file_may_stand_where_a_corpus_does(
+    mmrec: Callable[..., int], tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.novel.txt").write_text(text)
+    assert mmrec("prepare", "my.novel.txt") == 0
+    assert open_tokens(Path("data/my.novel")).manifest["corpus"]["name"] == "file"
+    assert mmrec("prepare", "my.novel.txt") == 0
+    assert "already prepared" in capsys.readouterr().out
