@@ -19,6 +19,8 @@ LIGHTNING_COMMANDS = {
 OTHER_COMMANDS = {
     "prepare": "turn a corpus, a file or a folder into training and validation tokens",
     "generate": "write text with a trained model",
+    "read": "read a text of any length, and keep what was read in a small file",
+    "score": "print how well a text is predicted, in total and by position",
     "bench": "compare speed, memory and learning with other models, side by side",
 }
 CORPUS_HELP = (
@@ -92,6 +94,14 @@ def _dispatch(command: str, *options: str) -> None:
             from mmrec.generate import generate
 
             _run(generate, command, args)
+        case "read" | "score":
+            from mmrec import reading
+
+            parser = Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
+            parser.add_argument("file", help="a UTF-8 text, or - for standard input")
+            function = getattr(reading, command)
+            parser.add_function_arguments(function, skip={"file"})
+            function(**vars(parser.parse_args(args)))
         case "bench":
             from mmrec.bench.compare import bench
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmrec.checkpoint import load_trained
 from mmrec.decode import Decoder
 from mmrec.errors import UserError
+from mmrec.memory import Memory, load_memory, model_hash
 from mmrec.model import MemoryLM, State
 from mmrec.runs import find_checkpoint
 from mmrec.text_files import is_unicode
@@ -67,10 +68,25 @@ def continue_text(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    memory: Memory | None = None,
 ) -> Iterator[int]:
-    """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens."""
+    """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens.
+
+    Args:
+        net: the model.
+        prompt: tokens; may be none where there is a memory to go on from.
+        length: number of tokens.
+        temperature: as for :func:`choose`, like top_k and top_p.
+        top_k: see there.
+        top_p: see there.
+        seed: of the draws.
+        memory: what was read before the prompt; nothing if None.
+    """
     random = torch.Generator(device=prompt.device).manual_seed(seed)
-    logits, state = read(net, prompt[None], net.zero_state(1))
+    before = memory or Memory.empty(net)
+    logits, state = before.logits[None], before.state
+    if len(prompt):
+        logits, state = read(net, prompt[None], state)
     decoder = Decoder(net, state) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
     for remaining in range(length, 0, -1):
         token = int(choose(logits, temperature, top_k, top_p, random))
@@ -83,12 +99,13 @@ def continue_text(
 
 def generate(
     ckpt: str = "best",
-    prompt: str = "\n",
+    prompt: str | None = None,
     length: int = 500,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    memory: Path | None = None,
     run: str | None = None,
     root: Path = Path(),
 ) -> None:
@@ -96,17 +113,20 @@ def generate(
 
     Args:
         ckpt: best, last, or the path of a checkpoint or of a run's folder.
-        prompt: the text to continue.
+        prompt: the text to continue; a line end if left out, or nothing where there is a memory.
         length: number of tokens to write.
         temperature: 0 always takes the most likely token; higher is more varied.
         top_k: draw among so many most likely tokens; 0 means all.
         top_p: draw among the most likely tokens that together reach this probability.
         seed: another seed gives another text.
+        memory: go on from what was read before, a file of mmrec read.
         run: name of the run that best and last mean; the latest if left out.
         root: folder that holds lightning_logs.
     """
+    if prompt is None:
+        prompt = "\n" if memory is None else ""
     for name, value, good, rule in (
-        ("prompt", prompt, bool(prompt), "it must not be empty"),
+        ("prompt", prompt, bool(prompt) or memory is not None, "it must not be empty"),
         ("prompt", prompt, is_unicode(prompt), "it must be UTF-8"),
         ("length", length, length >= 0, "it must be at least 0"),
         ("temperature", temperature, temperature >= 0, "it must be at least 0"),
@@ -117,9 +137,12 @@ def generate(
             raise UserError(f"--{name} is {value!r}; {rule}")
     trained = load_trained(find_checkpoint(root, run, ckpt))
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
+    before = None
+    if memory is not None:
+        before = load_memory(memory, trained.net, model_hash(trained.net, trained.tokenizer))
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(prompt)
-    for token in continue_text(trained.net, tokens, length, temperature, top_k, top_p, seed):
+    for token in continue_text(trained.net, tokens, length, temperature, top_k, top_p, seed, before):
         sys.stdout.write(decoder.push(token))
         sys.stdout.flush()
     sys.stdout.write(decoder.flush() + "\n")

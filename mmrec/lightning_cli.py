@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from mmrec import runs, slurm
+from mmrec.allocation import keep_pages
 from mmrec.board import Board, Charts, FinalScore, TextSample
 from mmrec.callbacks import (
     BestCheckpoint,
@@ -246,6 +247,7 @@ def run_lightning(command: str, args: list[str]) -> None:
             args = ["--config", str(saved), *args]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
+    keep_pages()
     _quiet()
     before = sys.argv
     # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.

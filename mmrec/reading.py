@@ -1,0 +1,196 @@
+"""Reading texts of any length in constant memory: keeping what was read, and scoring each token."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mmrec.checkpoint import Trained, load_trained
+from mmrec.errors import UserError
+from mmrec.memory import Memory, load_memory, model_hash, save_memory
+from mmrec.metrics import TextScore
+from mmrec.model import MemoryLM
+from mmrec.runs import find_checkpoint
+from mmrec.text_files import is_unicode
+from mmrec.tokenizers import token_lengths
+
+CHUNK = 2048
+"""Tokens that are read at a time."""
+PIECE = 1 << 20
+"""Characters that are tokenized at a time."""
+
+
+def pieces(file: IO[str], size: int = PIECE) -> Iterator[str]:
+    """Yield a text piece by piece; joined tokens of the pieces are those of the whole.
+
+    A piece ends before a line end that no white space stands before, where every tokenizer cuts anyway.
+    """
+    held = ""
+    while block := file.read(size):
+        held += block
+        cut = held.rfind("\n", 1)
+        while cut > 0 and held[cut - 1].isspace():
+            cut = held.rfind("\n", 1, cut)
+        if cut > 0:
+            yield held[:cut]
+            held = held[cut:]
+        elif len(held) > 64 * size:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+@torch.inference_mode()
+def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
+    """Read tokens [T] on from ``memory``, a chunk at a time.
+
+    Yields:
+        What each token of the chunk cost [n], in nats, given all before it (0 for the very first token of a text,
+        which nothing could predict); and the memory after the chunk.
+    """
+    for first in range(0, len(tokens), CHUNK):
+        part = torch.from_numpy(tokens[first : first + CHUNK].astype(np.int64))
+        logits, state = net(part[None], memory.state)
+        expected = torch.cat([memory.logits[None], logits[0, :-1]])
+        nats = F.cross_entropy(expected.float(), part, reduction="none")
+        if memory.position == 0:
+            nats[0] = 0
+        memory = Memory(state, logits[0, -1].clone(), memory.position + len(part))
+        yield nats, memory
+
+
+@contextmanager
+def opened(path: str) -> Iterator[tuple[IO[str], int | None]]:
+    """Open a text file, or standard input for "-"; yield it and its bytes, where they are known."""
+    if path == "-":
+        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline=""), None
+        return
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield file, Path(path).stat().st_size
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def tokens_of(trained: Trained, path: str) -> Iterator[np.ndarray]:
+    """Yield the tokens of a file piece by piece, with a progress bar; UserError where it is no UTF-8 text."""
+    with (
+        opened(path) as (file, size),
+        tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=not sys.stderr.isatty()) as bar,
+    ):
+        text_before = False
+        try:
+            for piece in pieces(file):
+                if not is_unicode(piece):
+                    raise UserError(f"{path}: is not UTF-8")
+                yield trained.tokenizer.encode(piece)
+                text_before = True
+                bar.update(len(piece.encode("utf-8")))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is not UTF-8 text") from None
+        if not text_before:
+            raise UserError(f"{path}: is empty")
+
+
+def _start(ckpt: str, run: str | None, root: Path, memory: Path | None) -> tuple[Trained, str, Memory]:
+    trained = load_trained(find_checkpoint(root, run, ckpt))
+    model = model_hash(trained.net, trained.tokenizer)
+    return trained, model, Memory.empty(trained.net) if memory is None else load_memory(memory, trained.net, model)
+
+
+def read(
+    file: str,
+    save: Path,
+    ckpt: str = "best",
+    memory: Path | None = None,
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Read a text of any length and keep what was read, to go on from by generate, score or another read.
+
+    Args:
+        file: a UTF-8 text, or - for standard input.
+        save: the file to write.
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        memory: go on from what was read before.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+    """
+    trained, model, reached = _start(ckpt, run, root, memory)
+    for tokens in tokens_of(trained, file):
+        for _, after in read_on(trained.net, tokens, reached):
+            reached = after
+    save_memory(save, reached, model)
+    print(f"{save}: {reached.position:,} tokens read, {save.stat().st_size:,} bytes")
+
+
+def score(
+    file: str,
+    ckpt: str = "best",
+    memory: Path | None = None,
+    surprise: Path | None = None,
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Print how well a text is predicted, in total and by position, each token before the model sees it.
+
+    Args:
+        file: a UTF-8 text, or - for standard input.
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        memory: go on from what was read before.
+        surprise: write a line for each token: its position, its text, and the nats that it cost.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+    """
+    trained, _, reached = _start(ckpt, run, root, memory)
+    begin = reached.position
+    lengths = torch.from_numpy(token_lengths(trained.tokenizer))
+    total, bands = TextScore(), [TextScore()]
+    with open(surprise, "w", encoding="utf-8") if surprise is not None else io.StringIO() as table:
+        if surprise is not None:
+            table.write("position\ttext\tnats\n")
+        for tokens in tokens_of(trained, file):
+            done = 0
+            for nats, after in read_on(trained.net, tokens, reached):
+                reached = after
+                part = tokens[done : done + len(nats)].astype(np.int64)
+                done += len(nats)
+                first = reached.position - len(nats)
+                scored = slice(1 if first == 0 else 0, None)
+                sizes = lengths[torch.from_numpy(part)]
+                total.update(nats[scored], sizes[scored])
+                # Positions from 2^k on have a band of their own: 0, 1024, 2048, 4096, ...
+                band = torch.arange(first - begin, first - begin + len(nats)).div(1024, rounding_mode="floor")
+                number = (band.clamp_min(1).log2().floor().long() + 1).masked_fill(band == 0, 0)[scored]
+                for k in number.unique().tolist():
+                    while len(bands) <= k:
+                        bands.append(TextScore())
+                    bands[k].update(nats[scored][number == k], sizes[scored][number == k])
+                if surprise is not None:
+                    for offset, (token, cost) in enumerate(zip(part.tolist(), nats.tolist(), strict=True)):
+                        table.write(f"{first + offset}\t{trained.tokenizer.decode([token])!r}\t{cost:.5f}\n")
+    if not total.tokens:
+        raise UserError(f"{file}: a single token, which nothing predicts; give more text, or a --memory")
+    print(_line(file, total))
+    for k, within in enumerate(bands):
+        if within.tokens:
+            print(_line(f"  from token {begin + (1024 << (k - 1) if k else 0):,}", within))
+
+
+def _line(name: str, score: TextScore) -> str:
+    figures = {key: float(value) for key, value in score.compute().items()}
+    return (
+        f"{name}: {figures['loss']:.4f} nats/token, {figures['nats_per_char']:.4f} nats/char, "
+        f"{figures['bits_per_byte']:.4f} bits/byte ({int(score.tokens):,} tokens)"
+    )

@@ -1,0 +1,188 @@
+"""A text is read once; what was read is kept, gone on from, and refused to another model."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import fit
+
+from mmrec import MemoryLM
+from mmrec.errors import UserError
+from mmrec.memory import Memory, load_memory, model_hash, save_memory
+from mmrec.model import MemoryLM as Net
+from mmrec.model import Shape
+from mmrec.reading import pieces, read_on
+from mmrec.tokenizers import BPETokenizer, ByteTokenizer
+
+Command = Callable[..., int]
+SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+
+
+@pytest.fixture
+def trained(mmrec: Command, prepared: Path) -> str:
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a")) == 0
+    return "a"
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(SHAPE, 256).eval()
+
+
+def test_a_memory_comes_back_to_the_bit(tmp_path: Path) -> None:
+    model = net()
+    tokens = np.frombuffer(b"something that is read " * 300, dtype=np.uint8)
+    *_, (_, memory) = read_on(model, tokens, Memory.empty(model))
+    save_memory(tmp_path / "a.mem", memory, "hash")
+    back = load_memory(tmp_path / "a.mem", model, "hash")
+    assert back.position == memory.position == len(tokens)
+    assert torch.equal(back.logits, memory.logits)
+    for mine, theirs in zip(back.state, memory.state, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert (tmp_path / "a.mem").stat().st_size < 20_000
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "a.mem"
+    *_, (_, memory) = read_on(model, np.arange(50) % 7, Memory.empty(model))
+    save_memory(path, memory, "hash")
+    whole, choose = path.read_bytes(), random.Random(0)
+    for number in range(200):
+        data = bytearray(whole)
+        if number % 2:
+            data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
+        else:
+            del data[choose.randrange(len(data)) :]
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.mem: "):
+            load_memory(path, model, "hash")
+
+
+def test_the_hash_tells_models_apart() -> None:
+    hashes = {model_hash(net(0), ByteTokenizer()), model_hash(net(1), ByteTokenizer())}
+    hashes.add(model_hash(net(0), ByteTokenizer(documents=True)))
+    assert len(hashes) == 3
+    assert model_hash(net(0), ByteTokenizer()) in hashes
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
+def test_pieces_have_the_tokens_of_the_whole(size: int) -> None:
+    text = "To be, or\n\n not to be:\r\n\tthat\nis  \n \n the question.\nWhether 'tis\n" * 20
+    tokenizer = BPETokenizer.train(text, 300)
+    parts = list(pieces(io.StringIO(text, newline=""), size))
+    assert "".join(parts) == text
+    assert np.concatenate([tokenizer.encode(part) for part in parts]).tolist() == tokenizer.encode(text).tolist()
+    assert size > 1000 or len(parts) > 5
+
+
+def test_costs_are_those_of_one_pass() -> None:
+    model = net()
+    tokens = torch.randint(256, (5000,))
+    logits, _ = model(tokens[None], model.zero_state(1))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
+    memory, found = Memory.empty(model), []
+    for part in tokens.numpy().astype(np.uint16)[:3000], tokens.numpy().astype(np.uint16)[3000:]:
+        for nats, after in read_on(model, part, memory):
+            found.append(nats)
+            memory = after
+    torch.testing.assert_close(torch.cat(found)[1:], expected, rtol=1e-4, atol=1e-4)
+    assert float(found[0][0]) == 0
+    assert memory.position == 5000
+
+
+def test_read_then_write(mmrec: Command, trained: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading a book in parts and going on is the same as the whole as the prompt."""
+    first, second = text[:4000], text[4000:6000]
+    Path("first.txt").write_text(first)
+    Path("second.txt").write_text(second)
+    assert mmrec("read", "first.txt", "--save", "first.mem") == 0
+    assert "first.mem: 4,000 tokens read" in capsys.readouterr().out
+    assert mmrec("read", "second.txt", "--memory", "first.mem", "--save", "both.mem") == 0
+    assert "6,000 tokens read" in capsys.readouterr().out
+    assert mmrec("generate", "--memory", "both.mem", "--length", "40", "--temperature", "0") == 0
+    gone_on = capsys.readouterr().out
+    assert mmrec("generate", "--prompt", first + second, "--length", "40", "--temperature", "0") == 0
+    assert capsys.readouterr().out == first + second + gone_on
+    assert mmrec("generate", "--memory", "first.mem", "--prompt", second, "--length", "40", "--temperature", "0") == 0
+    assert capsys.readouterr().out == second + gone_on
+
+
+def test_score(
+    mmrec: Command, trained: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("all.txt").write_text(text[:6000])
+    Path("end.txt").write_text(text[4000:6000])
+    Path("start.txt").write_text(text[:4000])
+    assert mmrec("score", "all.txt", "--surprise", "all.tsv") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("all.txt: ")
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        f"  from token {n}" for n in ("0", "1,024", "2,048", "4,096")
+    ]
+    rows = [row.split("\t") for row in Path("all.tsv").read_text().splitlines()[1:]]
+    assert len(rows) == 6000
+    costs = [float(row[2]) for row in rows]
+    assert float(lines[0].split()[1]) == pytest.approx(sum(costs) / 5999, abs=1e-3)
+    assert mmrec("read", "start.txt", "--save", "start.mem") == 0
+    capsys.readouterr()
+    assert mmrec("score", "end.txt", "--memory", "start.mem") == 0
+    end = capsys.readouterr().out.splitlines()
+    assert float(end[0].split()[1]) == pytest.approx(sum(costs[4000:]) / 2000, abs=1e-3)
+    assert end[1].startswith("  from token 4,000: ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text[:6000].encode())))
+    assert mmrec("score", "-") == 0
+    assert capsys.readouterr().out.splitlines()[0].removeprefix("-") == lines[0].removeprefix("all.txt")
+
+
+def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
+    model = MemoryLM.load("best")
+    cost = model.read(text[:3000])
+    assert 0 < cost < 4
+    written = model.generate(length=30, temperature=0)
+    assert written == model.generate(length=30, temperature=0)  # writing leaves the memory as it is
+    assert len(written) == 30
+    model.save_memory(tmp_path / "x.mem")
+    other = MemoryLM.load("best")
+    other.load_memory(tmp_path / "x.mem")
+    assert other.memory.position == 3000
+    assert other.generate(length=30, temperature=0) == written
+    other.memory = Memory.empty(other._trained.net)
+    assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["read", "nothing.txt", "--save", "x.mem"], "nothing.txt: cannot be read: No such file or directory"),
+        (["read", "empty.txt", "--save", "x.mem"], "empty.txt: is empty"),
+        (["read", "latin.txt", "--save", "x.mem"], "latin.txt: is not UTF-8 text"),
+        (["read", "one.txt", "--save", "no/x.mem"], "no/x.mem: cannot be written"),
+        (["read", "greek.txt", "--save", "x.mem"], "is not in the alphabet"),
+        (["score", "one.txt"], "a single token, which nothing predicts"),
+        (["generate", "--memory", "nothing.mem"], "nothing.mem: no such file"),
+        (["generate", "--memory", "one.txt"], "one.txt: is not a readable memory"),
+        (["generate", "--memory", "other.mem"], "other.mem: is the memory of another model"),
+        (["generate", "--prompt", ""], "--prompt is ''; it must not be empty"),
+    ],
+)
+def test_bad_requests(
+    mmrec: Command, trained: str, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    Path("empty.txt").write_text("")
+    Path("one.txt").write_text("t")
+    Path("greek.txt").write_text("αβγ")
+    Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    model = net()
+    save_memory(Path("other.mem"), Memory.empty(model), "another hash")
+    assert mmrec(*args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not Path("x.mem").exists()
