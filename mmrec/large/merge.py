@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens, writing
 
 AT_ONCE = 1 << 23
-"""Documents whose hashes are compared at once, and tokens that are copied at once: it bounds the memory."""
+"""Documents whose hashes are compared at once: it bounds the memory."""
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 16, 1 << 22
+"""Documents that are looked at, and bytes that are copied, at once."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Shards:
             return np.zeros(0, dtype=DOCUMENT)
         return np.memmap(path, dtype=DOCUMENT, mode="r")
 
-    def blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield (shard, number of its first document, documents) of all shards, a bounded number at a time."""
-        for number in range(len(self.parts)):
-            rows = self.rows(number)
-            for first in range(0, len(rows), AT_ONCE):
-                yield number, first, rows[first : first + AT_ONCE]
+    def blocks(self, number: int) -> Iterator[np.ndarray]:
+        """Yield the documents of a shard, a bounded number at a time."""
+        # Read, not mapped: pages of a map count as memory of the process.
+        with open(self.work / f"{stem(number)}.documents", "rb") as file:
+            while len(rows := np.fromfile(file, dtype=DOCUMENT, count=ROWS_AT_ONCE)):
+                yield rows
 
     def validates(self, number: int, rows: np.ndarray) -> np.ndarray:
         """Return which documents of shard ``number`` validate, [D] of bool: a function of their content alone."""
@@ -105,23 +107,24 @@ def merge(
     sizes = {part: Counter[str]() for part in ("train", "val", "duplicates")}
     with writing(folder, tokenizer, description) as staging:
         with open(staging / "train.bin", "wb") as train, open(staging / "val.bin", "wb") as val:
-            place = position = 0
-            current = -1
-            for number, _, rows in shards.blocks():
-                if number != current:
-                    current, position = number, 0
-                    tokens = np.memmap(shards.work / f"{stem(number)}.tokens", dtype=tokenizer.dtype, mode="r")
-                kept = ~dropped[place : place + len(rows)]
-                validates = shards.validates(number, rows)
-                if only is not None:
-                    validates = np.arange(place, place + len(rows)) == only
-                for part, chosen in (("train", kept & ~validates), ("val", kept & validates), ("duplicates", ~kept)):
-                    sizes[part]["documents"] += int(chosen.sum())
-                    sizes[part]["bytes"] += int(rows["bytes"][chosen].sum())
-                _copy(tokens, position, rows["tokens"], kept & ~validates, train)
-                _copy(tokens, position, rows["tokens"], kept & validates, val)
-                position += int(rows["tokens"].sum())
-                place += len(rows)
+            place = 0
+            for number in range(len(shards.parts)):
+                with open(shards.work / f"{stem(number)}.tokens", "rb") as tokens:
+                    position = 0
+                    for rows in shards.blocks(number):
+                        kept = ~dropped[place : place + len(rows)]
+                        validates = shards.validates(number, rows)
+                        if only is not None:
+                            validates = np.arange(place, place + len(rows)) == only
+                        chosen = {"train": kept & ~validates, "val": kept & validates, "duplicates": ~kept}
+                        for part, which in chosen.items():
+                            sizes[part]["documents"] += int(which.sum())
+                            sizes[part]["bytes"] += int(rows["bytes"][which].sum())
+                        lengths = rows["tokens"].astype(np.int64) * tokenizer.dtype.itemsize
+                        _copy(tokens, position, lengths, chosen["train"], train)
+                        _copy(tokens, position, lengths, chosen["val"], val)
+                        position += int(lengths.sum())
+                        place += len(rows)
         with open(staging / "rejected.jsonl", "wb") as rest:
             for number in range(len(shards.parts)):
                 with open(shards.work / f"{stem(number)}.rejected", "rb") as lines:
@@ -135,7 +138,7 @@ def _lone_validator(shards: Shards, dropped: np.ndarray) -> int | None:
     """Return the place of the document that validates alone, where the shares leave one part empty; else None."""
     validating = training = place = 0
     smallest, lowest = 0, 2**64
-    for number, _, rows in shards.blocks():
+    for number, rows in ((n, rows) for n in range(len(shards.parts)) for rows in shards.blocks(n)):
         kept = ~dropped[place : place + len(rows)]
         validates = shards.validates(number, rows)
         validating += int((kept & validates).sum())
@@ -149,14 +152,27 @@ def _lone_validator(shards: Shards, dropped: np.ndarray) -> int | None:
     return None if validating and training else smallest
 
 
-def _copy(tokens: np.ndarray, position: int, lengths: np.ndarray, chosen: np.ndarray, target: Any) -> None:
-    """Append the tokens of the documents that are chosen, run by run, to a file."""
-    ends = position + np.cumsum(lengths.astype(np.int64))
-    starts = ends - lengths.astype(np.int64)
+def _copy(tokens: IO[bytes], position: int, sizes: np.ndarray, chosen: np.ndarray, target: IO[bytes]) -> None:
+    """Append the documents that are chosen, run by run, to a file.
+
+    Args:
+        tokens: the tokens of a shard.
+        position: byte where the first of the documents begins.
+        sizes: [D], bytes of each.
+        chosen: [D], bool.
+        target: the file.
+    """
+    ends = position + np.cumsum(sizes)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
     for first, last in zip(edges[::2], edges[1::2], strict=True):
-        for start in range(int(starts[first]), int(ends[last - 1]), AT_ONCE):
-            target.write(tokens[start : min(start + AT_ONCE, int(ends[last - 1]))].tobytes())
+        tokens.seek(int(ends[first] - sizes[first]))
+        left = int(ends[last - 1] - ends[first] + sizes[first])
+        while left:
+            data = tokens.read(min(left, BYTES_AT_ONCE))
+            if not data:
+                raise UserError(f"{tokens.name}: is cut short; delete the work folder and begin anew")
+            target.write(data)
+            left -= len(data)
 
 
 def counts_table(manifest: dict[str, Any]) -> str:
