@@ -210,6 +210,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="The number of training batches")  # of a small text
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every run is a job
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging")  # it shards only where asked to
     advice = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
     talkers = (
         "pytorch.utilities.rank_zero",
