@@ -140,7 +140,8 @@ def checkout(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\n{body}")
         path.chmod(0o755)
-    stamp = 'cd "$0" && { cat setup.cfg pyproject.toml constraints.txt | cksum; pwd; echo plot; } >.venv/.mmrec-installed'
+    inputs = "setup.cfg pyproject.toml constraints.txt"
+    stamp = f'cd "$0" && {{ cat {inputs} | cksum; pwd; echo plot; }} >.venv/.mmrec-installed'
     subprocess.run(["bash", "-c", stamp, str(folder)], check=True)
     return folder
 
