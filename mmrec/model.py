@@ -112,10 +112,10 @@ class Memory(nn.Module, ABC):
 
 
 class ShortMemory(Memory):
-    """Gated linear recurrence: E numbers that fade at learned, input-dependent rates.
+    """Gated linear recurrence: D numbers that fade at learned, input-dependent rates.
 
-    ``h_t = a h_{t-1} + sqrt(1 - a^2) (i * z_t)`` with ``a = exp(-8 softplus(rate) r)`` and gates r, i read from
-    the input alone, so that the recurrence stays linear in its state (De et al. 2024, Griffin, section 2.4).
+    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4): :func:`mmrec.ops.reference.rg_lru`
+    with the rate ``8 softplus(rate)``.
     """
 
     SHARPNESS = 8.0
@@ -141,13 +141,8 @@ class ShortMemory(Memory):
     def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
         z, r, i, gate = self.project(x).chunk(4, dim=-1)
         z, past = self.conv(z, state[0], fresh)
-        dtype = state[1].dtype
-        r, i = (r + self.r_bias).to(dtype).sigmoid(), (i + self.i_bias).to(dtype).sigmoid()
-        log_decay = -self.SHARPNESS * F.softplus(self.rate) * r
-        # 1 - a^2 by expm1: exact where a is close to 1; the floor keeps the root's gradient finite.
-        scale = (-torch.expm1(2 * log_decay)).clamp_min(1e-8).sqrt()
-        log_decay = _forget(log_decay, fresh)
-        h, memory = chunked.gated_linear_recurrence(log_decay, scale * i * z, state[1])
+        dtype, rate = state[1].dtype, self.SHARPNESS * F.softplus(self.rate)
+        h, memory = chunked.rg_lru(r.to(dtype) + self.r_bias, i.to(dtype) + self.i_bias, z, rate, state[1], fresh)
         return self.output(h.to(x.dtype) * gate.sigmoid()), (past, memory)
 
 

@@ -43,7 +43,7 @@ def test_token_by_token_with_the_plain_recurrences(monkeypatch: pytest.MonkeyPat
     state = net.zero_state(2)
     state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in state]
     expected, after = net(x, state)
-    monkeypatch.setattr(chunked, "gated_linear_recurrence", reference.gated_linear_recurrence)
+    monkeypatch.setattr(chunked, "rg_lru", reference.rg_lru)
     monkeypatch.setattr(chunked, "gated_delta_rule", reference.gated_delta_rule)
     steps = []
     for t in range(37):

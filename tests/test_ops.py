@@ -14,9 +14,10 @@ LENGTHS = [1, 2, 31, 32, 33, 63, 100]
 Op = Callable[..., tuple[Tensor, Tensor]]
 
 
-def linear_inputs(length: int) -> list[Tensor]:
-    log_decay = -torch.rand(2, length, 5, dtype=torch.float64) * 3
-    return [log_decay, torch.randn(2, length, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)]
+def lru_inputs(length: int) -> list[Tensor]:
+    gates_and_inputs = list(torch.randn(3, 2, length, 5, dtype=torch.float64))
+    rate = torch.tensor([1e-6, 0.01, 0.3, 1.0, 8.0], dtype=torch.float64)
+    return [*gates_and_inputs, rate, torch.randn(2, 5, dtype=torch.float64)]
 
 
 def delta_inputs(length: int, keys: int = 6, values: int = 4) -> list[Tensor]:
@@ -30,7 +31,7 @@ def delta_inputs(length: int, keys: int = 6, values: int = 4) -> list[Tensor]:
 
 
 OPS = {
-    "linear": (reference.gated_linear_recurrence, chunked.gated_linear_recurrence, linear_inputs, 1),
+    "lru": (reference.rg_lru, chunked.rg_lru, lru_inputs, 1),
     "delta": (reference.gated_delta_rule, chunked.gated_delta_rule, delta_inputs, 2),
 }
 """Name: the plain form, the fast form, inputs (the state last), the dimension of time in the others."""
@@ -64,8 +65,12 @@ def test_reading_in_two_parts_is_reading_at_once(name: str, cut: int) -> None:
     _, fast, make, time = OPS[name]
     *inputs, state = make(70)
     whole, after = fast(*inputs, state)
-    first, between = fast(*(x.narrow(time, 0, cut) for x in inputs), state)
-    second, end = fast(*(x.narrow(time, cut, 70 - cut) for x in inputs), between)
+
+    def part(start: int, length: int) -> list[Tensor]:
+        return [x.narrow(time, start, length) if x.dim() > 1 else x for x in inputs]
+
+    first, between = fast(*part(0, cut), state)
+    second, end = fast(*part(cut, 70 - cut), between)
     torch.testing.assert_close(torch.cat([first, second], dim=time), whole, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(end, after, rtol=1e-10, atol=1e-11)
 
@@ -95,7 +100,7 @@ def test_delta_rule_is_stable_where_all_keys_are_equal() -> None:
 def test_complete_forgetting_gives_finite_gradients(name: str) -> None:
     _, fast, make, _ = OPS[name]
     inputs = make(40)
-    inputs[0 if name == "linear" else 3].fill_(-1e4)
+    inputs[3].fill_(1e4 if name == "lru" else -1e4)
     assert all(x.isfinite().all() for x in with_gradients(fast, inputs))
 
 

@@ -32,16 +32,14 @@ def check_ops(length: int = 200) -> dict[str, float]:
         return torch.nn.functional.normalize(normal(*size), dim=-1)
 
     rows, heads, size = 2, 2, 16
-    recurrence = -normal(rows, length, size).abs(), normal(rows, length, size), normal(rows, size)
+    lru = (*(normal(rows, length, size) for _ in range(3)), normal(size).exp(), normal(rows, size))
     rule = (
         *(unit(rows, heads, length, size), unit(rows, heads, length, size), normal(rows, heads, length, size)),
         *(-normal(rows, heads, length).abs(), normal(rows, heads, length).sigmoid()),
         normal(rows, heads, size, size),
     )
     found = {
-        "gated_linear_recurrence": _difference(
-            chunked.gated_linear_recurrence, reference.gated_linear_recurrence, recurrence
-        ),
+        "rg_lru": _difference(chunked.rg_lru, reference.rg_lru, lru),
         "gated_delta_rule": _difference(chunked.gated_delta_rule, reference.gated_delta_rule, rule),
     }
     for name, difference in found.items():

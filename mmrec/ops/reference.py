@@ -10,23 +10,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def gated_linear_recurrence(log_decay: Tensor, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The short memory: ``h_t = exp(log_decay_t) * h_{t-1} + inputs_t``, channel by channel.
+def rg_lru(
+    r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, fresh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The short memory: ``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) z_t``, ``a_t = exp(-rate sigmoid(r_t))``.
 
-    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4), with the input scaled by
-    the caller.
+    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4). The gates are read from the input
+    alone, so that the recurrence stays linear in its state.
 
     Args:
-        log_decay: [B, T, D], natural logarithm of the decay, at most 0.
-        inputs: [B, T, D].
+        r: [B, T, D], the recurrence gate, before its sigmoid.
+        i: [B, T, D], the input gate, before its sigmoid.
+        z: [B, T, D], the inputs.
+        rate: [D], not negative: the decay of an open gate, in nats a token.
         state: [B, D], the memory before the first token.
+        fresh: [B, T], bool: tokens before which all is forgotten; none if left out.
 
     Returns:
         The memory after each token [B, T, D] and after the last one [B, D].
     """
     outputs = []
-    for t in range(inputs.shape[1]):
-        state = log_decay[:, t].exp() * state + inputs[:, t]
+    log_decay = -rate * r.sigmoid()
+    # 1 - a^2 by expm1: exact where a is close to 1; the floor keeps the root's gradient finite.
+    inputs = (-torch.expm1(2 * log_decay)).clamp_min(1e-8).sqrt() * i.sigmoid() * z
+    decay = log_decay.exp() if fresh is None else log_decay.exp().masked_fill(fresh.unsqueeze(-1), 0)
+    for t in range(z.shape[1]):
+        state = decay[:, t] * state + inputs[:, t]
         outputs.append(state)
     return torch.stack(outputs, dim=1), state
 
