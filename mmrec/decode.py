@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.model import LayerState, LongMemory, Memory, MemoryLM, RMSNorm, ShortMemory, State
+from mmrec.ops.reference import LRU_EPSILON
 
 
 class Decoder:
@@ -143,7 +144,7 @@ class ShortStep(MemoryStep):
         z = self.conv(self.z)
         self.gates.sigmoid_()
         torch.mul(self.rate, self.r, out=self.decay)
-        torch.mul(self.decay, 2, out=self.scale).expm1_().neg_().clamp_min_(1e-8).sqrt_()
+        torch.mul(self.decay, 2, out=self.scale).expm1_().neg_().add_(LRU_EPSILON).sqrt_()
         self.scale.mul_(self.i).mul_(z)
         self.memory.mul_(self.decay.exp_()).add_(self.scale)
         torch.mul(self.memory, self.gate, out=self.gate)

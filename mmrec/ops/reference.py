@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LRU_EPSILON = 1e-8
+"""Added to 1 - a^2 of the short memory."""
+
 
 def rg_lru(
     r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, fresh: Tensor | None = None
@@ -31,8 +34,8 @@ def rg_lru(
     """
     outputs = []
     log_decay = -rate * r.sigmoid()
-    # 1 - a^2 by expm1: exact where a is close to 1; the floor keeps the root's gradient finite.
-    inputs = (-torch.expm1(2 * log_decay)).clamp_min(1e-8).sqrt() * i.sigmoid() * z
+    # 1 - a^2 by expm1: exact where a is close to 1; the epsilon keeps the root's gradient finite.
+    inputs = (LRU_EPSILON - torch.expm1(2 * log_decay)).sqrt() * i.sigmoid() * z
     decay = log_decay.exp() if fresh is None else log_decay.exp().masked_fill(fresh.unsqueeze(-1), 0)
     for t in range(z.shape[1]):
         state = decay[:, t] * state + inputs[:, t]
