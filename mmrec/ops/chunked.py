@@ -136,9 +136,8 @@ class _DeltaRule(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         size, values = q.shape[2], v.shape[-1]
-        ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        # Masked before exp: above the diagonal the difference is positive and may overflow.
-        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill_(ahead, float("-inf")).exp_()
+        # Above the diagonal the difference is positive, and its power may overflow.
+        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).clamp_max_(0).mul_(LOG2E).exp2_().tril_()
         from_start = decay.exp().unsqueeze(-1)
         to_end = (decay[..., -1:] - decay).exp().unsqueeze(-1)
         strong = beta * k

@@ -73,26 +73,27 @@ def swiglu(x: Tensor) -> Tensor:
         y: Tensor = _SwiGLU.apply(x)
         return y
     value, gate = x.chunk(2, dim=-1)
-    return value * torch.nn.functional.silu(gate)
+    return value * F.silu(gate)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
-        opened = torch.nn.functional.silu(gate)
-        ctx.save_for_backward(x, opened)
+        gate = gate.contiguous()  # from a part of each row the SiLU takes twice the time
+        opened = F.silu(gate)
+        ctx.save_for_backward(x, gate, opened)
         return value * opened
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, opened = ctx.saved_tensors
-        value, gate = x.chunk(2, dim=-1)
+        x, gate, opened = ctx.saved_tensors
+        value = x.chunk(2, dim=-1)[0]
         result = torch.empty_like(x)
         to_value, to_gate = result.chunk(2, dim=-1)
         torch.mul(grad, opened, out=to_value)
-        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=to_gate)
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * value, gate))
         return result
 
 
