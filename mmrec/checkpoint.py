@@ -233,7 +233,8 @@ def check_same(checkpoint: dict[str, Any], net: MemoryLM, tokenizer: Tokenizer) 
     if KEY not in checkpoint:
         raise UserError("the checkpoint is not one of mmrec")
     saved, here = checkpoint[KEY]["shape"], net.shape.as_dict()
-    differ = [f"{name} {saved.get(name)} there, {here[name]} here" for name in here if saved.get(name) != here[name]]
+    sides = {name: (saved.get(name, False), here.get(name, False)) for name in here | saved}
+    differ = [f"{name} {there} there, {ours} here" for name, (there, ours) in sides.items() if there != ours]
     if differ:
         raise UserError(f"the checkpoint is of another architecture: {'; '.join(differ)}")
     if checkpoint[KEY]["tokenizer"] != tokenizer.state():

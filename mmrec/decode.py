@@ -162,7 +162,7 @@ class LongStep(MemoryStep):
         self.norm, self.head_weight = norm, memory.norm.weight.detach()
         self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
         self.gate = memory.gate.weight.detach()
-        heads = memory.heads
+        heads, self.strongest = memory.heads, memory.strongest
         width, size = len(self.output), len(self.output) // heads
         self.bias = torch.zeros(len(self.project))
         self.bias[3 * width : 3 * width + heads] = memory.decay_bias.detach()
@@ -191,7 +191,7 @@ class LongStep(MemoryStep):
         torch.mul(F.softplus(self.decay), self.rate, out=self.rates)
         self.memory.mul_(self.rates.exp_().view(-1, 1, 1))
         torch.bmm(self.k, self.memory, out=self.told)
-        torch.sub(self.v, self.told, out=self.told).mul_(self.beta.sigmoid_().view(-1, 1, 1))
+        torch.sub(self.v, self.told, out=self.told).mul_(self.beta.sigmoid_().mul_(self.strongest).view(-1, 1, 1))
         self.memory.baddbmm_(self.k.mT, self.told)
         torch.bmm(self.q, self.memory, out=self.read)
         torch.mul(self.read, self.read, out=self.told)

@@ -42,6 +42,8 @@ class Shape:
         ffn_dim: inner width of the feed-forward network, F.
         conv_width: tokens that the causal convolution sees, C; 1 leaves it without a past.
         tie_embeddings: read the input embedding also as the output layer.
+        negative_eigenvalues: let a long memory turn what it holds for a key into its opposite, not only forget it:
+            tracking a state, such as parity, needs that (Grazzi et al. 2024).
     """
 
     dim: int = 128
@@ -51,6 +53,7 @@ class Shape:
     ffn_dim: int = 256
     conv_width: int = 4
     tie_embeddings: bool = True
+    negative_eigenvalues: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,6 +72,8 @@ class Shape:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values only, so that a checkpoint loads with ``weights_only=True``."""
         shape = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.negative_eigenvalues:  # as before there was this field: the hash of such a model stays
+            del shape["negative_eigenvalues"]
         return shape | {"memories": list(self.memories)}
 
 
@@ -149,7 +154,8 @@ class ShortMemory(Memory):
 class LongMemory(Memory):
     """Gated delta rule: per head a matrix that is told what to hold for a key, and corrects itself.
 
-    Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024); half-lives start log-uniform in 8..8192 tokens.
+    Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024); half-lives start log-uniform in 8..8192 tokens. With
+    ``negative_eigenvalues`` the strength of a correction is in 0..2 instead of 0..1 (Grazzi et al. 2024).
     """
 
     GATE_RANK = 16
@@ -158,6 +164,7 @@ class LongMemory(Memory):
         super().__init__()
         width, heads = shape.dim, shape.heads
         self.heads = heads
+        self.strongest = 2.0 if shape.negative_eigenvalues else 1.0
         self.splits = [3 * width, heads, heads, self.GATE_RANK]  # q k v, decay, beta, low-rank output gate
         self.project = nn.Linear(shape.dim, sum(self.splits), bias=False)
         self.conv = CausalConv(3 * width, shape.conv_width)
@@ -184,7 +191,7 @@ class LongMemory(Memory):
         q, k = _unit_length(q.to(dtype)), _unit_length(k.to(dtype))
         log_decay = -self.log_rate.exp() * F.softplus(decay.to(dtype) + self.decay_bias)
         log_decay = _forget(log_decay, fresh)
-        strength = (beta.to(dtype) + self.beta_bias).sigmoid()
+        strength = self.strongest * (beta.to(dtype) + self.beta_bias).sigmoid()
         o, memory = chunked.gated_delta_rule(q, k, v, log_decay.mT, strength.mT, state[1])
         o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
         return self.output(o * self.gate(gate).sigmoid()), (past, memory)

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_a_checkpoint_is_all_that_a_model_needs(tmp_path: Path) -> None:
     assert (trained.step, trained.tokenizer.digest()) == (7, TOKENIZER.digest())
     tokens = torch.tensor([[0, 1, 2, 1]])
     assert torch.equal(trained.net(tokens, net.zero_state(1))[0], net(tokens, net.zero_state(1))[0])
+
+
+def test_negative_eigenvalues_are_kept_and_a_shape_of_before_has_none(tmp_path: Path) -> None:
+    for negative in (False, True):
+        shape = replace(SHAPE, negative_eigenvalues=negative)
+        assert ("negative_eigenvalues" in shape.as_dict()) == negative  # older files and hashes have no such field
+        write_checkpoint(content(MemoryLM(shape, 3)), tmp_path / "a.ckpt")
+        assert load_trained(tmp_path / "a.ckpt").net.shape.negative_eigenvalues == negative
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -174,6 +183,11 @@ def test_what_differs_is_named() -> None:
     other = Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=24)
     with pytest.raises(UserError, match="memories"):
         check_same(checkpoint, MemoryLM(other, 3), TOKENIZER)
+    turning = replace(SHAPE, negative_eigenvalues=True)
+    with pytest.raises(UserError, match="negative_eigenvalues False there, True here"):
+        check_same(checkpoint, MemoryLM(turning, 3), TOKENIZER)
+    with pytest.raises(UserError, match="negative_eigenvalues True there, False here"):
+        check_same(content(MemoryLM(turning, 3)), MemoryLM(SHAPE, 3), TOKENIZER)
     with pytest.raises(UserError, match="another tokenizer"):
         check_same(checkpoint, MemoryLM(SHAPE, 3), CharacterTokenizer("abd"))
 

@@ -25,6 +25,7 @@ SHAPES = {
     "both": Shape(dim=24, layers=3, memories=("short", "long"), heads=3, ffn_dim=20),
     "no convolution": Shape(dim=16, layers=2, memories=("long", "short"), heads=2, ffn_dim=24, conv_width=1),
     "untied": Shape(dim=16, layers=1, memories=("long",), heads=1, ffn_dim=8, conv_width=2, tie_embeddings=False),
+    "negative": Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=8, negative_eigenvalues=True),
 }
 
 

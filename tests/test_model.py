@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from mmrec.errors import UserError
-from mmrec.model import MemoryLM, Shape, State, reset_rows
+from mmrec.model import LongMemory, MemoryLM, Shape, State, reset_rows
 from mmrec.ops import chunked, reference
 
 VOCABULARY = 11
@@ -113,6 +115,24 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(net(x, state)[0], net(x, state)[0])
     net.eval()
     assert torch.equal(net(x, state)[0], net(x, state)[0])
+
+
+def test_a_strength_of_two_turns_the_memory_around() -> None:
+    """The eigenvalue of the memory's map along the key: 1 - strength, down to -1."""
+    for negative, least in ((False, 0.0), (True, -1.0)):
+        shape = Shape(dim=8, layers=1, memories=("long",), heads=1, ffn_dim=8, conv_width=1)
+        memory = LongMemory(replace(shape, negative_eigenvalues=negative)).double()
+        with torch.no_grad():
+            memory.project.weight.zero_()
+            memory.project.weight[8:16].copy_(torch.eye(8))  # the keys are the inputs, the values nothing
+            memory.conv.weight.fill_(1)
+            memory.beta_bias.fill_(50)
+            memory.log_rate.fill_(-50)
+        x = torch.zeros(1, 1, 8, dtype=torch.float64)
+        x[0, 0, 0] = 1e3
+        held = torch.eye(8, dtype=torch.float64)[None, None]
+        _, (_, after) = memory(x, (memory.zero_state(1, x.device, x.dtype)[0], held))
+        torch.testing.assert_close(after[0, 0].diag(), torch.tensor([least] + 7 * [1.0], dtype=torch.float64))
 
 
 def test_every_parameter_is_trained() -> None:

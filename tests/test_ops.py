@@ -26,7 +26,7 @@ def delta_inputs(length: int, keys: int = 6, values: int = 4) -> list[Tensor]:
 
     q, k = (torch.nn.functional.normalize(random(2, 3, length, keys), dim=-1) for _ in range(2))
     log_decay = -torch.rand(2, 3, length, dtype=torch.float64) * 3
-    beta = torch.rand(2, 3, length, dtype=torch.float64)
+    beta = 2 * torch.rand(2, 3, length, dtype=torch.float64)
     return [q, k, random(2, 3, length, values), log_decay, beta, random(2, 3, keys, values)]
 
 
@@ -85,11 +85,12 @@ def test_chunk_length_does_not_matter(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-def test_delta_rule_is_stable_where_all_keys_are_equal() -> None:
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_delta_rule_is_stable_where_all_keys_are_equal(strength: float) -> None:
     """Powers of the coupling matrix would lose every digit here; the blocked inverse must not."""
     q, _, v, _, _, state = (x.float() for x in delta_inputs(64))
     k = torch.nn.functional.normalize(torch.ones_like(q), dim=-1)
-    log_decay, beta = torch.zeros(2, 3, 64), torch.ones(2, 3, 64)
+    log_decay, beta = torch.zeros(2, 3, 64), torch.full((2, 3, 64), strength)
     found = chunked.gated_delta_rule(q, k, v, log_decay, beta, state, chunk=64)
     expected = reference.gated_delta_rule(*(x.double() for x in (q, k, v, log_decay, beta, state)))
     for a, b in zip(found, expected, strict=True):

@@ -56,7 +56,8 @@ def gated_delta_rule(
         k: [B, H, T, K], the keys, of unit length.
         v: [B, H, T, V], the values.
         log_decay: [B, H, T], natural logarithm of the decay, at most 0.
-        beta: [B, H, T], how far the memory moves towards the new value, in 0..1.
+        beta: [B, H, T], how far the memory moves towards the new value, in 0..2: 1 puts it there, 2 as far beyond
+            (the map of the memory then has a negative eigenvalue; Grazzi et al. 2024).
         state: [B, H, K, V], the memory before the first token.
 
     Returns:
