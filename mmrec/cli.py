@@ -21,6 +21,7 @@ OTHER_COMMANDS = {
     "generate": "write text with a trained model",
     "read": "read a text of any length, and keep what was read in a small file",
     "score": "print how well a text is predicted, in total and by position",
+    "eval": "measure what the memory remembers, beside other models",
     "bench": "compare speed, memory and learning with other models, side by side",
 }
 CORPUS_HELP = (
@@ -106,6 +107,10 @@ def _dispatch(command: str, *options: str) -> None:
             from mmrec.bench.compare import bench
 
             _run(bench, command, args)
+        case "eval":
+            from mmrec.evals.command import evaluate
+
+            evaluate(args)
         case _ if command in LIGHTNING_COMMANDS:
             from mmrec.lightning_cli import run_lightning
 

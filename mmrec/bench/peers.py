@@ -109,19 +109,19 @@ class GPTBlock(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Two layers of ``torch.nn.LSTM`` with a tied embedding."""
+    """Some layers of ``torch.nn.LSTM`` with a tied embedding."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, layers: int = 2) -> None:
         super().__init__()
         self.dim = dim
         self.tokens = nn.Embedding(vocab_size, dim)
-        self.lstm = nn.LSTM(dim, dim, num_layers=2, batch_first=True)
+        self.lstm = nn.LSTM(dim, dim, num_layers=layers, batch_first=True)
         self.head = nn.Linear(dim, vocab_size)
         self.head.weight = self.tokens.weight
         nn.init.normal_(self.tokens.weight, std=dim**-0.5)
 
     def zero_state(self, rows: int) -> tuple[Tensor, Tensor]:
-        zero = torch.zeros(2, rows, self.dim, device=self.tokens.weight.device)
+        zero = torch.zeros(self.lstm.num_layers, rows, self.dim, device=self.tokens.weight.device)
         return zero, zero
 
     def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -148,9 +148,9 @@ def _mmrec(vocab_size: int, length: int) -> nn.Module:
     return MemoryLM(Shape(memories=("short", "long", "short", "short"), ffn_dim=304), vocab_size)
 
 
-def _mingru(vocab_size: int, length: int) -> nn.Module:
+def mingru(vocab_size: int, dim: int, layers: int) -> nn.Module:
     module: Any = import_module("minGRU_pytorch.minLM")
-    return Wrapped(module.minLM(num_tokens=vocab_size, dim=124, depth=4))
+    return Wrapped(module.minLM(num_tokens=vocab_size, dim=dim, depth=layers))
 
 
 def _titans(vocab_size: int, length: int) -> nn.Module:
@@ -171,9 +171,9 @@ def _xlstm(vocab_size: int, length: int) -> nn.Module:
     return Wrapped(module.xLSTMLarge(module.xLSTMLargeConfig(**sizes, **kernels, return_last_states=True)))
 
 
-def _mamba(vocab_size: int, length: int) -> nn.Module:
+def mamba(vocab_size: int, dim: int, layers: int) -> nn.Module:
     module: Any = import_module("transformers")
-    sizes = {"vocab_size": vocab_size, "hidden_size": 168, "num_hidden_layers": 4}
+    sizes = {"vocab_size": vocab_size, "hidden_size": dim, "num_hidden_layers": layers}
     return Wrapped(module.MambaForCausalLM(module.MambaConfig(**sizes, use_cache=False)))
 
 
@@ -202,10 +202,10 @@ PEERS: dict[str, Peer] = {
     "mmrec": Peer("this program's model", _mmrec),
     "gpt": Peer("nanoGPT's shape, torch's scaled_dot_product_attention", GPT),
     "lstm": Peer("torch.nn.LSTM, 2 layers", lambda vocab_size, _: LSTM(vocab_size, 221)),
-    "mingru": Peer("minGRU-pytorch's minLM", _mingru, "minGRU_pytorch"),
+    "mingru": Peer("minGRU-pytorch's minLM", lambda vocab_size, _: mingru(vocab_size, 124, 4), "minGRU_pytorch"),
     "titans": Peer("titans-pytorch's MemoryAsContextTransformer", _titans, "titans_pytorch"),
     "xlstm": Peer("xlstm's xLSTMLarge, its kernels in torch", _xlstm, "xlstm"),
-    "mamba": Peer("HF Mamba, its CPU path", _mamba, "transformers"),
+    "mamba": Peer("HF Mamba, its CPU path", lambda vocab_size, _: mamba(vocab_size, 168, 4), "transformers"),
     "rwkv": Peer("HF RWKV-4, its CPU path", _rwkv, "transformers"),
 }
 
@@ -216,11 +216,16 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if table is not None else 0)
 
 
-def make_peer(name: str, vocab_size: int, length: int) -> nn.Module:
-    """Return the peer ``name`` for texts of up to ``length`` tokens."""
+def check_peer(name: str) -> Peer:
+    """Return the peer ``name``; UserError where there is none, or its package is missing."""
     if name not in PEERS:
         raise UserError(f"no peer {name!r}; known: {', '.join(PEERS)}{nearest(name, PEERS)}")
     peer = PEERS[name]
     if peer.package is not None and find_spec(peer.package) is None:
         raise UserError(f"the peer {name} needs a package that is not installed; pip install 'mmrec[bench]'")
-    return peer.build(vocab_size, length)
+    return peer
+
+
+def make_peer(name: str, vocab_size: int, length: int) -> nn.Module:
+    """Return the peer ``name`` for texts of up to ``length`` tokens."""
+    return check_peer(name).build(vocab_size, length)

@@ -1,0 +1,1 @@
+"""``mmrec eval``: what the memory remembers, measured."""

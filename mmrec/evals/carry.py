@@ -1,0 +1,120 @@
+"""``mmrec eval carry``: what carrying the memory on gives on real text, against starting anew at every window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmrec.checkpoint import Trained, load_trained
+from mmrec.errors import UserError
+from mmrec.evals.report import print_table, save, save_plot
+from mmrec.memory import Memory
+from mmrec.reading import read_on, tokens_of
+from mmrec.runs import find_checkpoint
+from mmrec.stream import WindowLoader
+from mmrec.tokens import open_tokens
+
+ROWS = 32
+"""Windows that are read side by side."""
+
+
+def carried(trained: Trained, text: np.ndarray) -> Tensor:
+    """Return what each token but the first cost, [tokens - 1] in nats, with all before it read."""
+    parts = [nats for nats, _ in read_on(trained.net, text, Memory.empty(trained.net))]
+    return torch.cat(parts)[1:].double()
+
+
+@torch.inference_mode()
+def windowed(trained: Trained, text: np.ndarray, window: int) -> Tensor:
+    """Return the same with a memory that is emptied after every ``window`` tokens."""
+    parts = []
+    for inputs, targets, _ in WindowLoader(text, window, ROWS):
+        logits, _ = trained.net(inputs, trained.net.zero_state(len(inputs)))
+        parts.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none"))
+    return torch.cat(parts).double()
+
+
+def bands(window: int) -> list[tuple[int, int]]:
+    """Return the halves, quarters, ... of a window from its end to its first 16 tokens, as (begin, end)."""
+    found, end = [], window
+    while end > 16:
+        found.append((end // 2, end))
+        end //= 2
+    return [(0, end), *found[::-1]]
+
+
+def carry(
+    ckpt: str = "best",
+    data_dir: Path | None = None,
+    files: Sequence[str] = (),
+    window: int = 256,
+    output_dir: Path = Path("eval"),
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Score texts with the memory carried on and with one that is emptied at every window, by the same checkpoint.
+
+    Args:
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        data_dir: score the validation text of this token folder.
+        files: UTF-8 texts to score, too.
+        window: tokens between two empty memories.
+        output_dir: folder for carry.json and carry.png.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+
+    Raises:
+        UserError: there is nothing to score, or a text is shorter than a window or has unknown characters.
+    """
+    if window < 1:
+        raise UserError(f"--window is {window}; it must be at least 1")
+    if data_dir is None and not files:
+        raise UserError("there is no text to score; give --data_dir, --files or both")
+    trained = load_trained(find_checkpoint(root, run, ckpt))
+    texts: dict[str, np.ndarray] = {}
+    if data_dir is not None:
+        data = open_tokens(data_dir)
+        if data.tokenizer.state() != trained.tokenizer.state():
+            raise UserError(f"{data_dir}: prepared with another tokenizer than the model was trained with")
+        texts[str(data_dir)] = np.asarray(data.val)
+    for file in files:
+        texts[file] = np.concatenate(list(tokens_of(trained, file)))
+    results: dict[str, Any] = {}
+    rows = []
+    for name, text in texts.items():
+        if len(text) <= window:
+            raise UserError(f"{name}: has {len(text)} tokens, not more than a window of {window}")
+        kept, emptied = carried(trained, text), windowed(trained, text, window)
+        place = torch.arange(len(kept)) % window
+        points = []
+        for begin, end in bands(window):
+            here = (place >= begin) & (place < end)
+            point = {"windowed": float(emptied[here].mean()), "carried": float(kept[here].mean())}
+            points.append({"begin": begin, "end": end, **point})
+            rows.append([name, f"{begin} to {end - 1}", *_figures(**point)])
+        whole = {"windowed": float(emptied.mean()), "carried": float(kept.mean())}
+        rows.append([name, "all", *_figures(**whole)])
+        results[name] = {"tokens": len(kept), **whole, "points": points}
+    head = ["text", "place in the window", "windowed", "carried", "gain"]
+    print_table(f"nats/token, windows of {window}", head, rows)
+    save(output_dir / "carry.json", {"window": window, "texts": results})
+
+    def draw(axes: Any) -> None:
+        for number, (name, result) in enumerate(results.items()):
+            middle = [(point["begin"] + point["end"]) / 2 for point in result["points"]]
+            gain = [point["windowed"] - point["carried"] for point in result["points"]]
+            axes.plot(middle, gain, marker="o", color=f"C{number}", label=Path(name).name)
+        axes.set(xscale="log", xlabel="place in the window", ylabel="what the carried memory saves, nats/token")
+        axes.set_ylim(bottom=0)
+
+    save_plot(output_dir / "carry.png", draw)
+
+
+def _figures(windowed: float, carried: float) -> list[str]:
+    return [f"{windowed:.4f}", f"{carried:.4f}", f"{windowed - carried:+.4f}"]

@@ -1,0 +1,49 @@
+"""``mmrec eval NAME``: from the name of an evaluation to what does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mmrec.errors import UserError, nearest
+from mmrec.evals.carry import carry
+from mmrec.evals.learned import learned
+from mmrec.evals.length import length
+from mmrec.evals.recipes import SMALL
+from mmrec.parsing import Parser
+
+OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
+    "length": (length, "what the same text costs after up to a million tokens more were read before it"),
+    "carry": (carry, "what carrying the memory on saves, against starting anew at every window"),
+}
+
+
+def evaluate(args: list[str]) -> None:
+    """Run ``mmrec eval`` with ``args``; UserError where there is no such evaluation."""
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name, *options = args
+    if name in OF_CHECKPOINTS:
+        function, about = OF_CHECKPOINTS[name]
+        parser = Parser(prog=f"mmrec eval {name}", description=about)
+        parser.add_function_arguments(function)
+        function(**vars(parser.parse_args(options)))
+    elif name in SMALL:
+        parser = Parser(prog=f"mmrec eval {name}", description=_about(name))
+        parser.add_function_arguments(learned, skip={"task"})
+        learned(name, **vars(parser.parse_args(options)))
+    else:
+        known = [*OF_CHECKPOINTS, *SMALL]
+        raise UserError(f"no evaluation {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+
+
+def _about(name: str) -> str:
+    return SMALL[name].task().about
+
+
+def overview() -> str:
+    """Return the evaluations, a line each."""
+    rows = [(name, about) for name, (_, about) in OF_CHECKPOINTS.items()]
+    rows += [(name, f"a task to learn: {_about(name)}") for name in SMALL]
+    lines = "\n".join(f"  {name:<11}{about}" for name, about in rows)
+    return f"usage: mmrec eval NAME [options]; 'mmrec eval NAME --help' says more\n\n{lines}"

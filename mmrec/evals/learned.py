@@ -1,0 +1,128 @@
+"""``mmrec eval`` of a made-up task: models that learn it with equal parameters, rows and updates, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mmrec.allocation import keep_pages
+from mmrec.errors import UserError
+from mmrec.evals.models import check_model
+from mmrec.evals.recipes import FULL, SMALL
+from mmrec.evals.report import print_table, save, save_plot
+from mmrec.evals.tasks import Task
+from mmrec.evals.training import Recipe, teach
+
+
+def learned(
+    task: str,
+    models: Sequence[str] = ("mmrec",),
+    seeds: Sequence[int] = (0,),
+    size: Literal["small", "full"] = "small",
+    steps: int | None = None,
+    output_dir: Path = Path("eval"),
+) -> None:
+    """Teach a task to models of equal size, each seed on its own, and test it at lengths taught and beyond.
+
+    What output_dir already holds of the same recipe is not measured again: a second call adds models and seeds.
+
+    Args:
+        task: name of the task.
+        models: mmrec, mmrec-negative (with negative eigenvalues), gpt, lstm, mingru, mamba.
+        seeds: of weights and rows, one training each.
+        size: of the recipe: small for two cores, full as published (mqar and passkey).
+        steps: updates of every model; the recipe's if left out.
+        output_dir: folder for TASK.json and TASK.png.
+
+    Raises:
+        UserError: a name is unknown, a package is missing, or a number is not positive.
+    """
+    recipes = SMALL if size == "small" else FULL
+    if task not in recipes:
+        raise UserError(f"{task} has no recipe of size {size}; {size} is there for {', '.join(recipes)}")
+    for name in models:
+        check_model(name)
+    if not models or not seeds or min(seeds) < 0:
+        raise UserError("--models and --seeds each need one entry at least, and a seed cannot be negative")
+    recipe = recipes[task]
+    if steps is not None:
+        if steps < 1:
+            raise UserError(f"--steps is {steps}; it must be at least 1")
+        recipe = dataclasses.replace(recipe, steps=steps)
+    keep_pages()
+    path = output_dir / f"{task}.json"
+    results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
+    if path.exists():
+        before = _read(path)
+        if before.get("recipe") != results["recipe"]:
+            raise UserError(f"{path}: of another recipe; give another --output_dir")
+        results["runs"] = before["runs"]
+    runs: dict[str, dict[str, Any]] = results["runs"]
+    for name in models:
+        for seed in seeds:
+            if str(seed) not in runs.setdefault(name, {}):
+                runs[name][str(seed)] = teach(name, recipe, seed)
+                save(path, results)
+    show(task, recipe, runs)
+    save_plot(output_dir / f"{task}.png", lambda axes: _draw(axes, recipe.task(), recipe, runs))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not a file of results; give another --output_dir") from error
+    if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
+        raise UserError(f"{path}: not a file of results; give another --output_dir")
+    return found
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as JSON holds it, to tell whether two are the same."""
+    plain = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    plain |= {"task": type(recipe.task()).__name__, "shape": recipe.shape.as_dict()}
+    described: dict[str, Any] = json.loads(json.dumps(plain))
+    return described
+
+
+def accuracies(runs: dict[str, Any], level: int) -> list[float]:
+    """Return what each seed has right at ``level``, of the seeds that could be tested there."""
+    return [found for run in runs.values() if (found := run["accuracy"][str(level)]) is not None]
+
+
+def show(task: str, recipe: Recipe, runs: dict[str, dict[str, Any]]) -> None:
+    """Print what each model has right at each level: the mean over seeds, the lowest and the highest."""
+    made = recipe.task()
+    rows = []
+    for name, by_seed in runs.items():
+        cells = []
+        for level in recipe.tests:
+            found = accuracies(by_seed, level)
+            cells.append(_percent(found) if found else "-")
+        first = next(iter(by_seed.values()))
+        seconds = sum(run["seconds"] for run in by_seed.values()) / len(by_seed)
+        rows.append([name, *cells, f"{first['layer_parameters']:,}", f"{seconds:.0f}", str(len(by_seed))])
+    guessed = [f"{100 * made.chance(level):.1f}" for level in recipe.tests]
+    rows.append(["guessing", *guessed, "", "", ""])
+    heads = [f"{level:,}" for level in recipe.tests]
+    taught = f"taught up to {max(recipe.levels):,}, {recipe.steps:,} updates"
+    title = f"{task}: {made.about}; % right by {made.unit} ({taught})"
+    print_table(title, ["", *heads, "parameters in layers", "seconds", "seeds"], rows)
+
+
+def _percent(found: Sequence[float]) -> str:
+    mean = f"{100 * sum(found) / len(found):.1f}"
+    return mean if len(found) == 1 else f"{mean} ({100 * min(found):.1f} to {100 * max(found):.1f})"
+
+
+def _draw(axes: Any, task: Task, recipe: Recipe, runs: dict[str, dict[str, Any]]) -> None:
+    for number, (name, by_seed) in enumerate(runs.items()):
+        at = [level for level in recipe.tests if accuracies(by_seed, level)]
+        means = [100 * sum(found) / len(found) for found in (accuracies(by_seed, level) for level in at)]
+        axes.plot(at, means, marker="o", color=f"C{number}", label=name)
+    axes.plot(recipe.tests, [100 * task.chance(level) for level in recipe.tests], "k:", label="guessing")
+    axes.axvline(max(recipe.levels), color="gray", linewidth=1, label="taught up to here")
+    axes.set(xscale="log", xlabel=task.unit, ylabel="% right", ylim=(-3, 103), title=task.about)

@@ -1,0 +1,185 @@
+"""``mmrec eval length``: what the same characters cost after more and more was read before them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from mmrec.bench.peers import GPT
+from mmrec.bench.tasks import RECIPES, loss_of, optimizer_of
+from mmrec.checkpoint import load_trained
+from mmrec.errors import UserError
+from mmrec.evals.report import print_table, save, save_plot
+from mmrec.model import MemoryLM
+from mmrec.optim import warmup_cosine
+from mmrec.precision import native_precision
+from mmrec.runs import find_checkpoint
+from mmrec.tokens import TokenFolder, open_tokens
+
+BLOCK, BLOCKS = 256, 4
+"""Tokens that are scored together, and how many such stand side by side in one span."""
+CHUNK = 1024
+"""Tokens of each row that are read at a time."""
+Curve = tuple[list[int], np.ndarray]
+"""Positions, and the losses there in each span [positions, spans]."""
+APART = 4096
+"""Up to this position each block of a span is read to by itself; further on the span as a whole, to save time."""
+
+
+@torch.inference_mode()
+def cost(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, length: int, state: Any) -> Tensor:
+    """Return what ``length`` tokens from each of ``starts`` cost, [B, length] in nats, with ``before`` read first.
+
+    Args:
+        net: ours or a GPT.
+        text: [tokens]; what stands before its start is its end.
+        starts: [B], places in the text.
+        before: how many tokens are read before them, at least 1.
+        length: how many are scored.
+        state: what ``net`` starts from.
+    """
+    scored: list[Tensor] = []
+    for first in range(-before, length - 1, CHUNK):
+        offsets = np.arange(first, min(first + CHUNK, length - 1) + 1)
+        rows = torch.from_numpy(text[(starts[:, None] + offsets) % len(text)].astype(np.int64))
+        logits, state = net(rows[:, :-1], state)
+        wanted = max(0, -1 - first)  # what is predicted here lies before what is scored
+        if wanted < logits.shape[1]:
+            predicted, targets = logits[:, wanted:].flatten(0, 1).float(), rows[:, 1 + wanted :].flatten()
+            nats = F.cross_entropy(predicted, targets, reduction="none")
+            scored.append(nats.view(len(rows), -1))
+    return torch.cat(scored, dim=1)
+
+
+def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], spans: int) -> np.ndarray:
+    """Return the mean loss of the same blocks of text after every number of tokens, [positions, spans], in nats.
+
+    A fair comparison needs the same targets: the text differs from place to place by more than what is looked for. So
+    a position is not a place in the text, but how much of what stands before the block was read.
+
+    Args:
+        net: ours or a GPT, in evaluation mode.
+        text: [tokens], longer than the last position.
+        positions: tokens read before each block; beyond :data:`APART` up to 768 more.
+        spans: places in the text, evenly apart, of 4 blocks of 256 tokens each.
+    """
+    begins = np.arange(spans) * (len(text) // spans)
+    blocks = (begins[:, None] + np.arange(BLOCKS) * BLOCK).flatten()
+    found = []
+    for position in tqdm(positions, desc="positions", disable=not sys.stderr.isatty()):
+        starts, length = (blocks, BLOCK) if position <= APART else (begins, BLOCK * BLOCKS)
+        state = net.zero_state(len(starts)) if isinstance(net, MemoryLM) else None
+        found.append(cost(net, text, starts, position, length, state).double().view(spans, -1).mean(1).numpy())
+    return np.stack(found)
+
+
+def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int) -> GPT:
+    """Return a GPT of 0.8 M parameters, trained by nanoGPT's CPU recipe on windows of ``window`` tokens."""
+    torch.manual_seed(seed)
+    random, recipe = np.random.default_rng(seed), RECIPES["gpt"]
+    rows = max(1, 4096 // window)
+    model, steps = GPT(data.tokenizer.vocab_size, window), tokens // (rows * window)
+    optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"])
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
+    for _ in tqdm(range(steps), desc="training the GPT", disable=not sys.stderr.isatty()):
+        at = random.integers(len(data.train) - window, size=rows)[:, None] + np.arange(window + 1)
+        batch = torch.from_numpy(data.train[at].astype(np.int64))
+        loss, _ = loss_of(model, batch[:, :-1], batch[:, 1:], None, native_precision("cpu"))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return model.eval()
+
+
+def length(
+    ckpt: str = "best",
+    data_dir: Path = Path("data/shakespeare_plays"),
+    positions: Sequence[int] = (1, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
+    spans: int = 16,
+    gpt_tokens: int = 0,
+    gpt_window: int = 512,
+    seed: int = 0,
+    output_dir: Path = Path("eval"),
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Score the same characters after more and more was read before them.
+
+    Args:
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        data_dir: token folder that the model was trained on; its validation text is read, which has to be longer
+            than the last position.
+        positions: how many tokens are read before.
+        spans: places in the text that are scored, 1,024 tokens at each.
+        gpt_tokens: train a GPT of 0.8 M parameters on so many tokens of the training text, to compare with.
+        gpt_window: its longest text, in tokens.
+        seed: of the GPT.
+        output_dir: folder for length.json and length.png.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+
+    Raises:
+        UserError: there is no such checkpoint, or the text is too short or of other tokens.
+    """
+    trained, data = load_trained(find_checkpoint(root, run, ckpt)), open_tokens(data_dir)
+    if trained.tokenizer.state() != data.tokenizer.state():
+        raise UserError(f"{data_dir}: prepared with another tokenizer than the model was trained with")
+    places = sorted(set(positions))
+    if not places or places[0] < 1:
+        raise UserError("--positions are numbers of at least 1: nothing predicts the first token of a text")
+    if spans < 2:
+        raise UserError(f"--spans is {spans}; it must be at least 2")
+    least = max(places[-1] + BLOCK * BLOCKS, spans * BLOCK * BLOCKS)
+    if len(data.val) < least:
+        raise UserError(
+            f"{data_dir}: the validation text has {len(data.val):,} tokens; {spans} spans and position "
+            f"{places[-1]:,} need {least:,}: prepare a longer one (--val_split), or give lower --positions or --spans"
+        )
+    if gpt_tokens and not BLOCK < gpt_window < len(data.train):
+        raise UserError(f"--gpt_window is {gpt_window}; it must be above {BLOCK} and shorter than the training text")
+    text = np.asarray(data.val)
+    losses = by_position(trained.net, text, places, spans)
+    curves: dict[str, Curve] = {"mmrec": (places, losses)}
+    if gpt_tokens:
+        within = [place for place in places if place + BLOCK <= gpt_window]
+        gpt = train_gpt(data, gpt_window, gpt_tokens, seed)
+        curves[f"GPT, window {gpt_window}"] = (within, by_position(gpt, text, within, spans))
+    show(curves)
+    listed = {name: {"positions": at, "losses": values.tolist()} for name, (at, values) in curves.items()}
+    save(output_dir / "length.json", {"spans": spans, "span": BLOCK * BLOCKS, "curves": listed})
+
+    def draw(axes: Any) -> None:
+        for name, (at, values) in curves.items():
+            axes.plot(at, values.mean(1), marker="o", label=name)
+        if gpt_tokens:
+            axes.axvline(gpt_window, color="C1", linestyle=":", label="the GPT stops")
+        axes.set(xscale="log", xlabel="tokens read before", ylabel="loss of the same text, nats/token")
+
+    save_plot(output_dir / "length.png", draw)
+
+
+def show(curves: dict[str, Curve]) -> None:
+    """Print the losses by position, and how far ours is above that at the position next to 4,096."""
+    (places, ours), *others = curves.values()
+    spans = ours.shape[1]
+    anchor = min(range(len(places)), key=lambda index: abs(math.log(places[index] / 4096)))
+    rows = []
+    for place, losses in zip(places, ours, strict=True):
+        apart = losses - ours[anchor]
+        error = apart.std(ddof=1) / spans**0.5
+        theirs = [f"{values[at.index(place)].mean():.4f}" if place in at else "-" for at, values in others]
+        rows.append([f"{place:,}", f"{losses.mean():.4f}", f"{apart.mean():+.4f}", f"{error:.4f}", *theirs])
+    head = ["tokens read before", "mmrec", f"above {places[anchor]:,}", "standard error", *list(curves)[1:]]
+    print_table(f"nats/token of the same {spans * BLOCK * BLOCKS:,} tokens", head, rows)

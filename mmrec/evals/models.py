@@ -1,0 +1,111 @@
+"""The models of an evaluation: this program's, and others with as many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmrec.bench.peers import GPT, LSTM, check_peer, mamba, mingru
+from mmrec.errors import UserError, nearest
+from mmrec.model import MemoryLM, Shape
+from mmrec.stream import IGNORE
+
+OURS: dict[str, dict[str, Any]] = {"mmrec": {}, "mmrec-negative": {"negative_eigenvalues": True}}
+"""The variants of our model: what each changes of a shape."""
+Build = Callable[[int, int, int, int], nn.Module]
+"""Makes a model of (vocabulary, longest text in tokens, width, layers)."""
+
+PEERS: dict[str, Build] = {
+    "gpt": lambda vocab_size, length, dim, layers: GPT(vocab_size, length, dim, layers),
+    "lstm": lambda vocab_size, length, dim, layers: LSTM(vocab_size, dim, layers),
+    "mingru": lambda vocab_size, length, dim, layers: mingru(vocab_size, dim, layers),
+    "mamba": lambda vocab_size, length, dim, layers: mamba(vocab_size, dim, layers),
+}
+"""The peers of an evaluation by name."""
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """Return the output layer of a model, ours or a peer's."""
+    inner = getattr(model, "model", model)
+    for name in ("head", "to_logits", "lm_head"):
+        if hasattr(inner, name):
+            return inner.get_submodule(name)
+    raise TypeError(f"{type(inner).__name__} has no output layer of a known name")
+
+
+def layer_parameters(model: nn.Module) -> int:
+    """Return the parameters without the tables of embeddings, positions and outputs, which grow with N."""
+    tables = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    shared = {id(p) for p in (*tables, *head_of(model).parameters())}
+    return sum(p.numel() for p in model.parameters() if id(p) not in shared)
+
+
+def check_model(name: str) -> None:
+    """Raise UserError where there is no model ``name``, or its package is missing."""
+    known = [*OURS, *PEERS]
+    if name not in known:
+        raise UserError(f"no model {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+    if name in PEERS:
+        check_peer(name)
+
+
+def make_model(name: str, shape: Shape, vocab_size: int, length: int) -> nn.Module:
+    """Return the model ``name``: ours of ``shape``, or a peer with as many layers and parameters in them.
+
+    Args:
+        name: of :data:`OURS` or :data:`PEERS`.
+        shape: of our model.
+        vocab_size: N.
+        length: the longest text, in tokens; a GPT has positions for no more.
+
+    Raises:
+        UserError: there is no such model, or its package is missing.
+    """
+    check_model(name)
+    if name in OURS:
+        return MemoryLM(replace(shape, **OURS[name]), vocab_size)
+    build = PEERS[name]
+    with torch.device("meta"):
+        wanted = layer_parameters(MemoryLM(shape, 2))
+
+        def distance(dim: int) -> int:
+            return abs(layer_parameters(build(2, 2, dim, shape.layers)) - wanted)
+
+        dims = range(8, 3 * shape.dim + 1, 4)
+        best = min(dims, key=distance)
+    return build(vocab_size, length, best, shape.layers)
+
+
+class Asked(nn.Module):
+    """A model that computes logits only where a task asks: of 8,192 tokens they would take most of the time.
+
+    Args:
+        model: tokens [B, T] and a state to logits and a state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.places: Tensor | None = None
+        head_of(model).register_forward_pre_hook(self._pick)
+
+    def _pick(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        assert self.places is not None
+        # One row of all that is asked: what comes of it still has three dimensions, as the models expect.
+        return (inputs[0][self.places][None],)
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: object) -> tuple[Tensor, Tensor, object]:
+        """Return logits [M, N] and answers [M] of what ``targets`` [B, T] asks, row by row, and the state after."""
+        self.places = targets != IGNORE
+        logits, state = self.model(tokens, state)
+        return logits[0].float(), targets[self.places], state
+
+    def loss(self, tokens: Tensor, targets: Tensor, state: object) -> Tensor:
+        """Return the mean loss of the answers, in nats."""
+        logits, answers, _ = self(tokens, targets, state)
+        return F.cross_entropy(logits, answers)

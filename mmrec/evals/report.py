@@ -1,0 +1,41 @@
+"""What every evaluation leaves behind: a table on the terminal, a JSON file and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmrec.bench.compare import print_table
+
+__all__ = ["print_table", "save", "save_plot"]
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write ``results`` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.part")
+    staged.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(staged, path)
+    print(f"\nwritten to {path}")
+
+
+def save_plot(path: Path, draw: Callable[[Any], None]) -> None:
+    """Write the picture that ``draw`` makes on the axes it is given; say what is missing where matplotlib is."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("for a picture: pip install 'mmrec[plot]'")
+        return
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
