@@ -22,6 +22,7 @@ OTHER_COMMANDS = {
     "read": "read a text of any length, and keep what was read in a small file",
     "score": "print how well a text is predicted, in total and by position",
     "eval": "measure what the memory remembers, beside other models",
+    "report": "write a page about a run that opens without a network",
     "bench": "compare speed, memory and learning with other models, side by side",
 }
 CORPUS_HELP = (
@@ -103,6 +104,13 @@ def _dispatch(command: str, *options: str) -> None:
             function = getattr(reading, command)
             parser.add_function_arguments(function, skip={"file"})
             function(**vars(parser.parse_args(args)))
+        case "report":
+            from mmrec.report.page import report
+
+            parser = Parser(prog="mmrec report", description=OTHER_COMMANDS[command])
+            parser.add_argument("run", help="name of a run in lightning_logs, or its folder")
+            parser.add_function_arguments(report, skip={"run"})
+            report(**vars(parser.parse_args(args)))
         case "bench":
             from mmrec.bench.compare import bench
 

@@ -97,6 +97,15 @@ def continue_text(
             logits, state = read(net, torch.tensor([[token]], device=prompt.device), state)
 
 
+def _standard_input() -> str:
+    """Return all of standard input, without the line end that a shell puts after it."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"-: is not UTF-8 text at byte {error.start:,}") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def generate(
     ckpt: str = "best",
     prompt: str | None = None,
@@ -113,7 +122,8 @@ def generate(
 
     Args:
         ckpt: best, last, or the path of a checkpoint or of a run's folder.
-        prompt: the text to continue; a line end if left out, or nothing where there is a memory.
+        prompt: the text to continue, or - for standard input; a line end if left out, or nothing where there is a
+            memory.
         length: number of tokens to write.
         temperature: 0 always takes the most likely token; higher is more varied.
         top_k: draw among so many most likely tokens; 0 means all.
@@ -125,6 +135,8 @@ def generate(
     """
     if prompt is None:
         prompt = "\n" if memory is None else ""
+    elif prompt == "-":
+        prompt = _standard_input()
     for name, value, good, rule in (
         ("prompt", prompt, bool(prompt) or memory is not None, "it must not be empty"),
         ("prompt", prompt, is_unicode(prompt), "it must be UTF-8"),

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from mmrec import runs, slurm
 from mmrec.allocation import keep_pages
-from mmrec.board import Board, Charts, FinalScore, TextSample
+from mmrec.board import Board, Charts, FinalScore, Insight, LossByPosition, TextSample
 from mmrec.callbacks import (
     BestCheckpoint,
     DurableCheckpointIO,
@@ -31,6 +31,7 @@ from mmrec.callbacks import (
 from mmrec.checkpoint import whole_checkpoint
 from mmrec.data import Evaluation, TextData
 from mmrec.errors import UserError
+from mmrec.history import History
 from mmrec.module import TextModule
 from mmrec.parsing import given, parse_error, resolve_configs
 from mmrec.precision import native_precision
@@ -71,7 +72,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
+            self.parser.save(self.config, self.folder / runs.CONFIG, skip_none=False, overwrite=True)
 
 
 class TextCLI(LightningCLI):
@@ -161,7 +162,8 @@ class TextCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
-            added += [Summary(), LearningRate(), Throughput(), Charts(), TextSample(), FinalScore()]
+            added += [Summary(), LearningRate(), Throughput(), Charts()]
+            added += [LossByPosition(), Insight(), TextSample(), FinalScore(), History(folder, sys.argv[1:])]
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
             go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
@@ -211,6 +213,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every run is a job
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging")  # it shards only where asked to
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")  # those of fit alone
     advice = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
     talkers = (
         "pytorch.utilities.rank_zero",
@@ -243,7 +246,7 @@ def run_lightning(command: str, args: list[str]) -> None:
     if no_config and which and "--help" not in args and "-h" not in args:
         root = Path(given(args, "trainer.default_root_dir") or ".")
         folder = runs.find_checkpoint(root, name, which).parent
-        saved = folder.parent / "config.yaml"
+        saved = folder.parent / runs.CONFIG
         if folder.name == runs.CHECKPOINTS and saved.is_file():
             args = ["--config", str(saved), *args]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.

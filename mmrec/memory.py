@@ -45,7 +45,7 @@ def model_hash(net: MemoryLM, tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(json.dumps([net.shape.as_dict(), tokenizer.digest()], sort_keys=True).encode())
     for name, weight in sorted(net.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.detach().contiguous().numpy().tobytes())
+        digest.update(_bytes(weight.detach()))
     return digest.hexdigest()
 
 
@@ -102,9 +102,15 @@ def load_memory(path: Path, net: MemoryLM, model: str) -> Memory:
     return Memory(state, tensors["logits"], int(said["position"]))
 
 
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the numbers of a tensor in little-endian order, on any machine."""
+    array = tensor.numpy()
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+
+
 def _digest(tensors: dict[str, Tensor], said: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()

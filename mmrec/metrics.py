@@ -48,3 +48,37 @@ class TextScore(Metric):
             "bits_per_byte": self.nats / (math.log(2) * self.bytes),
             "nats_per_char": self.nats / self.characters,
         }
+
+
+class ScoreByPosition:
+    """The scores of a text in bands of position: the first 1,024 tokens, then those to 2,047, to 4,095, and so on.
+
+    A model that uses its memory gets better from band to band, or at least not worse.
+    """
+
+    FIRST = 1024
+
+    def __init__(self) -> None:
+        self._bands: list[TextScore] = []
+
+    def update(self, nats: Tensor, lengths: Tensor, position: int) -> None:
+        """Add scored tokens that follow each other.
+
+        Args:
+            nats: [M], minus the natural logarithm of the probability that each token was given.
+            lengths: [M, 2], the bytes and the characters that each token stands for.
+            position: of the first of them in the text, from 0.
+        """
+        done = 0
+        while done < len(nats):
+            number = max(0, (position + done) // self.FIRST).bit_length()
+            part = slice(done, (self.FIRST << number) - position)
+            while len(self._bands) <= number:
+                self._bands.append(TextScore().to(nats.device))
+            self._bands[number].update(nats[part], lengths[part])
+            done = part.stop
+
+    def compute(self) -> dict[int, TextScore]:
+        """Return the score of each band with tokens in it, by the position that the band begins at."""
+        starts = [0, *(self.FIRST << number for number in range(len(self._bands)))]
+        return {start: band for start, band in zip(starts, self._bands, strict=False) if band.tokens}

@@ -86,6 +86,11 @@ class TextModule(LightningModule):
         self._random: dict[str, Tensor] = {}
         self._dynamic: DynamicEvaluation | None = None
 
+    @property
+    def cut(self) -> bool:
+        """Whether this process holds only a part of each weight."""
+        return self._cut
+
     def configure_model(self) -> None:
         """Cut the model over the processes, where the strategy is to do so."""
         if self.device_mesh is not None and not self._cut:
@@ -174,19 +179,21 @@ class TextModule(LightningModule):
         if datamodule is not None and datamodule.evaluation.dynamic:
             self._dynamic = DynamicEvaluation(self.net)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score_batch(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return what each target of the batch cost, [M], in nats."""
+        return {"nats": self._score_batch(batch)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._score_batch(batch)
 
-    def _score_batch(self, batch: Batch) -> None:
+    def _score_batch(self, batch: Batch) -> Tensor:
         with torch.set_grad_enabled(self._dynamic is not None):
             nats = self._nats(batch)
             self.score.update(nats.detach(), self.token_lengths[batch.targets.flatten()])
             if self._dynamic is not None:
                 self._dynamic.learn(nats.mean())
                 self._reading = detach_state(self._reading or [])
+        return nats.detach()
 
     def _nats(self, batch: Batch) -> Tensor:
         # On a CPU scores are in full precision, so that one machine's compare with another's.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmrec.checkpoint import Trained, load_trained
 from mmrec.errors import UserError
 from mmrec.memory import Memory, load_memory, model_hash, save_memory
-from mmrec.metrics import TextScore
+from mmrec.metrics import ScoreByPosition, TextScore
 from mmrec.model import MemoryLM
 from mmrec.runs import find_checkpoint
 from mmrec.text_files import is_unicode
@@ -156,7 +156,7 @@ def score(
     trained, _, reached = _start(ckpt, run, root, memory)
     begin = reached.position
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
-    total, bands = TextScore(), [TextScore()]
+    total, bands = TextScore(), ScoreByPosition()
     with open(surprise, "w", encoding="utf-8") if surprise is not None else io.StringIO() as table:
         if surprise is not None:
             table.write("position\ttext\tnats\n")
@@ -170,22 +170,15 @@ def score(
                 scored = slice(1 if first == 0 else 0, None)
                 sizes = lengths[torch.from_numpy(part)]
                 total.update(nats[scored], sizes[scored])
-                # Positions from 2^k on have a band of their own: 0, 1024, 2048, 4096, ...
-                band = torch.arange(first - begin, first - begin + len(nats)).div(1024, rounding_mode="floor")
-                number = (band.clamp_min(1).log2().floor().long() + 1).masked_fill(band == 0, 0)[scored]
-                for k in number.unique().tolist():
-                    while len(bands) <= k:
-                        bands.append(TextScore())
-                    bands[k].update(nats[scored][number == k], sizes[scored][number == k])
+                bands.update(nats[scored], sizes[scored], first - begin + scored.start)
                 if surprise is not None:
                     for offset, (token, cost) in enumerate(zip(part.tolist(), nats.tolist(), strict=True)):
                         table.write(f"{first + offset}\t{trained.tokenizer.decode([token])!r}\t{cost:.5f}\n")
     if not total.tokens:
         raise UserError(f"{file}: a single token, which nothing predicts; give more text, or a --memory")
     print(_line(file, total))
-    for k, within in enumerate(bands):
-        if within.tokens:
-            print(_line(f"  from token {begin + (1024 << (k - 1) if k else 0):,}", within))
+    for start, within in bands.compute().items():
+        print(_line(f"  from token {begin + start:,}", within))
 
 
 def _line(name: str, score: TextScore) -> str:

@@ -9,6 +9,7 @@ from mmrec.errors import UserError, nearest
 
 LOGS = "lightning_logs"
 CHECKPOINTS = "checkpoints"
+CONFIG, HISTORY = "config.yaml", "history.jsonl"
 BEST, LAST, PREVIOUS = "best", "last", "previous"
 
 
@@ -70,3 +71,12 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give best, last, or the path of a .ckpt file")
     return path
+
+
+def find_folder(root: Path, run: str) -> Path:
+    """Return the folder of a run that is given by its name or its path, with or without a checkpoint in it."""
+    for folder in (root / LOGS / run, Path(run)):
+        if run and (folder / CONFIG).is_file():
+            return folder
+    known = [path.parent.name for path in (root / LOGS).glob(f"*/{CONFIG}")]
+    raise UserError(f"no run {run!r}: neither in {root / LOGS} nor a folder with a {CONFIG}{nearest(run, known)}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import random
+import re
+import shlex
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from helpers import fit
 
 from mmrec import MemoryLM
@@ -186,3 +192,43 @@ def test_bad_requests(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not Path("x.mem").exists()
+
+
+def test_the_hash_is_the_same_on_every_machine() -> None:
+    """Of fixed numbers, so that nothing but the format decides: neither byte order nor the layout in memory."""
+    model = net()
+    with torch.no_grad():
+        for number, weight in enumerate(model.parameters()):
+            weight.copy_(torch.arange(weight.numel()).view(weight.shape) / 64 + number)
+    expected = hashlib.sha256()
+    expected.update(json.dumps([SHAPE.as_dict(), ByteTokenizer().digest()], sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        expected.update(name.encode() + struct.pack(f"<{weight.numel()}f", *weight.flatten().tolist()))
+    assert model_hash(model, ByteTokenizer()) == expected.hexdigest()
+    model.blocks[0].get_submodule("ffn").project.weight.data = (  # type: ignore[union-attr]
+        model.blocks[0].get_parameter("ffn.project.weight").data.T.contiguous().T
+    )
+    assert model_hash(model, ByteTokenizer()) == expected.hexdigest()
+
+
+def test_the_documentation_s_python_runs(trained: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed from docs/memory.md as it stands there."""
+    Path("BOOK.txt").write_text(text[:3000])
+    guide = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8").replace('"And then"', '"that is"')
+    examples = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "docs/memory.md", "exec"), {})
+    assert capsys.readouterr().out
+    assert Path("book.mem").is_file()
+
+
+def test_the_documentation_s_commands_run(mmrec: Command, trained: str, text: str) -> None:
+    for name, part in (("BOOK", text[:3000]), ("MORE", text[3000:5000]), ("NEXT", text[5000:7000])):
+        Path(f"{name}.txt").write_text(part)
+    guide = (REPOSITORY / "docs" / "memory.md").read_text(encoding="utf-8").replace('"And then"', '"that is"')
+    commands = [line for line in guide.splitlines() if line.startswith("mmrec ")]
+    assert len(commands) >= 5
+    for command in commands:
+        assert mmrec(*shlex.split(command, comments=True)[1:]) == 0, command
+    assert {"book.mem", "both.mem", "next.tsv"} <= {path.name for path in Path().iterdir()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from mmrec.metrics import TextScore
+from mmrec.metrics import ScoreByPosition, TextScore
 
 
 def test_the_figures_are_those_of_the_definitions() -> None:
@@ -34,3 +35,25 @@ def test_a_million_small_terms_lose_nothing() -> None:
     for _ in range(100):
         score.update(torch.full((10_000,), 0.1), torch.ones(10_000, 2))
     assert math.isclose(float(score.compute()["loss"]), 0.1, rel_tol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 5000])
+def test_positions_are_in_their_bands(size: int) -> None:
+    nats, lengths = torch.rand(5000), torch.randint(1, 4, (5000, 2))
+    score = ScoreByPosition()
+    for first in range(0, 5000, size):
+        score.update(nats[first : first + size], lengths[first : first + size], 100 + first)
+    bands = score.compute()
+    assert list(bands) == [0, 1024, 2048, 4096]
+    edges = [0, 924, 1948, 3996, 5000]
+    for band, first, last in zip(bands.values(), edges, edges[1:], strict=False):
+        assert int(band.tokens) == last - first
+        assert float(band.compute()["loss"]) == pytest.approx(float(nats[first:last].mean()), rel=1e-5)
+        assert int(band.bytes) == int(lengths[first:last, 0].sum())
+
+
+def test_a_band_without_tokens_is_left_out() -> None:
+    score = ScoreByPosition()
+    score.update(torch.rand(10), torch.ones(10, 2), 1 << 20)
+    assert list(score.compute()) == [1 << 20]
+    assert ScoreByPosition().compute() == {}
