@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class TextScore(Metric):
     bytes: Tensor
     characters: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         for name in ("nats", "tokens", "bytes", "characters"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -74,7 +75,8 @@ class ScoreByPosition:
             number = max(0, (position + done) // self.FIRST).bit_length()
             part = slice(done, (self.FIRST << number) - position)
             while len(self._bands) <= number:
-                self._bands.append(TextScore().to(nats.device))
+                # Of this process alone: each reads the whole text, and not all of them ask for the figures.
+                self._bands.append(TextScore(sync_on_compute=False).to(nats.device))
             self._bands[number].update(nats[part], lengths[part])
             done = part.stop
 
