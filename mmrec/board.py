@@ -183,7 +183,7 @@ def samples_table(rows: list[list[Any]]) -> str:
     for updates, loss, text in rows:
         # Marks of Markdown as entities, which no reader of it takes for marks; what else is no space stays.
         shown = re.sub(r"[!-/:-@\[-`{-~]", lambda mark: f"&#{ord(mark[0])};", text)
-        shown = "<br>".join(shown.splitlines())
+        shown = "<br>".join(shown.strip("\n").splitlines())
         lines.append(f"{updates} | {'' if loss is None else f'{loss:.4f}'} | {shown}")
     return "\n".join(lines)
 
