@@ -59,7 +59,9 @@ def test_a_model_cut_over_processes_goes_on(prepared: Path, tmp_path: Path) -> N
     options = [*EXACT[1:3], "--trainer.precision=32-true", "--model.optimizer=adamw"]
     # A rate that does not depend on how many updates are planned.
     options += ["--data.batch_size=2", "--model.final_lr_share=1.0", *FSDP]
-    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=20", "--run=whole"))
+    # Validations on the way: what the first process shows of them must not wait for the others.
+    validated = ["--trainer.val_check_interval=10", "--trainer.limit_val_batches=2"]
+    run(tmp_path, *fit(prepared, *options, *validated, "--trainer.max_steps=20", "--run=whole"))
     run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=12", "--run=parts"))
     folder = tmp_path / "lightning_logs" / "parts" / "checkpoints"
     assert len(list((folder / "last.ckpt").glob("*.distcp"))) == 2
