@@ -23,7 +23,7 @@ from mmrec.optim import warmup_cosine
 from mmrec.precision import MIXED, native_precision
 
 CHUNK = 4096
-"""Tokens of a row that are read at a time in a test, by models that have a state."""
+"""Tokens of a row that are read at a time in a test; beyond that only models with a state go on."""
 TEST_TOKENS = 1 << 21
 """Of a test: with more than that it has fewer rows, down to a quarter of them."""
 TEST_SEED = 1 << 20
@@ -107,22 +107,25 @@ def teach(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def test(asked: Asked, task: Task, level: int, recipe: Recipe, seed: int, longest: int) -> float | None:
-    """Return the share of what the task asks that the model has right, or None where it cannot read so far."""
+    """Return the share of what the task asks that the model has right, or None where it does not read so far.
+
+    A GPT has no positions beyond ``longest``. The other peers come without a state to carry on from one part of a row
+    to the next, and read no more than :data:`CHUNK` tokens.
+    """
     model, length = asked.model.eval(), task.length(level)
-    if isinstance(model, GPT) and length > longest:
+    carries = isinstance(model, MemoryLM | LSTM)
+    if not carries and length > (longest if isinstance(model, GPT) else CHUNK):
         return None
     random = np.random.default_rng(TEST_SEED + seed)
-    carries = isinstance(model, MemoryLM | LSTM)
-    at_once = max(1, min(recipe.test_rows, 2 * recipe.tokens // min(length, CHUNK if carries else length)))
+    at_once = max(1, min(recipe.test_rows, 2 * recipe.tokens // min(length, CHUNK)))
     total = max(recipe.test_rows // 4, min(recipe.test_rows, TEST_TOKENS // length))
     scores = []
     for first in range(0, total, at_once):
         rows = min(at_once, total - first)
         inputs, targets = task.batch(random, rows, level)
         state, right = start(model, rows), []
-        chunk = CHUNK if carries else length
-        for begin in range(0, length, chunk):
-            part = slice(begin, begin + chunk)
+        for begin in range(0, length, CHUNK):
+            part = slice(begin, begin + CHUNK)
             logits, answers, state = asked(inputs[:, part], targets[:, part], state)
             right.append((logits.argmax(-1) == answers).view(rows, -1))
         scores.append((rows, task.score(torch.cat(right, dim=1))))
