@@ -117,7 +117,7 @@ class BPETokenizer(Tokenizer):
         except BaseException as error:  # the library raises bare Exception, and worse where its Rust panics
             raise UserError(f"the tokenizer is not a readable HF tokenizers file: {error}") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
-        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        byte_of = {character: byte for byte, character in byte_alphabet().items()}
         self._bytes: list[bytes] = []
         for token in range(self.vocab_size):
             letters = self._tokenizer.id_to_token(token)
@@ -234,7 +234,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """Return GPT-2's printable character for each byte: itself where it prints, else one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)

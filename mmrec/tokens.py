@@ -49,18 +49,11 @@ class TokenFolder:
 
 
 @contextmanager
-def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder for ``train.bin`` and ``val.bin``; it becomes a token folder: whole, or not at all.
-
-    All is written into a folder beside the target, and renamed into place at the end, when it is on disk.
-
-    Args:
-        folder: the target; missing, empty, or a token folder that is to be replaced.
-        tokenizer: of the tokens.
-        description: what else the manifest says, at the end: the corpus and the split.
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` that is renamed into its place at the end: whole, or not at all.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the target is as it was.
+        OSError: the disk is full or the folder cannot be written; what stood at ``folder`` still does.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +62,22 @@ def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) 
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
+        yield staging
+        _replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield an empty folder for ``train.bin`` and ``val.bin``; it becomes a token folder as :func:`staged` does.
+
+    Args:
+        folder: the target; missing, empty, or a token folder that is to be replaced.
+        tokenizer: of the tokens.
+        description: what else the manifest says, at the end: the corpus and the split.
+    """
+    with staged(folder) as staging:
         yield staging
         _write(staging / "tokenizer.json", json.dumps(tokenizer.state(), ensure_ascii=False).encode("utf-8"))
         files = {name: _fingerprint(staging / name) for name in FILES if (staging / name).exists()}
@@ -87,9 +96,6 @@ def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) 
         }
         manifest["sha256"] = manifest_digest(manifest)
         _write(staging / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-        _replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_tokens(
