@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mmrec.ops import reference
 from mmrec.ops.reference import LRU_EPSILON
 
 LOG2E = math.log2(math.e)
@@ -25,6 +26,8 @@ def rg_lru(
     """Chunked form of :func:`mmrec.ops.reference.rg_lru`; ``chunk`` is in tokens."""
     dtype = state.dtype
     r, i, z, rate = r.to(dtype), i.to(dtype), z.to(dtype), rate.to(dtype)
+    if z.shape[1] == 1:  # for writing text: a chunk would be of padding
+        return reference.rg_lru(r, i, z, rate, state, fresh)
     outputs: Tensor = _RGLRU.apply(r, i, z, rate, state, fresh, chunk)
     # The state is a copy: a view would keep the whole sequence in memory, and in checkpoints.
     return outputs, outputs[:, -1].clone()
