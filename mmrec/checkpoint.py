@@ -17,6 +17,7 @@ import torch
 from mmrec.errors import UserError, one_line
 from mmrec.model import MemoryLM, Shape
 from mmrec.tokenizers import Tokenizer, load_tokenizer
+from mmrec.weights import SUFFIX, read_weights
 
 KEY = "mmrec"
 """Under this key: format version, shape and tokenizer; plain values, so that ``weights_only`` loads them."""
@@ -255,9 +256,18 @@ class Trained:
 
 
 def load_trained(path: Path) -> Trained:
-    """Return the model of the checkpoint at ``path``, in evaluation mode on the CPU; UserError where it has none."""
-    path = whole_checkpoint(path)
-    checkpoint = read_checkpoint(path)
+    """Return the model of the checkpoint or the safetensors file at ``path``, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if path.suffix == SUFFIX:
+        description, named, step = read_weights(path)
+        checkpoint: dict[str, Any] = {KEY: description, "global_step": step}
+        checkpoint["state_dict"] = {f"net.{name}": weight for name, weight in named.items()}
+    else:
+        path = whole_checkpoint(path)
+        checkpoint = read_checkpoint(path)
     try:
         description = checkpoint[KEY]
         tokenizer = load_tokenizer(description["tokenizer"])

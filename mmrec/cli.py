@@ -21,6 +21,7 @@ OTHER_COMMANDS = {
     "generate": "write text with a trained model",
     "read": "read a text of any length, and keep what was read in a small file",
     "score": "print how well a text is predicted, in total and by position",
+    "export": "write a trained model for transformers, or as one safetensors file",
     "eval": "measure what the memory remembers, beside other models",
     "report": "write a page about a run that opens without a network",
     "bench": "compare speed, memory and learning with other models, side by side",
@@ -104,6 +105,13 @@ def _dispatch(command: str, *options: str) -> None:
             function = getattr(reading, command)
             parser.add_function_arguments(function, skip={"file"})
             function(**vars(parser.parse_args(args)))
+        case "export":
+            from mmrec.export.command import export
+
+            parser = Parser(prog="mmrec export", description=OTHER_COMMANDS[command])
+            parser.add_function_arguments(export, skip={"force"})
+            parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
+            export(**vars(parser.parse_args(args)))
         case "report":
             from mmrec.report.page import report
 

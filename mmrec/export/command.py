@@ -1,0 +1,78 @@
+"""``mmrec export``: a trained model for other programs."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from mmrec.checkpoint import Trained, load_trained
+from mmrec.errors import UserError
+from mmrec.runs import find_checkpoint
+from mmrec.tokens import staged
+from mmrec.weights import save_weights
+
+Format = Literal["hf", "safetensors"]
+OURS = re.compile(
+    r"(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
+    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?"
+)
+"""Files of an export: a folder that holds others is never replaced."""
+
+
+def export(
+    format: Format,
+    output_dir: Path,
+    ckpt: str = "best",
+    force: bool = False,
+    run: str | None = None,
+    root: Path = Path(),
+) -> None:
+    """Write a trained model as a folder that other programs read.
+
+    Args:
+        format: hf, a folder for transformers; safetensors, one file with weights, shape and tokenizer, which every
+            --ckpt takes too.
+        output_dir: folder to write; it must be new or empty.
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        force: replace another export that stands at output_dir.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+
+    Raises:
+        UserError: something that was given is wrong; nothing has been changed.
+    """
+    _check_target(output_dir, force)
+    trained = load_trained(find_checkpoint(root, run, ckpt))
+    with staged(output_dir) as folder:
+        _write(format, folder, trained)
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    size = sum(path.stat().st_size for path in output_dir.iterdir())
+    print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
+
+
+def _write(format: Format, folder: Path, trained: Trained) -> None:
+    if format == "safetensors":
+        save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step)
+        return
+    try:
+        module = import_module(f"mmrec.export.{format}")
+    except ImportError as error:
+        raise UserError(f"--format {format} needs {error.name}: pip install 'mmrec[export]'") from None
+    module.save(folder, trained.net, trained.tokenizer)
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    """Refuse what must not be overwritten."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: is not a folder; choose another --output_dir")
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    strangers = [name for name in found if not OURS.fullmatch(name)]
+    if strangers:
+        raise UserError(f"{folder}: holds something else ({strangers[0]}); choose a new or empty --output_dir")
+    if found and not force:
+        raise UserError(f"{folder}: already holds an export; choose another --output_dir, or replace it by --force")

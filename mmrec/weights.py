@@ -1,0 +1,43 @@
+"""A model without its training, as one safetensors file: weights, shape and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmrec.errors import UserError
+from mmrec.model import MemoryLM
+from mmrec.sealed import Kind, read_sealed, write_sealed
+from mmrec.tokenizers import Tokenizer
+
+SUFFIX = ".safetensors"
+KIND = Kind("mmrec-model", "1", "model file", "export it again")
+
+
+def save_weights(path: Path, net: MemoryLM, tokenizer: Tokenizer, step: int) -> None:
+    """Write a model of ``step`` updates; a tied output layer is the embedding, and stands there once."""
+    weights = {name: weight.detach().contiguous() for name, weight in net.state_dict().items()}
+    if net.shape.tie_embeddings:
+        del weights["head.weight"]
+    said = {"shape": json.dumps(net.shape.as_dict()), "tokenizer": json.dumps(tokenizer.state()), "step": str(step)}
+    write_sealed(path, KIND, weights, said)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """Return the shape and the tokenizer, as a checkpoint describes them, all weights by name, and the step.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    weights, said = read_sealed(path, KIND)
+    try:
+        description = {key: json.loads(said[key]) for key in ("shape", "tokenizer")}
+        step = int(said["step"])
+        if description["shape"].get("tie_embeddings"):
+            weights["head.weight"] = weights["embedding.weight"]
+    except (LookupError, ValueError, AttributeError):
+        raise UserError(f"{path}: does not describe its model; {KIND.remedy}") from None
+    return description, weights, step

@@ -1,0 +1,203 @@
+"""A model in other programs: the same tokens, logits and text, and its memories fit."""
+
+# ruff: noqa: RUF001 -- the dotless letter is a letter
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import checkpoints
+
+from mmrec import MemoryLM as API
+from mmrec.checkpoint import KEY, Trained, describe, load_trained, write_checkpoint
+from mmrec.errors import UserError
+from mmrec.export.tokenizer import fast_tokenizer
+from mmrec.memory import model_hash
+from mmrec.model import MemoryLM, Shape
+from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
+from mmrec.weights import save_weights
+
+Command = Callable[..., int]
+TEXT = "Iğdır'da ılık bir İNCE yağmur 🙂👩‍👩‍👧 e\u0301 <|pad|> the the\r\n\n\n  then\t\u00a0\u2028\ufeff\0 end\n"
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "characters": lambda: CharacterTokenizer(TEXT),
+    "bytes": ByteTokenizer,
+    "bytes of documents": lambda: ByteTokenizer(documents=True),
+    "bpe": lambda: BPETokenizer.train(TEXT * 20, 320),
+    "bpe of documents": lambda: BPETokenizer.train(TEXT * 20, 320, documents=True),
+}
+SHAPE = Shape(dim=16, layers=2, heads=2, ffn_dim=24)
+
+
+def made(tokenizer: Tokenizer, shape: Shape = SHAPE) -> Trained:
+    """Return a model whose next token is clear: its weights are large."""
+    torch.manual_seed(0)
+    net = MemoryLM(shape, tokenizer.vocab_size).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)
+    return Trained(net, tokenizer, 5)
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture
+def run(mmrec: Command, text: str) -> Trained:
+    """A run in the folder of the test, as a training leaves it."""
+    trained = made(CharacterTokenizer(text))
+    weights = {f"net.{name}": weight for name, weight in trained.net.state_dict().items()}
+    checkpoint = {KEY: describe(trained.net, trained.tokenizer), "state_dict": weights, "global_step": 5}
+    write_checkpoint(checkpoint, checkpoints("a") / "best.ckpt")
+    Path("text.txt").write_text(text, encoding="utf-8")
+    return trained
+
+
+def texts() -> list[str]:
+    choose = random.Random(0)
+    return [TEXT, "", *("".join(choose.choices(TEXT, k=60)) for _ in range(100))]
+
+
+def test_the_fast_tokenizer_gives_the_same_tokens_and_the_text_back(tokenizer: Tokenizer) -> None:
+    fast = fast_tokenizer(tokenizer)
+    assert fast.get_vocab_size() == tokenizer.vocab_size
+    for text in texts():
+        ids = fast.encode(text).ids
+        assert ids == tokenizer.encode(text).tolist()
+        assert fast.decode(ids) == text
+    whole = [token for token in range(tokenizer.vocab_size) if "\ufffd" not in tokenizer.decode([token])]
+    assert [fast.decode([token]) for token in whole] == [tokenizer.decode([token]) for token in whole]
+
+
+def test_a_character_without_a_token_is_refused() -> None:
+    with pytest.raises(Exception, match="WordLevel"):
+        fast_tokenizer(CharacterTokenizer("abc")).encode("abcd")
+
+
+# One file
+
+
+def test_one_file_is_the_model_and_its_memories_fit(mmrec: Command, run: Trained) -> None:
+    assert mmrec("read", "text.txt", "--save", "book.mem") == 0
+    assert mmrec("export", "--format", "safetensors", "--output_dir", "out") == 0
+    one = API.load("out/model.safetensors")
+    one.load_memory("book.mem")
+    other = API.load("best")
+    other.load_memory("book.mem")
+    assert one.generate("to be", length=50) == other.generate("to be", length=50)
+
+
+def test_generate_takes_the_file(mmrec: Command, run: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec("export", "--format=safetensors", "--output_dir=out") == 0
+    written = []
+    for ckpt in ("best", "out/model.safetensors"):
+        capsys.readouterr()
+        assert mmrec("generate", "--ckpt", ckpt, "--prompt", "to be", "--length", "50") == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_file_keeps_hash_step_and_ties(tokenizer: Tokenizer, tied: bool, tmp_path: Path) -> None:
+    trained = made(tokenizer, Shape(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
+    save_weights(tmp_path / "model.safetensors", trained.net, tokenizer, trained.step)
+    back = load_trained(tmp_path / "model.safetensors")
+    assert model_hash(back.net, back.tokenizer) == model_hash(trained.net, tokenizer)
+    assert back.step == trained.step
+    assert (back.net.head.weight is back.net.embedding.weight) == tied
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path, choose = tmp_path / "model.safetensors", random.Random(0)
+    trained = made(ByteTokenizer())
+    save_weights(path, trained.net, trained.tokenizer, 1)
+    whole = path.read_bytes()
+    for number in range(60):
+        data = bytearray(whole)
+        place = choose.randrange(2000 if number % 3 else len(data))  # the head is where most can go wrong
+        if number % 2:
+            data[place] ^= 1 << choose.randrange(8)
+        else:
+            del data[place:]
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"model\.safetensors: "):
+            load_trained(path)
+
+
+# The command
+
+
+def test_an_export_is_replaced_only_if_asked_for(
+    mmrec: Command, run: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("export", "--format=safetensors", "--output_dir=out")
+    assert mmrec(*command) == 0
+    Path("out/model.safetensors").write_bytes(b"damaged")
+    assert mmrec(*command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert Path("out/model.safetensors").read_bytes() == b"damaged"
+    assert mmrec(*command, "--force") == 0
+    assert load_trained(Path("out/model.safetensors")).step == run.step
+    Path("out/mine.txt").write_text("dear", encoding="utf-8")
+    assert mmrec(*command, "--force") == 2
+    assert "holds something else (mine.txt)" in capsys.readouterr().err
+    assert Path("out/mine.txt").exists()
+
+
+def test_nothing_is_left_of_an_export_that_fails(
+    mmrec: Command, run: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: str, folder: Path, *others: Any) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("mmrec.export.command._write", full)
+    before = set(Path().iterdir())
+    assert mmrec("export", "--format=hf", "--output_dir=out") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format=hf"], "output_dir"),
+        (["--output_dir=out"], "format"),
+        (["--format=gguf", "--output_dir=out"], "gguf"),
+        (["--format=hf", "--output_dir=out", "--run=b"], "no checkpoint of a run 'b'"),
+        (["--format=hf", "--output_dir=text.txt"], "is not a folder"),
+        (["--format=hf", "--output_dir=out", "--ckpt=foreign.safetensors"], "is not a model file of mmrec"),
+        (["--format=hf", "--output_dir=out", "--ckpt=text.safetensors"], "is not a readable model file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    mmrec: Command, run: Trained, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, "foreign.safetensors", {"format": "pt"})
+    Path("text.safetensors").write_text("a text", encoding="utf-8")
+    capsys.readouterr()
+    assert mmrec("export", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("format", ["hf"])
+def test_what_is_not_installed_is_named(
+    mmrec: Command, run: Trained, format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, f"mmrec.export.{format}", None)
+    assert mmrec("export", f"--format={format}", "--output_dir=out") == 2
+    assert "pip install 'mmrec[export]'" in capsys.readouterr().err
+    assert not Path("out").exists()
