@@ -19,7 +19,7 @@ LONG = _shape(64, 2, "long")
 SMALL: dict[str, Recipe] = {
     # One head: 4 heads would each hold a matrix of 32 x 32, too small for 128 pairs.
     "mqar": Recipe(MQAR, _shape(128, 1, "long"), (4, 8, 16, 32, 64, 128), (4, 16, 64, 128), 500),
-    "passkey": Recipe(Passkey, BOTH, (64, 256, 1024, 4096), (1024, 4096, 16384, 65536), 400),
+    "passkey": Recipe(Passkey, BOTH, (64, 256, 1024, 4096), (1024, 4096, 16384, 65536), 600),
     "kv": Recipe(KeyValue, BOTH, (16, 32, 64), (64, 128, 256), 300),
     "copy": Recipe(Copy, BOTH, (8, 16, 32, 64), (32, 64, 128), 400),
     "induction": Recipe(Induction, BOTH, (64, 128, 256), (256, 4096, 65536), 300),
