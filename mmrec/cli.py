@@ -21,7 +21,7 @@ OTHER_COMMANDS = {
     "generate": "write text with a trained model",
     "read": "read a text of any length, and keep what was read in a small file",
     "score": "print how well a text is predicted, in total and by position",
-    "export": "write a trained model for transformers, or as one safetensors file",
+    "export": "write a trained model for transformers, onnxruntime, or as one safetensors file",
     "eval": "measure what the memory remembers, beside other models",
     "report": "write a page about a run that opens without a network",
     "bench": "compare speed, memory and learning with other models, side by side",

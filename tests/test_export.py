@@ -193,7 +193,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("format", ["hf"])
+@pytest.mark.parametrize("format", ["hf", "onnx"])
 def test_what_is_not_installed_is_named(
     mmrec: Command, run: Trained, format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from mmrec.runs import find_checkpoint
 from mmrec.tokens import staged
 from mmrec.weights import save_weights
 
-Format = Literal["hf", "safetensors"]
+Format = Literal["hf", "safetensors", "onnx"]
 OURS = re.compile(
     r"(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
     r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?"
@@ -34,7 +34,7 @@ def export(
 
     Args:
         format: hf, a folder for transformers; safetensors, one file with weights, shape and tokenizer, which every
-            --ckpt takes too.
+            --ckpt takes too; onnx, one step with the state in and out, for onnxruntime.
         output_dir: folder to write; it must be new or empty.
         ckpt: best, last, or the path of a checkpoint or of a run's folder.
         force: replace another export that stands at output_dir.

@@ -1,0 +1,99 @@
+"""One step of the model as ONNX: a token and the state in, the logits and the state out."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnxscript import opset18 as op
+from torch import Tensor, nn
+
+from mmrec.export.tokenizer import fast_tokenizer
+from mmrec.memory import model_hash
+from mmrec.model import MemoryLM, State
+from mmrec.tokenizers import Tokenizer
+
+FORMAT, VERSION = "mmrec-onnx", "1"
+LARGEST = 2**31 - 2**20
+"""Bytes of weights that the file itself can hold (protobuf ends at 2 GiB); more of them stand beside it."""
+
+
+def _expm1(x: Any) -> Any:
+    """exp(x) - 1, which ONNX does not have, from an operation that is exact near 0.
+
+    As written, it loses what a memory that lasts long is made of: 1 - a^2 where a is close to 1.
+    """
+    half = op.Tanh(op.Mul(x, 0.5))
+    return op.Div(op.Mul(half, 2.0), op.Sub(1.0, half))
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """log(1 + exp(x)), exact also where it is small: log(1 + y) is 2 atanh(y / (y + 2))."""
+    y = op.Exp(op.Neg(op.Abs(x)))
+    return op.Add(op.Relu(x), op.Mul(op.Atanh(op.Div(y, op.Add(y, 2.0))), 2.0))
+
+
+EXACT: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.softplus.default: _softplus,
+}
+
+
+class Step(nn.Module):
+    """A token of each row [B, 1] and the state in; the logits of the next [B, N] and the state out."""
+
+    def __init__(self, net: MemoryLM) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        logits, state = self.net(tokens, state)
+        return logits[:, -1], state
+
+
+def save(folder: Path, net: MemoryLM, tokenizer: Tokenizer) -> None:
+    """Write ``model.onnx``, and beside it ``tokenizer.json`` of the library tokenizers.
+
+    The state goes by the names that it has in a memory of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; what
+    comes out is next.0.past, and so on.
+    """
+    state = net.zero_state(2)
+    names = [f"{number}.{part}" for number in range(len(state)) for part in ("past", "memory")]
+    rows = {0: torch.export.Dim("B")}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            Step(net).eval(),
+            (torch.zeros(2, 1, dtype=torch.int64), state),
+            dynamo=True,
+            dynamic_shapes={"tokens": rows, "state": [(rows, rows) for _ in state]},
+            input_names=["tokens", *names],
+            output_names=["logits", *(f"next.{name}" for name in names)],
+            custom_translation_table=EXACT,
+            verbose=False,
+        )
+    assert program is not None
+    said = {"format": FORMAT, "version": VERSION, "model": model_hash(net, tokenizer)}
+    program.model.metadata_props.update(said)
+    size = sum(weight.nbytes for weight in net.parameters())
+    program.save(folder / "model.onnx", external_data=size > LARGEST)
+    fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the libraries say of one another, and not of the model."""
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is not installed
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+            warnings.filterwarnings("ignore", "# The axis name: B will not be used", UserWarning)
+            yield
+    finally:
+        registry.setLevel(level)

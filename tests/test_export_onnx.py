@@ -1,0 +1,116 @@
+"""The model in onnxruntime: step for step it gives our logits and our state."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_text
+from test_export import made
+
+from mmrec.checkpoint import Trained
+from mmrec.generate import continue_text
+from mmrec.memory import Memory, model_hash, save_memory
+from mmrec.model import Shape
+from mmrec.reading import read_on
+from mmrec.tokenizers import CharacterTokenizer
+
+SHAPE = Shape(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True)
+State = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """A model whose memories last from a token to millions, and the folder of its export; that takes some seconds."""
+    from mmrec.export import onnx
+
+    folder = tmp_path_factory.mktemp("onnx")
+    trained = made(CharacterTokenizer(make_text()), SHAPE)
+    onnx.save(folder, trained.net, trained.tokenizer)
+    return trained, folder
+
+
+def opened(folder: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(folder / "model.onnx", options)
+
+
+def zero_state(session: Any, rows: int) -> State:
+    return {tensor.name: np.zeros([rows, *tensor.shape[1:]], np.float32) for tensor in session.get_inputs()[1:]}
+
+
+def close(one: np.ndarray, other: torch.Tensor) -> None:
+    np.testing.assert_allclose(one, other.numpy(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_many_steps_give_our_logits_and_our_state(exported: tuple[Trained, Path]) -> None:
+    """Against float64: what is lost where a decay is close to 1 would grow step by step."""
+    trained, folder = exported
+    exact, session = copy.deepcopy(trained.net).double(), opened(folder)
+    names = [tensor.name for tensor in session.get_outputs()]
+    assert names == ["logits", *(f"next.{tensor.name}" for tensor in session.get_inputs()[1:])]
+    for rows in (1, 3):
+        state = zero_state(session, rows)
+        tokens = torch.randint(trained.tokenizer.vocab_size, (rows, 600))
+        with torch.no_grad():
+            whole, after = exact(tokens, exact.zero_state(rows))
+        for place in range(600):
+            step = tokens[:, place : place + 1].numpy()
+            logits, *states = session.run(None, {"tokens": step, **state})
+            state = dict(zip(state, states, strict=True))
+            close(logits, whole[:, place])
+        for found, expected in zip(state.values(), (part for layer in after for part in layer), strict=True):
+            assert found.shape == expected.shape
+            close(found, expected)
+
+
+@pytest.mark.slow
+def test_the_file_says_which_model_it_is(exported: tuple[Trained, Path]) -> None:
+    trained, folder = exported
+    said = opened(folder).get_modelmeta().custom_metadata_map
+    assert said["format"] == "mmrec-onnx"
+    assert said["model"] == model_hash(trained.net, trained.tokenizer)
+
+
+@pytest.mark.slow
+def test_a_memory_is_a_state(exported: tuple[Trained, Path], tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    trained, folder = exported
+    *_, (_, memory) = read_on(trained.net, trained.tokenizer.encode(make_text()[:500]), Memory.empty(trained.net))
+    save_memory(tmp_path / "book.mem", memory, "hash")
+    kept, session = load_file(tmp_path / "book.mem"), opened(folder)
+    state = {name: kept[name] for name in zero_state(session, 1)}
+    logits = session.run(["logits"], {"tokens": np.array([[3]]), **state})[0]
+    with torch.no_grad():
+        close(logits[0], trained.net(torch.tensor([[3]]), memory.state)[0][0, 0])
+
+
+@pytest.mark.slow
+def test_the_documentation_s_program_writes_our_text(
+    exported: tuple[Trained, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained, folder = exported
+    page = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnxruntime" in block)
+    assert "torch" not in program
+    assert "mmrec" not in program
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "onnx").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("It was", "to be"), {})
+    prompt = torch.from_numpy(trained.tokenizer.encode("to be").astype("int64"))
+    written = list(continue_text(trained.net, prompt, 200 + 1 - len(prompt), temperature=0))
+    assert capsys.readouterr().out == "to be" + trained.tokenizer.decode(written) + "\n"
