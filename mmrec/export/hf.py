@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from mmrec.export.tokenizer import fast_tokenizer
 from mmrec.model import MemoryLM, Shape, State, reset_rows
@@ -237,7 +238,13 @@ def save(folder: Path, net: MemoryLM, tokenizer: Tokenizer) -> None:
     model.net = net
     # Not in the config: there it would have to be a token of the model.
     model.generation_config.pad_token_id = fast.pad_token_id
-    model.save_pretrained(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one file is written, in a moment
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     fast.save_pretrained(folder)
 
 
