@@ -22,6 +22,7 @@ OTHER_COMMANDS = {
     "read": "read a text of any length, and keep what was read in a small file",
     "score": "print how well a text is predicted, in total and by position",
     "export": "write a trained model for transformers, onnxruntime, or as one safetensors file",
+    "serve": "answer requests of OpenAI's completions API, and show a page to type in",
     "eval": "measure what the memory remembers, beside other models",
     "report": "write a page about a run that opens without a network",
     "bench": "compare speed, memory and learning with other models, side by side",
@@ -119,6 +120,15 @@ def _dispatch(command: str, *options: str) -> None:
             parser.add_argument("run", help="name of a run in lightning_logs, or its folder")
             parser.add_function_arguments(report, skip={"run"})
             report(**vars(parser.parse_args(args)))
+        case "serve":
+            try:
+                from mmrec.serve.command import serve
+            except ModuleNotFoundError as error:
+                raise UserError(f"no package {error.name!r}; serving needs it: pip install 'mmrec[serve]'") from None
+
+            parser = Parser(prog="mmrec serve", description=OTHER_COMMANDS[command])
+            parser.add_function_arguments(serve)
+            serve(**vars(parser.instantiate_classes(parser.parse_args(args))))
         case "bench":
             from mmrec.bench.compare import bench
 

@@ -21,13 +21,16 @@ from mmrec.tokenizers import StreamDecoder
 READ_CHUNK = 2048
 """Tokens of the prompt that are read at a time: bounds the memory that a long prompt takes."""
 
+COLDEST = 1e-6
+"""A temperature below it leaves no chance to any but the most likely token, and divides by what may round to 0."""
+
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:
     """Draw the next token of each row.
 
     Args:
         logits: [B, N].
-        temperature: 0 takes the most likely token; 1 draws from the model's own distribution.
+        temperature: below 1e-6 takes the most likely token; 1 draws from the model's own distribution.
         top_k: only the ``top_k`` most likely tokens may be drawn; 0 allows all.
         top_p: only the most likely tokens that together reach this probability may be drawn (nucleus
             sampling, Holtzman et al. 2020); at least one always may.
@@ -36,7 +39,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random:
     Returns:
         [B], int64.
     """
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:

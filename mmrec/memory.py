@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mmrec.errors import UserError
 from mmrec.model import MemoryLM, State
-from mmrec.sealed import Kind, read_sealed, tensor_bytes, write_sealed
+from mmrec.sealed import Kind, read_said, read_sealed, tensor_bytes, write_sealed
 from mmrec.tokenizers import Tokenizer
 
 KIND = Kind("mmrec-memory", "1", "memory", "read the text again")
@@ -55,10 +56,7 @@ def save_memory(path: Path, memory: Memory, model: str) -> None:
         memory: of one text.
         model: hash of the model, of :func:`model_hash`.
     """
-    tensors = {"logits": memory.logits.contiguous()}
-    for number, (past, inner) in enumerate(memory.state):
-        tensors |= {f"{number}.past": past.contiguous(), f"{number}.memory": inner.contiguous()}
-    write_sealed(path, KIND, tensors, {"model": model, "position": str(memory.position)})
+    write_sealed(path, KIND, _tensors(memory), {"model": model, "position": str(memory.position)})
 
 
 def load_memory(path: Path, net: MemoryLM, model: str) -> Memory:
@@ -68,9 +66,38 @@ def load_memory(path: Path, net: MemoryLM, model: str) -> Memory:
         UserError: the file is missing or damaged, or is of another model.
     """
     tensors, said = read_sealed(path, KIND)
-    if said["model"] != model:
+    if said.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
-    empty = Memory.empty(net)
-    state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(empty.state))]
-    return Memory(state, tensors["logits"], int(said["position"]))
+    empty = _tensors(Memory.empty(net))
+    if {name: (x.shape, x.dtype) for name, x in tensors.items()} != {n: (x.shape, x.dtype) for n, x in empty.items()}:
+        raise UserError(f"{path}: does not hold what a memory of this model does")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{path}: holds numbers that are not finite")
+    state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
+    return Memory(state, tensors["logits"], _position(path, said))
+
+
+def memory_header(path: Path) -> tuple[str, int]:
+    """Return the hash of a memory's model and the tokens that were read, without reading the rest of the file.
+
+    Raises:
+        UserError: the file is missing, or is not a memory.
+    """
+    said = read_said(path, KIND)
+    return said.get("model", ""), _position(path, said)
+
+
+def _position(path: Path, said: dict[str, str]) -> int:
+    position = said.get("position", "")
+    if not re.fullmatch(r"[0-9]{1,18}", position):
+        raise UserError(f"{path}: does not say how many tokens were read")
+    return int(position)
+
+
+def _tensors(memory: Memory) -> dict[str, Tensor]:
+    """Return the numbers of a memory by their names in the file."""
+    tensors = {"logits": memory.logits.contiguous()}
+    for number, (past, inner) in enumerate(memory.state):
+        tensors |= {f"{number}.past": past.contiguous(), f"{number}.memory": inner.contiguous()}
+    return tensors
 

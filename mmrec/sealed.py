@@ -50,12 +50,30 @@ def write_sealed(path: Path, kind: Kind, tensors: dict[str, Tensor], said: dict[
 
 def read_sealed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return what :func:`write_sealed` wrote; UserError where it is missing, damaged, or of another kind."""
+    said, tensors = _open(path, kind, with_tensors=True)
+    digest = said.pop("sha256", None)
+    try:
+        whole = digest == _digest(tensors, said)
+    except TypeError:  # numbers of a kind that is never written
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is damaged (wrong sha256); {kind.remedy}")
+    return tensors, said
+
+
+def read_said(path: Path, kind: Kind) -> dict[str, str]:
+    """Return what is said of the tensors, which are neither read nor checked; raises as :func:`read_sealed`."""
+    return _open(path, kind, with_tensors=False)[0]
+
+
+def _open(path: Path, kind: Kind, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             said = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dictionary
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is not a readable {kind.title} ({str(error)[:100]})") from None
     if said.get("format") != kind.format:
@@ -63,10 +81,7 @@ def read_sealed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, st
     version = said.get("version")
     if version != kind.version:
         raise UserError(f"{path}: {kind.title} format version {version}; this program reads {kind.version}")
-    digest = said.pop("sha256", None)
-    if digest != _digest(tensors, said):
-        raise UserError(f"{path}: is damaged (wrong sha256); {kind.remedy}")
-    return tensors, said
+    return said, tensors
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

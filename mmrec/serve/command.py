@@ -1,0 +1,116 @@
+"""``mmrec serve``: a socket, a model, and a server between them."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from mmrec.checkpoint import load_trained
+from mmrec.errors import UserError
+from mmrec.runs import CHECKPOINTS, find_checkpoint
+from mmrec.serve.app import create_app
+from mmrec.serve.limits import DEFAULT, Limits
+from mmrec.serve.memories import Memories
+from mmrec.serve.service import Service
+from mmrec.serve.workers import Workers
+
+KEY_VARIABLE, SHORTEST_KEY = "MMREC_API_KEY", 16
+LAST_SECONDS = 2
+"""Answers on their way may take so long after Ctrl-C."""
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, bool]:
+    """Return a socket that listens, and whether it can be reached from this machine alone.
+
+    Raises:
+        UserError: there is no such address here, or something listens there already.
+    """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port is {port}; it must be from 0 (any free one) to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise UserError(f"--port {port}: something else listens there; give another, or 0 for any") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is no name"
+        raise UserError(f"--host {host!r}, --port {port}: cannot listen there: {reason}") from None
+    return listening, ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def find_key(loopback: bool) -> str | None:
+    """Return the key of the environment; UserError where one is needed, or it is no good one."""
+    key = os.environ.get(KEY_VARIABLE)
+    if not key:
+        if not loopback:
+            raise UserError(f"a host that others can reach needs a key: set {KEY_VARIABLE} to a long random string")
+        return None
+    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{KEY_VARIABLE} must have at least {SHORTEST_KEY} letters, digits or signs of ASCII")
+    return key
+
+
+class Server(uvicorn.Server):
+    """Serves ``service``; the other arguments are those of :func:`mmrec.serve.app.create_app`."""
+
+    def __init__(self, service: Service, key: str | None, loopback: bool) -> None:
+        self.workers = Workers(service.limits)
+        config = uvicorn.Config(
+            create_app(service, self.workers, key, loopback),
+            http="h11",
+            ws="none",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=service.limits.connections,
+            timeout_graceful_shutdown=LAST_SECONDS,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end, on a signal: with what is being written, which uvicorn would wait for."""
+        self.workers.stop()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    ckpt: str = "best",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    memories: Path = Path("memories"),
+    run: str | None = None,
+    root: Path = Path(),
+    limits: Limits = DEFAULT,
+) -> None:
+    """Answer requests of OpenAI's completions API, and show a page to type in, until Ctrl-C.
+
+    Args:
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        host: address to listen at; one that others can reach needs a key in the environment: MMREC_API_KEY.
+        port: to listen at; 0 takes any free one.
+        memories: folder of the named memories.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+        limits: of requests.
+    """
+    listening, loopback = listen(host, port)
+    with listening:
+        key = find_key(loopback)
+        path = find_checkpoint(root, run, ckpt)
+        trained = load_trained(path)
+        name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
+        service = Service(name, trained, Memories(memories, trained, limits), limits)
+        shown = f"[{host}]" if ":" in host else host
+        locked = ", with a key" if key else ""
+        print(f"{name}: http://{shown}:{listening.getsockname()[1]}{locked}; Ctrl-C stops", flush=True)
+        try:
+            Server(service, key, loopback).run(sockets=[listening])
+        except KeyboardInterrupt:  # uvicorn's, after all has ended
+            print("stopped")

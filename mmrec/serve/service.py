@@ -1,0 +1,204 @@
+"""What the model does for a request, step by step. Nothing is kept between two requests but the named memories."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmrec.checkpoint import Trained
+from mmrec.errors import UserError
+from mmrec.generate import continue_text
+from mmrec.memory import Memory
+from mmrec.metrics import TextScore
+from mmrec.reading import read_on
+from mmrec.serve.limits import Limits
+from mmrec.serve.memories import Memories
+from mmrec.serve.protocol import ApiError, CompletionAsked, ReadAsked, ScoreAsked
+from mmrec.tokenizers import StreamDecoder, token_lengths
+
+
+@dataclass(frozen=True)
+class Begun:
+    """All that was asked for is in order, and writing begins."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some whole characters of choice ``index``."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Choice ``index`` is written: why it ended ("stop" or "length"), its tokens, and the memory that was kept."""
+
+    index: int
+    reason: str
+    tokens: int
+    memory: dict[str, Any] | None
+
+
+Event = Begun | Piece | Ended
+
+
+class StopFinder:
+    """Passes a text on as it comes, but nothing from the first of some strings on, nor what may begin one."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops, self._held = stops, ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Return what may be passed on now that ``text`` has come."""
+        self._held += text
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:  # the one that was complete first ends the text
+            self.found = True
+            return self._pass(min(places)[1])
+        beginning = (
+            size
+            for stop in self._stops
+            for size in range(min(len(stop) - 1, len(self._held)), 0, -1)
+            if self._held.endswith(stop[:size])
+        )
+        return self._pass(len(self._held) - max(beginning, default=0))
+
+    def flush(self) -> str:
+        """Return what was held back, where the text ends."""
+        return "" if self.found else self._pass(len(self._held))
+
+    def _pass(self, size: int) -> str:
+        passed, self._held = self._held[:size], self._held[size:]
+        return passed
+
+
+class Service:
+    """The work of the server, in generators for :class:`mmrec.serve.workers.Workers`.
+
+    Each yields now and then, None where there is nothing to say yet: between two yields is a moment's work, after
+    which a request that nobody waits for any longer can be given up.
+
+    Args:
+        name: of the model.
+        trained: the model.
+        memories: where memories are kept.
+        limits: of a request.
+    """
+
+    def __init__(self, name: str, trained: Trained, memories: Memories, limits: Limits) -> None:
+        self.name, self.memories, self.limits = name, memories, limits
+        self._net, self._tokenizer = trained.net, trained.tokenizer
+        self._lengths = torch.from_numpy(token_lengths(trained.tokenizer))
+
+    def complete(self, asked: CompletionAsked) -> Iterator[Event | None]:
+        """Write what was asked for. Whatever is wrong with it is raised before :class:`Begun`."""
+        prompts = [self._encode(prompt, "prompt") for prompt in asked.prompts]
+        count = sum(map(len, prompts))
+        self._check_length(count, "prompt")
+        before = self.memories.load(asked.memory)
+        if asked.save_memory is not None:
+            self.memories.path(asked.save_memory, there=False)
+        yield Begun(count)
+        first = secrets.randbits(62) if asked.seed is None else asked.seed
+        for number, prompt in enumerate(prompts):
+            read = yield from self._read_on(prompt, before)
+            for index in range(number * asked.n, (number + 1) * asked.n):
+                yield from self._write(asked, index, first + index, read)
+
+    def _write(self, asked: CompletionAsked, index: int, seed: int, before: Memory) -> Iterator[Event | None]:
+        decoder, stops = StreamDecoder(self._tokenizer), StopFinder(asked.stops)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        tokens: list[int] = []
+        written = ""
+        drawn = continue_text(
+            self._net, nothing, asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed, memory=before
+        )
+        for token in drawn:
+            tokens.append(token)
+            text = stops.push(decoder.push(token))
+            written += text
+            yield Piece(index, text) if text else None
+            if stops.found:
+                break
+        if not stops.found and (rest := stops.push(decoder.flush()) + stops.flush()):
+            yield Piece(index, rest)
+        kept = None
+        if asked.save_memory is not None:
+            # What was passed on is what is remembered: not the string that the text ended at.
+            part = self._tokenizer.encode(written) if stops.found else np.array(tokens, dtype=np.int64)
+            kept = self.memories.save(asked.save_memory, (yield from self._read_on(part, before)))
+        yield Ended(index, "stop" if stops.found else "length", len(tokens), kept)
+
+    def score(self, asked: ScoreAsked) -> Iterator[dict[str, Any] | None]:
+        """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""
+        tokens = self._encode(asked.text, "text")
+        self._check_length(len(tokens), "text")
+        before = self.memories.load(asked.memory)
+        begun = before.position > 0
+        decoder, total, done = StreamDecoder(self._tokenizer), TextScore(), 0
+        texts: list[str] = []
+        costs: list[float | None] = []
+        open_cost = 0.0
+        for nats, _ in read_on(self._net, tokens, before):
+            part = torch.from_numpy(tokens[done : done + len(nats)].astype(np.int64))
+            scored = slice(0 if begun or done else 1, None)
+            total.update(nats[scored], self._lengths[part][scored])
+            for token, cost in zip(part.tolist(), nats.tolist(), strict=True):
+                open_cost += cost
+                if text := decoder.push(token):
+                    texts.append(text)
+                    costs.append(round(open_cost, 5))
+                    open_cost = 0.0
+            done += len(nats)
+            yield None
+        if costs and not begun and self._tokenizer.decode(tokens[:1]) == texts[0]:
+            costs[0] = None  # a single token, which nothing could predict
+        figures = {name: float(value) for name, value in total.compute().items()} if total.tokens else {}
+        yield {
+            "object": "score",
+            "model": self.name,
+            "tokens": int(total.tokens),
+            "nats": float(total.nats),
+            "nats_per_token": figures.get("loss"),
+            "bits_per_byte": figures.get("bits_per_byte"),
+            "pieces": {"text": texts, "nats": costs},
+        }
+
+    def read(self, asked: ReadAsked) -> Iterator[dict[str, Any] | None]:
+        """Read a text on from a memory and keep what was read; yield, at last, what is said of it."""
+        self.memories.path(asked.name, there=False)
+        tokens = self._encode(asked.text, "text")
+        reached = yield from self._read_on(tokens, self.memories.load(asked.memory))
+        yield self.memories.save(asked.name, reached)
+
+    def put(self, name: str, data: bytes) -> Iterator[dict[str, Any]]:
+        """Keep an uploaded memory file; yield what is said of it."""
+        yield self.memories.put(name, data)
+
+    def _read_on(self, tokens: np.ndarray, memory: Memory) -> Generator[None, None, Memory]:
+        """Read tokens [T] on from ``memory``, yield between its chunks, and return the memory after them."""
+        reached = memory
+        for _, after in read_on(self._net, tokens, memory):
+            reached = after
+            yield None
+        return reached
+
+    def _encode(self, text: str, param: str) -> np.ndarray:
+        try:
+            return self._tokenizer.encode(text)
+        except UserError as error:
+            raise ApiError(400, str(error), param, "unknown_character") from None
+
+    def _check_length(self, tokens: int, param: str) -> None:
+        if tokens > self.limits.prompt_tokens:
+            most = f"at most {self.limits.prompt_tokens:,} are read at once; read the first part into a memory"
+            raise ApiError(400, f"{tokens:,} tokens; {most}", param, "context_length_exceeded")
