@@ -8,10 +8,14 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from mmrec.checkpoint import Trained
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -88,3 +92,27 @@ def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
             return int(stop.code or 0)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run "a", trained for an epoch. Not to be changed."""
+    from helpers import fit
+
+    from mmrec.cli import main
+
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "text.txt").write_text(make_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["prepare", "--input_file=text.txt", "--output_dir=tokens", "--tokenizer=characters"]) == 0
+        assert main(fit(folder / "tokens", "--trainer.max_epochs=1", "--run=a")) == 0
+    return folder
+
+
+@pytest.fixture
+def small_model(small_root: Path) -> Trained:
+    """The model of that run."""
+    from mmrec.checkpoint import load_trained
+
+    return load_trained(small_root / "lightning_logs/a/checkpoints/best.ckpt")

@@ -26,7 +26,8 @@ def test_draws_stay_within_what_was_asked_for() -> None:
     assert draw(logits, top_p=0.75) == {0, 1}
     assert draw(logits, top_p=0.81) == {0, 1, 2}
     assert draw(logits, top_p=1e-9) == {0}
-    assert draw(logits, temperature=0) == {0}
+    assert draw(logits, temperature=0) == draw(logits, temperature=1e-320) == draw(logits, temperature=1e-7) == {0}
+    assert draw(logits, temperature=1e-6) == {0}
     assert draw(logits, top_k=99) == {0, 1, 2, 3}
 
 
