@@ -235,6 +235,7 @@ def test_random_requests_are_answered(client: Client) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(small_root: Path, tmp_path: Path) -> None:
     options = [f"--root={small_root}", "--port=0", "--memories=mems", "--limits.max_tokens=10000000"]
     process = subprocess.Popen(
