@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,67 @@ class TokenFolder:
     val: np.ndarray
 
 
+class HashedFile:
+    """A new file whose sha256 is taken, in a thread, while it is written: a large one is not read again for it.
+
+    Args:
+        path: of the file; on disk once it is closed.
+    """
+
+    BLOCK = 1 << 22
+    """Bytes that are written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 -- closed by __exit__
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._buffer = bytearray()
+        self._thread = ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        with self._thread, self._file:
+            if failure[0] is None:
+                self._flush()
+                with self._naming():
+                    os.fsync(self._file.fileno())
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``."""
+        left = memoryview(data)
+        while left:
+            part = left[: self.BLOCK - len(self._buffer)]
+            self._buffer += part
+            left = left[len(part) :]
+            if len(self._buffer) == self.BLOCK:
+                self._flush()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what a manifest says of the file, once it is closed."""
+        return {"bytes": self._size, "sha256": self._hash.hexdigest()}
+
+    def _flush(self) -> None:
+        block, self._buffer = self._buffer, bytearray()
+        self._size += len(block)
+        if self._hashing is not None:
+            self._hashing.result()  # so that one block waits at most
+        self._hashing = self._thread.submit(self._hash.update, block)
+        left = memoryview(block)
+        while left:
+            with self._naming():
+                left = left[self._file.write(left) :]
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a failed write carries no name of its own
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``folder`` that is renamed into its place at the end: whole, or not at all.
@@ -69,18 +131,27 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an empty folder for ``train.bin`` and ``val.bin``; it becomes a token folder as :func:`staged` does.
+def writing(
+    folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]
+) -> Iterator[Callable[[str], HashedFile]]:
+    """Yield what makes the files of a token folder, by name; they get their place as by :func:`staged`.
 
     Args:
         folder: the target; missing, empty, or a token folder that is to be replaced.
         tokenizer: of the tokens.
         description: what else the manifest says, at the end: the corpus and the split.
     """
+    created: dict[str, HashedFile] = {}
     with staged(folder) as staging:
-        yield staging
-        _write(staging / "tokenizer.json", json.dumps(tokenizer.state(), ensure_ascii=False).encode("utf-8"))
-        files = {name: _fingerprint(staging / name) for name in FILES if (staging / name).exists()}
+
+        def create(name: str) -> HashedFile:
+            created[name] = HashedFile(staging / name)
+            return created[name]
+
+        yield create
+        with create("tokenizer.json") as file:
+            file.write(json.dumps(tokenizer.state(), ensure_ascii=False).encode("utf-8"))
+        files = {name: created[name].fingerprint() for name in FILES if name in created}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -95,28 +166,21 @@ def writing(folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) 
             "files": files,
         }
         manifest["sha256"] = manifest_digest(manifest)
-        _write(staging / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+        with create(MANIFEST) as file:
+            file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_tokens(
     folder: Path, texts: Mapping[str, str], tokenizer: Tokenizer, description: Mapping[str, Any]
 ) -> TokenFolder:
     """Write the texts "train" and "val" and their tokens as a token folder, as :func:`writing` does."""
-    with writing(folder, tokenizer, description) as staging:
+    with writing(folder, tokenizer, description) as create:
         for part, text in texts.items():
-            _write(staging / f"{part}.txt", text.encode("utf-8"))
-            _write(staging / f"{part}.bin", tokenizer.encode(text).tobytes())
+            with create(f"{part}.txt") as file:
+                file.write(text.encode("utf-8"))
+            with create(f"{part}.bin") as file:
+                file.write(tokenizer.encode(text).tobytes())
     return open_tokens(folder)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a failed write carries no name of its own
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _replace(staging: Path, folder: Path) -> None:

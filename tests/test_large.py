@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -166,8 +167,8 @@ def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("mmrec.large.readers.LONGEST", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "short"}) + "\n")
-    assert read(Shard("jsonl", str(path))) == [Rejected("longer than 64 MiB", "line 1"), "short"]
-    assert LONGEST == 1 << 26
+    assert read(Shard("jsonl", str(path))) == [Rejected("longer than 32 MiB", "line 1"), "short"]
+    assert LONGEST == 1 << 25
 
 
 @pytest.mark.parametrize("end", ["", ".gz", ".bz2", ".xz", ".zst"])
@@ -197,16 +198,41 @@ def test_text_files_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(piece.endswith("\n") for piece in pieces)
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "a.parquet", [*texts(), None])
     shard = Shard("parquet", str(tmp_path / "a.parquet"))
     assert read(shard) == [*texts(), Rejected("no text in text", "row 121")]
     with pytest.raises(UserError, match="has no column 'body', but text, id"):
         read(shard, "body")
+    monkeypatch.setattr("mmrec.large.readers.LONGEST", len(texts()[0]) - 1)
+    assert Rejected("longer than 32 MiB", "row 1") in read(shard)
     data = Path(shard.path).read_bytes()
     Path(shard.path).write_bytes(data[:-100])
     with pytest.raises(UserError, match=r"a\.parquet: is cut short or damaged"):
         read(shard)
+
+
+def test_a_parquet_file_of_one_row_group_is_read_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default pyarrow fetches the whole column of a row group: of all the file here."""
+    arrow = pytest.importorskip("pyarrow")
+    choose = random.Random(0)
+    data = [choose.randbytes(5000).hex() for _ in range(800)]
+    table = arrow.table({"text": data})
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table, tmp_path / "a.parquet", data_page_size=1 << 14, write_batch_size=16
+    )
+    asked: list[int] = []
+
+    class Recorder(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size or 0)
+            return super().read(size)
+
+    monkeypatch.setattr("mmrec.large.readers.PIECE", 1 << 16)
+    monkeypatch.setattr("mmrec.large.readers.open_raw", Recorder)
+    assert read(Shard("parquet", str(tmp_path / "a.parquet"))) == data
+    assert (tmp_path / "a.parquet").stat().st_size > 4_000_000
+    assert max(asked) < 2_000_000
 
 
 def test_tfrecord(tmp_path: Path) -> None:

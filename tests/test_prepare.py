@@ -184,8 +184,8 @@ def test_a_full_disk_leaves_all_as_it_was(
 def test_a_write_that_fails_names_the_file(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(OSError, match="/dev/full") as error:
-        tokens._write(Path("/dev/full"), b"x" * 100_000)
+    with pytest.raises(OSError, match="/dev/full") as error, tokens.HashedFile(Path("/dev/full")) as file:
+        file.write(b"x" * 100_000)
     assert error.value.errno == errno.ENOSPC
 
 

@@ -17,7 +17,7 @@ from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import NEEDED, TokenFolder, open_tokens, verify_tokens, write_tokens
+from mmrec.tokens import NEEDED, HashedFile, TokenFolder, open_tokens, verify_tokens, write_tokens
 
 TEXTS = {"train": "abracadabra\n" * 20, "val": "cadabra\n" * 3}
 
@@ -54,6 +54,17 @@ def test_manifest_describes_every_file(tmp_path: Path) -> None:
         data = (tokens.folder / name).read_bytes()
         expected = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert tokens.manifest["files"][name] == expected
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HashedFile, "BLOCK", 100)
+    data = random.Random(0).randbytes(5000)
+    with HashedFile(tmp_path / "a") as file:
+        for first in range(0, 70 * 7, 7):
+            file.write(data[first : first + 7])
+        file.write(data[70 * 7 :])
+    assert (tmp_path / "a").read_bytes() == data
+    assert file.fingerprint() == {"bytes": 5000, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def test_writing_leaves_nothing_beside(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from mmrec.errors import UserError
 from mmrec.large.work import DOCUMENT, read_json, stem
 from mmrec.tokenizers import Tokenizer
-from mmrec.tokens import TokenFolder, open_tokens, writing
+from mmrec.tokens import HashedFile, TokenFolder, open_tokens, writing
 
 AT_ONCE = 1 << 23
 """Documents whose hashes are compared at once: it bounds the memory."""
@@ -105,8 +105,8 @@ def merge(
     for count in counts:
         reasons.update(count["rejected"])
     sizes = {part: Counter[str]() for part in ("train", "val", "duplicates")}
-    with writing(folder, tokenizer, description) as staging:
-        with open(staging / "train.bin", "wb") as train, open(staging / "val.bin", "wb") as val:
+    with writing(folder, tokenizer, description) as create:
+        with create("train.bin") as train, create("val.bin") as val:
             place = 0
             for number in range(len(shards.parts)):
                 with open(shards.work / f"{stem(number)}.tokens", "rb") as tokens:
@@ -125,7 +125,7 @@ def merge(
                         _copy(tokens, position, lengths, chosen["val"], val)
                         position += int(lengths.sum())
                         place += len(rows)
-        with open(staging / "rejected.jsonl", "wb") as rest:
+        with create("rejected.jsonl") as rest:
             for number in range(len(shards.parts)):
                 with open(shards.work / f"{stem(number)}.rejected", "rb") as lines:
                     shutil.copyfileobj(lines, rest)
@@ -152,7 +152,7 @@ def _lone_validator(shards: Shards, dropped: np.ndarray) -> int | None:
     return None if validating and training else smallest
 
 
-def _copy(tokens: IO[bytes], position: int, sizes: np.ndarray, chosen: np.ndarray, target: IO[bytes]) -> None:
+def _copy(tokens: IO[bytes], position: int, sizes: np.ndarray, chosen: np.ndarray, target: HashedFile) -> None:
     """Append the documents that are chosen, run by run, to a file.
 
     Args:

@@ -25,6 +25,9 @@ from mmrec.large.shards import Shard
 PIECE = 1 << 20
 """Bytes of a text file that make one document, where the file is longer."""
 
+ROWS = 8
+"""Rows of a Parquet file that are held at once; each may be of LONGEST bytes."""
+
 
 def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
     """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends."""
@@ -44,7 +47,7 @@ def read_json_lines(shard: Shard, field: str) -> Iterator[Record]:
         for number, line in enumerate(_lines(file), 1):
             where = f"line {number}"
             if line is None:
-                yield Rejected("longer than 64 MiB", where)
+                yield Rejected("longer than 32 MiB", where)
             elif line.strip():
                 try:
                     record = loads(line)
@@ -58,17 +61,22 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
     """A Parquet file; the text is in the column ``field``."""
     parquet = module("pyarrow.parquet")
     with open_raw(shard.path) as file, naming(shard.path):
-        table = parquet.ParquetFile(file)
+        # By default whole columns of a row group are fetched at once: a file may be one row group.
+        table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False)
         names = table.schema_arrow.names
         if field not in names:
             raise UserError(
                 f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
             )
         row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=ROWS, columns=[field], use_threads=False):
+            for value in batch.column(0):
                 row += 1
-                yield _field({field: value}, field, f"row {row}")
+                text = value.as_py()
+                if isinstance(text, str) and len(text) > LONGEST:
+                    yield Rejected("longer than 32 MiB", f"row {row}")
+                else:
+                    yield _field({field: text}, field, f"row {row}")
 
 
 def read_tfrecord(shard: Shard, field: str) -> Iterator[Record]:
@@ -96,7 +104,7 @@ def read_tfrecord(shard: Shard, field: str) -> Iterator[Record]:
             where = f"record {number}"
             if length > LONGEST:
                 _skip(file, length + 4)
-                yield Rejected("longer than 64 MiB", where)
+                yield Rejected("longer than 32 MiB", where)
                 continue
             data = file.read(length + 4)
             if len(data) < length + 4:
@@ -119,7 +127,7 @@ def read_tar(shard: Shard, field: str) -> Iterator[Record]:
                 continue
             content = archive.extractfile(member) if member.size <= LONGEST else None
             if content is None:
-                yield Rejected("longer than 64 MiB", member.name)
+                yield Rejected("longer than 32 MiB", member.name)
             else:
                 yield _decoded(content.read(), member.name)
 
@@ -142,7 +150,7 @@ def read_tar_of_tars(shard: Shard, field: str) -> Iterator[Record]:
                         continue
                     text = tar.extractfile(member) if member.size <= LONGEST else None
                     where = f"{part.name}/{member.name}"
-                    yield _decoded(text.read(), where) if text is not None else Rejected("longer than 64 MiB", where)
+                    yield _decoded(text.read(), where) if text is not None else Rejected("longer than 32 MiB", where)
 
 
 READERS: dict[str, Callable[[Shard, str], Iterator[Record]]] = {

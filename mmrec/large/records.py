@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from mmrec.errors import UserError
 
-LONGEST = 1 << 26
+LONGEST = 1 << 25
 """Bytes of the longest record that is read; longer ones are set aside, so that memory stays bounded."""
 
 

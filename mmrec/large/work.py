@@ -106,7 +106,7 @@ def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> di
                 data = record.encode("utf-8")
                 encoded = tokenizer.encode(record)
                 tokens.write(separator)
-                tokens.write(encoded.tobytes())
+                tokens.write(encoded.data)
                 rows.write(np.array((hash_of(data), len(encoded) + 1, len(data)), dtype=DOCUMENT).tobytes())
                 count, size, total = count + 1, size + len(data), total + len(encoded) + 1
         for part, name in zip(temporary, names, strict=True):
