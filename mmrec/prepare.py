@@ -70,6 +70,8 @@ def prepare(
     Raises:
         UserError: something that was given is wrong; nothing has been changed.
     """
+    if verify and output_dir is not None:
+        return _verified(output_dir)
     if input_file is None and input_dir is None and corpus is not None and corpus not in CORPORA:
         if corpus not in LARGE and not corpus.startswith(HUB):
             paths, corpus = (_existing(corpus), *paths), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import os
 import re
 import subprocess
@@ -87,6 +88,19 @@ def test_a_file_arrives(server: Server, tmp_path: Path) -> None:
     assert len(server.requests) == before  # nothing is fetched twice
 
 
+def test_bytes_rate_and_time_left_are_shown(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:100])
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    download([url(server)], tmp_path)
+    assert re.search(r"downloading: 100%.* 10\.2M/10\.2M \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", terminal.getvalue())
+    assert f"1 files to fetch into {tmp_path}: 10,239,900 bytes left of 10,240,000" in capsys.readouterr().out
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
 def test_it_goes_on_from_the_last_byte(server: Server, tmp_path: Path) -> None:
     server.most = 100
     with pytest.raises(UserError, match=r"of 10,240,000 bytes are kept, try again later"):
@@ -139,6 +153,8 @@ from hashlib import sha256
 paths = [path for path in Path(sys.argv[1]).rglob("*") if path.is_file()]
 files = {str(path.relative_to(sys.argv[1])): path.read_bytes() for path in paths}
 
+spoiled = set()  # what was sent wrongly, the first time that it was asked for
+
 def entry(name):
     data = files[name]
     lfs = {"oid": sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
@@ -159,12 +175,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps([entry(name) for name in files]).encode())
         if path in ("/api/datasets/o/n", "/api/datasets/o/n/revision/main"):
             return self.answer(200, json.dumps({"_id": "1", "id": "o/n", "sha": "f" * 40, "siblings": []}).encode())
-        data = files.get(path.removeprefix("/datasets/o/n/resolve/main/"))
+        name = path.removeprefix("/datasets/o/n/resolve/main/")
+        data = files.get(name)
         if data is None:
             return self.answer(404, b"{}")
         wanted = re.match(r"bytes=(\\d+)-(\\d*)", self.headers.get("Range") or "bytes=0-")
         first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
         span = f"bytes {first}-{last}/{len(data)}"
+        if first < last and name not in spoiled:
+            spoiled.add(name)
+            data = bytes(len(data))
         return self.answer(206, data[first : last + 1], ETag='"x"', X_Repo_Commit="f" * 40, Content_Range=span)
 
     do_HEAD = do_GET
@@ -192,8 +212,15 @@ def test_a_set_of_the_hub(tmp_path: Path) -> None:
         assert hub.stdout is not None
         environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.stdout.readline().strip()}"}
         command = [sys.executable, "-m", "mmrec", "prepare", "hf:o/n", "--workers", "1"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        runs = [
+            subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            for _ in range(3)
+        ]
         hub.terminate()
+    for wrong in runs[:2]:
+        assert wrong.returncode == 2
+        assert "another sha256 than the server says; it was deleted, try again" in wrong.stderr
+    done = runs[2]
     assert done.returncode == 0, done.stderr
     tokens = open_tokens(tmp_path / "data" / "n")
     assert sorted(split_at_separator(tokens, "train") + split_at_separator(tokens, "val")) == sorted(pieces)

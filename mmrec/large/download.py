@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmrec.errors import UserError
-from mmrec.large.records import module
+from mmrec.large.records import filesystem
 
 BLOCK = 1 << 20
 ATTEMPTS = 5
@@ -37,11 +37,10 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     Raises:
         UserError: a server cannot be reached or sends something else, or the disk has too little room.
     """
-    url_to_fs = module("fsspec.core").url_to_fs
     folder.mkdir(parents=True, exist_ok=True)
     wanted = []
     for url in urls:
-        fs, name = url_to_fs(url)
+        fs, name = filesystem(url)
         try:
             info = fs.info(name)
         except Exception as error:  # every file system raises errors of its own
@@ -58,12 +57,14 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     room = shutil.disk_usage(folder).free
     if size - there > room:
         raise UserError(f"{folder}: {size - there:,} bytes are to be fetched, and there is room for {room:,}")
+    if left:
+        print(f"{len(left):,} files to fetch into {folder}: {size - there:,} bytes left of {size:,}")
     with tqdm(
         total=size,
         initial=there,
         unit="B",
         unit_scale=True,
-        desc=f"downloading {len(left)} files",
+        desc="downloading",
         disable=not left or not sys.stderr.isatty(),
     ) as bar:
         for url, fs, name, info, path in left:

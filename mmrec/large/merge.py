@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -95,15 +95,17 @@ def merge(
     """
     counts = [read_json(shards.work / f"{stem(number)}.json") for number in range(len(shards.parts))]
     documents = sum(count["documents"] for count in counts)
-    if documents < 2:
-        raise UserError(
-            f"{description['corpus']['title']}: {documents} documents; at least two are needed, one to validate"
-        )
-    dropped = find_duplicates(shards) if drop_duplicates else np.zeros(documents, dtype=bool)
-    only = _lone_validator(shards, dropped)
     reasons: Counter[str] = Counter()
     for count in counts:
         reasons.update(count["rejected"])
+    if documents < 2:
+        aside = f" (set aside: {_listed(reasons)})" if reasons else ""
+        raise UserError(
+            f"{description['corpus']['title']}: {documents} documents{aside}; at least two are needed, one to "
+            f"validate"
+        )
+    dropped = find_duplicates(shards) if drop_duplicates else np.zeros(documents, dtype=bool)
+    only = _lone_validator(shards, dropped)
     sizes = {part: Counter[str]() for part in ("train", "val", "duplicates")}
     with writing(folder, tokenizer, description) as create:
         with create("train.bin") as train, create("val.bin") as val:
@@ -184,6 +186,9 @@ def counts_table(manifest: dict[str, Any]) -> str:
     lines = [f"{a:<12}{b:>15}{c:>20}{d:>20}".rstrip() for a, b, c, d in rows]
     rejected = manifest["rejected"]
     if rejected:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-        lines.append(f"set aside   {sum(rejected.values()):,} records: {reasons} (rejected.jsonl)")
+        lines.append(f"set aside   {sum(rejected.values()):,} records: {_listed(rejected)} (rejected.jsonl)")
     return "\n".join(lines)
+
+
+def _listed(rejected: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items()))

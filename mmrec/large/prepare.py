@@ -16,7 +16,7 @@ from mmrec.errors import UserError, nearest
 from mmrec.large.download import download
 from mmrec.large.engines import ENGINES, run_shards
 from mmrec.large.merge import Shards, counts_table, merge
-from mmrec.large.records import is_remote, module
+from mmrec.large.records import filesystem, is_remote, module
 from mmrec.large.shards import Shard
 from mmrec.large.sources import HUB, SOURCES, files_of, find_shards
 from mmrec.large.work import PLAN, documents, hash_of, read_json, write_json
@@ -96,10 +96,10 @@ def prepare_large(
             f"{output_dir}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
             f"replace it by --force"
         )
-    work = output_dir.with_name(f"{output_dir.name}.work")
+    work, lock = output_dir.with_name(f"{output_dir.name}.work"), output_dir.with_name(f".{output_dir.name}.lock")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output_dir.with_name(f".{output_dir.name}.lock"), timeout=0):
+        with FileLock(lock, timeout=0):
             _plan_work(work, plan, force)
             made = _tokenizer(work, shards, plan)
             print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")  # type: ignore[attr-defined]
@@ -115,6 +115,8 @@ def prepare_large(
             tokens = merge(parts, output_dir, made, description, drop_duplicates)
             shutil.rmtree(work)
     except Timeout:
+        if not lock.exists():
+            raise UserError(f"{output_dir}: cannot be written, nor anything beside it") from None
         raise UserError(f"{output_dir}: another mmrec prepare is at work on it") from None
     print(f"{counts_table(tokens.manifest)}\nwritten to  {output_dir}")
     return tokens
@@ -123,12 +125,16 @@ def prepare_large(
 def _downloaded(corpus: str, output_dir: Path) -> list[str]:
     """Return the local files of a corpus, fetched where they are missing."""
     url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else SOURCES[corpus].url
-    return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"), url)
+    files = SOURCES[corpus].files if corpus in SOURCES else "its .parquet or .jsonl files"
+    try:
+        return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"), url)
+    except UserError as error:
+        raise UserError(f"{error}; or get {files} elsewhere: mmrec prepare {corpus} FOLDER") from None
 
 
 def _size(path: str) -> int:
     if is_remote(path):
-        fs, inner = module("fsspec.core").url_to_fs(path)
+        fs, inner = filesystem(path)
         return int(fs.size(inner) or 0)
     return Path(path).stat().st_size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,17 +37,34 @@ Record = str | Rejected
 """The text of a document, or why there is none."""
 
 
+EXTRAS = {"ray": "ray", "s3fs": "cloud", "gcsfs": "cloud"}
+"""Of the package's extras, which brings a module, where it is not "prepare"."""
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+"""Modules through which fsspec reaches object storage."""
+
+
 def module(name: str) -> Any:
     """Return an optional package; UserError says how to install it."""
     try:
         return import_module(name)
     except ModuleNotFoundError:
-        raise UserError(f"this needs the package {name}; pip install 'mmrec[prepare]'") from None
+        extra = EXTRAS.get(name, "prepare")
+        raise UserError(f"this needs the package {name}; pip install 'mmrec[{extra}]'") from None
 
 
 def is_remote(path: str) -> bool:
     """Whether ``path`` is a URL, as s3://bucket/file."""
     return "://" in path
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the URL's path in it; UserError where its package is missing."""
+    driver = DRIVERS.get(url.partition("://")[0])
+    if driver is not None:
+        module(driver)
+    fs, path = module("fsspec.core").url_to_fs(url)
+    return fs, str(path)
 
 
 def suffixes(path: str) -> list[str]:
@@ -91,7 +109,7 @@ def decompressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
                 yield file
         case ["zst"]:
             # Not zstandard: at the end of a file that was cut short it just stops.
-            with module("backports.zstd").ZstdFile(raw) as file:
+            with module(ZSTD).ZstdFile(raw) as file:
                 yield file
         case _:
             yield raw

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmrec.errors import UserError
 from mmrec.large.mediawiki import is_multistream, split_dump
-from mmrec.large.records import is_remote, module, suffixes
+from mmrec.large.records import filesystem, is_remote, suffixes
 from mmrec.large.shards import Shard
 
 FORMATS = {
@@ -36,19 +36,37 @@ class Source:
         title: says to a person what it is.
         readers: of the formats that it comes in.
         url: where its files are, as fsspec or a browser knows it.
+        files: their names, for a person.
         val: pattern of the names of files that validate, where the corpus has its own.
     """
 
     title: str
     readers: tuple[str, ...]
     url: str
+    files: str
     val: str | None = None
 
 
 SOURCES = {
-    "openwebtext": Source("OpenWebText", ("tars", "tar", "parquet"), "hf://datasets/Skylion007/openwebtext"),
-    "wikipedia": Source("Wikipedia", ("mediawiki", "parquet"), "hf://datasets/wikimedia/wikipedia/20231101.en"),
-    "c4": Source("C4", ("jsonl", "tfrecord"), "hf://datasets/allenai/c4/en", r"c4-validation\."),
+    "openwebtext": Source(
+        "OpenWebText",
+        ("tars", "tar", "parquet"),
+        "hf://datasets/Skylion007/openwebtext",
+        "openwebtext.tar.xz or train-*.parquet",
+    ),
+    "wikipedia": Source(
+        "Wikipedia",
+        ("mediawiki", "parquet"),
+        "hf://datasets/wikimedia/wikipedia/20231101.en",
+        "*-pages-articles-multistream.xml.bz2 and its index, or train-*.parquet",
+    ),
+    "c4": Source(
+        "C4",
+        ("jsonl", "tfrecord"),
+        "hf://datasets/allenai/c4/en",
+        "c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files",
+        r"c4-validation\.",
+    ),
 }
 HUB = "hf:"
 
@@ -153,7 +171,7 @@ def _files_below(path: str) -> list[str]:
 def _remote(path: str, ask: Callable[..., Any]) -> Any:
     """Return what ``ask`` finds out on a remote file system; UserError where that cannot be reached."""
     try:
-        fs, inner = module("fsspec.core").url_to_fs(path)
+        fs, inner = filesystem(path)
         return ask(fs, inner)
     except UserError:
         raise
