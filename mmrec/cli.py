@@ -42,8 +42,8 @@ def run() -> None:
 def main(args: Sequence[str]) -> int:
     """Run one command and return its exit status.
 
-    0 where it went well, 2 after one line that says what was wrong with what was given, 130 or 143 where
-    training was stopped by Ctrl-C or SIGTERM (after saving).
+    0 where it went well, 2 after one line that says what was wrong with what was given, 130 where it was stopped by
+    Ctrl-C, 143 where training was by SIGTERM (both after saving).
     """
     if not args or args[0] in ("-h", "--help"):
         print(_overview())

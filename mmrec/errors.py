@@ -26,7 +26,7 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
     """Run ``command`` and return the exit status of the process.
 
     0 when it ends well; 2 after printing one line to standard error when it raises :class:`UserError`,
-    or an :class:`OSError` that names a path (a full disk, a folder without permission).
+    or an :class:`OSError` that names a path (a full disk, a folder without permission); 130 after Ctrl-C.
     """
     try:
         command()
@@ -36,6 +36,9 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
         if error.filename is None and error.errno is None:
             raise
         message = one_line(f"{error.filename or 'output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     else:
         return 0
     print(f"{program}: error: {message}", file=sys.stderr)

@@ -460,24 +460,26 @@ def test_a_file_cut_short_is_named_and_the_rest_is_kept(
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_the_result_is_the_same(mmrec: Command, tmp_path: Path) -> None:
+def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command, tmp_path: Path) -> None:
     pieces = texts(600)
     for k in range(12):
         write_json_lines(tmp_path / "in" / f"{k}.jsonl", pieces[k::12] * 30)
     assert mmrec("prepare", "in", "--output_dir", "whole", "--workers", "1") == 0
     command = [sys.executable, "-m", "mmrec", "prepare", "in", "--output_dir", "parts", "--workers", "1"]
     kills = 0
-    for wanted in (2, 5, 9):
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    for wanted, kill in ((1, signal.SIGINT), (3, signal.SIGKILL), (6, signal.SIGKILL), (9, signal.SIGKILL)):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if len(list(Path("parts.work").glob("0*.json"))) >= wanted:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, kill)
                 kills += 1
                 break
             time.sleep(0.002)
-        process.wait()
-    assert kills
+        _, error = process.communicate()
+        if kill == signal.SIGINT:
+            assert (process.returncode, error) == (130, "mmrec: stopped by Ctrl-C\n")
+    assert kills == 4
     assert subprocess.run(command, check=False).returncode == 0
     assert tokens_of(Path("parts")) == tokens_of(Path("whole"))
 
