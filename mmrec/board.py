@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from mmrec.generate import continue_text
 from mmrec.insight import look_inside
@@ -74,11 +76,37 @@ def _step(trainer: Trainer) -> int:
     return max(0, trainer.global_step - 1)
 
 
+def _outlive(writer: SummaryWriter) -> None:
+    """Make a writer that meets a full disk say so once, and write no more; training is worth more than its curves.
+
+    TensorBoard would print a traceback from its own thread, and raise in every later call.
+    """
+    events = writer.file_writer.event_writer._async_writer._writer  # type: ignore[attr-defined]
+    failed = False
+
+    def guarded(call: Callable[..., object]) -> Callable[..., None]:
+        def attempt(*data: bytes) -> None:
+            nonlocal failed
+            try:
+                if not failed:
+                    call(*data)
+            except OSError as error:
+                failed = True
+                said = f"{writer.log_dir}: cannot write the curves: {error.strerror}; training goes on without them"
+                print(f"\n{said}", file=sys.stderr, flush=True)
+
+        return attempt
+
+    for name in ("write", "flush", "close"):
+        setattr(events, name, guarded(getattr(events, name)))
+
+
 class Charts(Callback):
     """Lays out the charts of :data:`CHARTS` when training starts."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.logger, Board) and trainer.is_global_zero:
+            _outlive(trainer.logger.experiment)
             trainer.logger.experiment.add_custom_scalars(CHARTS)
 
 

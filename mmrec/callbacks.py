@@ -31,17 +31,21 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Args:
         go_on: a save that fails is reported, and training goes on; the next save tries again.
+        damaged: a ``last.ckpt`` that must not become the previous one, which is whole.
     """
 
-    def __init__(self, go_on: bool = False) -> None:
+    def __init__(self, go_on: bool = False, damaged: Path | None = None) -> None:
         super().__init__()
         self.go_on = go_on
+        self.damaged = damaged
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
-        previous = target.with_name(f"{PREVIOUS}.ckpt") if target.name == f"{LAST}.ckpt" else None
+        keeps = target.name == f"{LAST}.ckpt" and target != self.damaged
         try:
-            write_checkpoint(checkpoint, target, previous)
+            write_checkpoint(checkpoint, target, target.with_name(f"{PREVIOUS}.ckpt") if keeps else None)
+            if target == self.damaged:
+                self.damaged = None  # it is whole now
         except UserError as error:
             if not self.go_on:
                 raise

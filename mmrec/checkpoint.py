@@ -179,7 +179,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
         else:
             check_seal(path)
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except UserError:
+    except UserError as error:
+        if path.is_dir():
+            raise UserError(f"{path}: not a readable checkpoint ({error})") from None
         raise
     except Exception as error:  # zip, pickle, end of file: torch has no common class for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -193,21 +195,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
 
 
 def _read_shards(folder: Path, described_only: bool) -> dict[str, Any]:
-    """Return what several processes wrote into ``folder`` (FSDP2), put together.
+    """Return what several processes wrote into ``folder`` (FSDP2), put together."""
+    from mmrec.shard_files import read_index, read_weights
 
-    Unlike all else here, torch's own index of the shards is a pickle: open only what you trust.
-    """
     checkpoint: dict[str, Any] = torch.load(folder / SHARDS_DESCRIPTION, map_location="cpu", weights_only=True)
-    if not described_only:
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-        planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
-        shards: dict[str, Any] = {}  # filled in
-        _load_state_dict(shards, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
-        checkpoint |= shards
-    return checkpoint
+    if described_only:
+        read_index(folder)  # what torch will unpickle, should training go on from here
+        return checkpoint
+    return checkpoint | read_weights(folder)
 
 
 def whole_checkpoint(path: Path) -> Path:

@@ -42,15 +42,13 @@ def run() -> None:
 def main(args: Sequence[str]) -> int:
     """Run one command and return its exit status.
 
-    0 where it went well, 2 after one line that says what was wrong with what was given, 130 where it was stopped by
-    Ctrl-C, 143 where training was by SIGTERM (both after saving).
+    0 where it went well, 2 after one line that says what was wrong with what was given, 130 or 143 where
+    it was stopped by Ctrl-C or SIGTERM (training: after saving).
     """
     if not args or args[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
+        return exit_status(lambda: print(_overview()))
     if args[0] == "--version":
-        print(f"mmrec {__version__}")
-        return 0
+        return exit_status(lambda: print(f"mmrec {__version__}"))
     return exit_status(lambda: _dispatch(*args))
 
 

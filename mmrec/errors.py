@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -26,20 +28,35 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
     """Run ``command`` and return the exit status of the process.
 
     0 when it ends well; 2 after printing one line to standard error when it raises :class:`UserError`,
-    or an :class:`OSError` that names a path (a full disk, a folder without permission); 130 after Ctrl-C.
+    or an :class:`OSError` that names a path (a full disk, a folder without permission); 130 after Ctrl-C, and 141,
+    without a word, where nobody reads the output any more (``| head``): what a shell gives for these signals.
     """
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # here, where a failure can still be told
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped by Ctrl-C", file=sys.stderr)  # after the terminal's ^C
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _close_output()
+        return 128 + signal.SIGPIPE
     except UserError as error:
         message = one_line(error)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
+        if error.filename is None:
+            _close_output()
         message = one_line(f"{error.filename or 'output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
-        return 130
     else:
         return 0
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _close_output() -> None:
+    """Drop what could not be printed: Python would try once more at its end, and complain."""
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

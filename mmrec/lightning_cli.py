@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +14,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmrec import runs, slurm
 from mmrec.allocation import keep_pages
@@ -72,11 +75,28 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, self.folder / runs.CONFIG, skip_none=False, overwrite=True)
+            target = self.folder / runs.CONFIG
+            staged = target.with_name(f".{target.name}.part")
+            try:  # whole or not at all, as a run is gone on with by what stands there
+                self.parser.save(self.config, staged, skip_none=False, overwrite=True)
+                with open(staged, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(staged, target)
+            except OSError as error:
+                raise UserError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 class TextCLI(LightningCLI):
-    """LightningCLI for :class:`TextModule` and :class:`TextData`, with runs that have a name and a folder."""
+    """LightningCLI for :class:`TextModule` and :class:`TextData`, with runs that have a name and a folder.
+
+    Args:
+        held: what is let go of when the command ends: the lock of the run.
+        kwargs: of LightningCLI.
+    """
+
+    def __init__(self, held: ExitStack, **kwargs: Any) -> None:
+        self.held = held
+        super().__init__(TextModule, TextData, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lightning.pytorch"])
@@ -133,8 +153,10 @@ class TextCLI(LightningCLI):
         if fit and which is None and slurm.restarted() and name in runs.runs(self.root):
             which = runs.LAST
         self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
+        self.damaged: Path | None = None
         if self.ckpt is not None:
-            self.ckpt = whole_checkpoint(self.ckpt)  # a file that is none is better refused before all else
+            asked, self.ckpt = self.ckpt, whole_checkpoint(self.ckpt)  # what is none is refused before all else
+            self.damaged = asked.absolute() if self.ckpt != asked else None
             inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
             self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
         elif fit:
@@ -145,6 +167,8 @@ class TextCLI(LightningCLI):
             self.run = name or runs.new_run(self.root)
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
+        if fit and _is_first():
+            self.held.callback(runs.lock_run(self.root, self.run).release)
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -167,7 +191,7 @@ class TextCLI(LightningCLI):
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
             go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
-            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on)]
+            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.damaged)]
         return super().instantiate_trainer(**kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -229,6 +253,12 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _is_first() -> bool:
+    """Return whether this process is the first of those that train together, which writes what all share."""
+    machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
 def _sharded(strategy: Any) -> bool:
     """Return whether ``strategy`` writes checkpoints in shards of its own, which it does not let others do."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
@@ -258,14 +288,14 @@ def run_lightning(command: str, args: list[str]) -> None:
     program = Path(sys.executable).with_name("mmrec")
     sys.argv = [str(program) if program.exists() else before[0], command, *args]
     try:
-        TextCLI(
-            TextModule,
-            TextData,
-            save_config_callback=SaveRunConfig,
-            auto_configure_optimizers=False,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-        )
+        with ExitStack() as held:
+            TextCLI(
+                held,
+                save_config_callback=SaveRunConfig,
+                auto_configure_optimizers=False,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+            )
     except Stopped as stop:
         run = stop.path.parent.parent.name
         print(f"\nStopped and saved. Go on with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mmrec.errors import UserError, nearest
 
 LOGS = "lightning_logs"
@@ -22,6 +24,22 @@ def new_run(root: Path) -> str:
     """Return the first free name of Lightning's series version_0, version_1, ..."""
     taken = [re.fullmatch(r"version_(\d+)", path.name) for path in (root / LOGS).glob("version_*")]
     return f"version_{max((int(match[1]) for match in taken if match), default=-1) + 1}"
+
+
+def lock_run(root: Path, run: str) -> FileLock:
+    """Return a lock that is held on ``run`` until it is released, or the process ends, in whatever way.
+
+    Raises:
+        UserError: another process trains it. Both would write the same checkpoints.
+    """
+    folder = root / LOGS / run
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"the run {run!r} is being trained by another process; choose another --run") from None
+    return lock
 
 
 def runs(root: Path) -> list[str]:

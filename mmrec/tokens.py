@@ -126,6 +126,10 @@ def staged(folder: Path) -> Iterator[Path]:
         staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
         yield staging
         _replace(staging, folder)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # a failed write carries no name
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -95,6 +95,49 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     figure("a checkpoint that would run code is refused, and nothing of it runs", "2 of 2 refused")
 
 
+@pytest.mark.reliability
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a save without processes
+def test_shards_are_read_and_code_in_them_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    monkeypatch.chdir(tmp_path)
+    net, folder = MemoryLM(SHAPE, 3), Path("last.ckpt")
+    written = content(net)
+    sharded = {"state_dict": written.pop("state_dict"), "optimizer": {"rate": 0.1}}
+    dcp.save(sharded, checkpoint_id=folder, no_dist=True)
+    torch.save(written, folder / "meta.pt")
+    found = load_trained(folder).net.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
+
+    index, shard = (folder / ".metadata").read_bytes(), next(folder.glob("*.distcp"))
+    unpickled = pickle.loads(index)
+    weight, rate = "state_dict.net.embedding.weight", "optimizer.rate"  # which is pickled
+    unpickled.state_dict_metadata[weight] = unpickled.state_dict_metadata[rate]
+    unpickled.storage_data[MetadataIndex(weight)] = unpickled.storage_data[MetadataIndex(rate)]
+    harmful = {
+        "holds posix.mkdir": pickle.dumps(Malicious()),
+        "leads out": index.replace(shard.name.encode(), b"../../0.dist"),
+        "is no tensor": pickle.dumps(unpickled),
+        "not a readable": index[:-9],
+    }
+    for says, data in harmful.items():
+        (folder / ".metadata").write_bytes(data)
+        with pytest.raises(UserError, match=says):
+            read_checkpoint(folder)
+    (folder / ".metadata").write_bytes(harmful["holds posix.mkdir"])
+    with pytest.raises(UserError, match="was not run"):  # before Lightning would read it to go on
+        whole_checkpoint(folder)
+    assert not Path("pwned").exists()
+    (folder / ".metadata").write_bytes(index)
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        read_checkpoint(folder)
+    figure("code in a checkpoint in shards is refused, and nothing of it runs", "3 of 3 refused")
+
+
 def rewritten(path: Path, change: Callable[[zipfile.ZipInfo, bytes], tuple[zipfile.ZipInfo, bytes]]) -> None:
     """Write the archive at ``path`` again with every entry changed."""
     with zipfile.ZipFile(path) as archive:

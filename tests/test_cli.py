@@ -222,6 +222,24 @@ def test_a_real_signal_saves_and_says_how_to_go_on(
     assert load_trained(wanted).step > 0
 
 
+@pytest.mark.slow
+def test_a_pipe_that_closes_and_ctrl_c_end_quietly(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a")) == 0
+    command = [sys.executable, "-m", "mmrec", "generate", "--length=10000000"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for stop, status, says in (("close", 141, ""), ("interrupt", 130, "mmrec: stopped by Ctrl-C")):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:  # type: ignore[call-overload]
+            assert process.stdout.read(9)
+            if stop == "close":
+                process.stdout.close()
+            else:
+                process.send_signal(signal.SIGINT)
+                process.stdout.read()
+            errors = process.stderr.read().decode()
+        assert (process.returncode, errors.strip()) == (status, says)
+
+
 # Bad input: one line, status 2, nothing changed
 
 BAD = {

@@ -6,10 +6,13 @@ a fixed seed; one that fails is made small and printed.
 
 from __future__ import annotations
 
+import bz2
 import copy
 import encodings.aliases
+import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from functools import cache
@@ -18,21 +21,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from conftest import Figure
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from test_checkpoint import SHAPE, content
+from test_large import WIKI, page, record_of, tar_of, write_parquet
 
 from mmrec.checkpoint import load_trained, write_checkpoint
 from mmrec.cli import main
 from mmrec.corpora.base import Document
 from mmrec.corpora.shakespeare_plays import speeches
 from mmrec.errors import UserError
+from mmrec.large.records import Rejected
+from mmrec.large.shards import Shard
+from mmrec.large.sources import reader_of
+from mmrec.large.work import documents as documents_of
+from mmrec.memory import Memory, load_memory, save_memory
 from mmrec.model import MemoryLM
 from mmrec.parsing import find_config, shipped_configs
 from mmrec.prepare import SEPARATOR, split_documents
+from mmrec.sealed import _digest as digest_of
 from mmrec.stream import IGNORE, RowLoader, RowStream
 from mmrec.text_files import check_encoding, decode_text
 from mmrec.tokenizers import (
@@ -45,6 +56,7 @@ from mmrec.tokenizers import (
 )
 from mmrec.tokens import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 
+zstd = pytest.importorskip("backports.zstd")
 SMALL = ("train.txt", "val.txt", *NEEDED)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 ENCODINGS = sorted({*encodings.aliases.aliases.values(), "utf-8-sig", "idna", "punycode"})
@@ -322,6 +334,68 @@ def other_checkpoint(data: st.DataObject) -> None:
         load_trained(path)
 
 
+@cache
+def memory() -> tuple[MemoryLM, bytes]:
+    torch.manual_seed(0)
+    net = MemoryLM(SHAPE, 3).eval()
+    save_memory(FOLDER / "a.mem", Memory.empty(net), "hash")
+    return net, (FOLDER / "a.mem").read_bytes()
+
+
+def memory_file(data: st.DataObject) -> None:
+    """A memory that is not as it was saved is refused, and so is one of other tensors with a digest that fits."""
+    net, whole = memory()
+    harmed, path = damaged(whole, data), FOLDER / "b.mem"
+    if data.draw(st.booleans()):
+        tensors = safetensors.torch.load(whole)
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        other = [torch.zeros(3), torch.zeros(()), torch.zeros_like(tensors[name], dtype=torch.int32), None]
+        tensors[data.draw(st.sampled_from([name, "more"]))] = data.draw(st.sampled_from(other))
+        tensors = {key: value for key, value in tensors.items() if value is not None}
+        said = {"format": "mmrec-memory", "version": "1", "model": "hash"}
+        said |= {"position": data.draw(st.sampled_from(["0", "", "-1", "x", "9" * 5000]))}
+        said.pop(data.draw(st.sampled_from([*said, ""])), None)
+        tensors |= data.draw(st.sampled_from([{}, {"half": torch.zeros(1, dtype=torch.bfloat16)}]))
+        digest = digest_of(tensors, said) if "half" not in tensors else "0"  # which NumPy does not know
+        harmed = safetensors.torch.save(tensors, said | {"sha256": digest})
+    path.write_bytes(harmed)
+    try:
+        load_memory(path, net, "hash")
+        assert harmed == whole or set(safetensors.torch.load(harmed)) == set(safetensors.torch.load(whole))
+    except UserError:
+        assert harmed != whole
+
+
+@cache
+def large_files() -> dict[str, bytes]:
+    """A small file of every format of large corpora, by its name."""
+    lines = b"".join(json.dumps({"text": text, "n": 1}).encode() + b"\n" for text in ("one", "tw\u00f6", "three"))
+    pages = (WIKI + page("T", "'''a''' [[b|c]] {{d}}") * 2 + "</mediawiki>").encode()
+    inner = tar_of({"a.txt": b"one", "b.txt": b"two"})
+    write_parquet(FOLDER / "a.parquet", ["one", None, "two", "two"])
+    files = {"a.jsonl": lines, "a.txt": lines, "a.xml": pages, "a.tar": tar_of({"a.txt": b"one"}, "w")}
+    files |= {"a.tfrecord": record_of("one") + record_of(None), "openwebtext.tar": tar_of({"1_data.xz": inner}, "w")}
+    files["a.parquet"] = (FOLDER / "a.parquet").read_bytes()
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+    packed = {f"{name}.{end}": pack[end](files[name]) for end in pack for name in ("a.jsonl", "a.tar", "a.xml")}
+    return files | packed
+
+
+def large_file(data: st.DataObject) -> None:
+    """A file of a large corpus gives its texts, sets records aside, or is refused in one line."""
+    name = data.draw(st.sampled_from(sorted(large_files())))
+    path = FOLDER / f"damaged-{name}" if not name.startswith("openwebtext") else FOLDER / name
+    path.write_bytes(damaged(large_files()[name], data))
+    try:
+        records = list(documents_of(Shard(str(reader_of(name)), str(path)), "text"))
+    except UserError as error:
+        said = str(error)
+        assert path.name in said
+        return
+    for record in records:
+        assert isinstance(record, Rejected) or record.encode("utf-8").strip()
+
+
 def config_file(data: st.DataObject) -> None:
     """A config file may say anything: it is taken, or refused in one line."""
     shipped = yaml.safe_load(find_config(data.draw(st.sampled_from(sorted(shipped_configs())))).read_text())
@@ -382,6 +456,8 @@ TARGETS: list[tuple[Target, int, int]] = [
     (manifest, 200, 6_000),
     (damaged_checkpoint, 100, 5_000),
     (other_checkpoint, 100, 4_000),
+    (memory_file, 100, 3_000),
+    (large_file, 200, 10_000),
     (config_file, 10, 400),
     (arguments, 30, 2_000),
 ]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.large.mediawiki import split_dump
@@ -186,6 +187,62 @@ def test_compressed_files(tmp_path: Path, end: str) -> None:
         path.write_bytes(pack(data)[:-20])
         with pytest.raises(UserError, match=f"a.jsonl{end}: is cut short or damaged"):
             read(Shard("jsonl", str(path)))
+
+
+@pytest.mark.reliability
+def test_files_that_expand_absurdly_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    """A few kilobytes that hold 20 MB, and a table that says one text 200 times."""
+    import bz2
+
+    zstd, parquet = pytest.importorskip("backports.zstd"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr("mmrec.large.records.LONGEST", 1 << 20)
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
+    member = tarfile.TarInfo("zeros.txt")
+    member.size = 10**9
+    line = json.dumps({"text": "a" * 10**6}).encode() + b"\n"
+    bombs = {f"a.{kind}.{end}": line * 20 for kind in ("jsonl", "txt") for end in pack}
+    bombs |= {"a.tar.gz": member.tobuf() + bytes(20 * 10**6), "a.xml.bz2": b"<mediawiki>" + b" " * 20 * 10**6}
+    for name, data in bombs.items():
+        (tmp_path / name).write_bytes(pack[name.rpartition(".")[2]](data))
+    parquet.write_table(arrow.table({"text": ["a" * 10**5] * 200}), tmp_path / "a.parquet")
+    names = [*bombs, "a.parquet"]
+    for name in names:
+        path = tmp_path / name
+        assert path.stat().st_size < 30_000
+        with pytest.raises(UserError, match=rf"{name}: is cut short or damaged .*which is no text"):
+            for _ in READERS[str(reader_of(name))](Shard("", str(path)), "text"):
+                pass
+    figure("files of large corpora that expand absurdly are refused", f"{len(names)} of {len(names)}")
+
+
+@pytest.mark.reliability
+def test_names_and_links_in_archives_lead_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    """Archives are never unpacked: a name is only a name, and a link no text."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    monkeypatch.chdir(tmp_path / "work")
+    with tarfile.open("a.tar", "w") as archive:
+        for name in ("../out.txt", "/tmp/out-of-mmrec.txt", "good.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"text"))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("link.txt")
+            member.type, member.linkname = kind, "../secret.txt"
+            archive.addfile(member)
+    assert read(Shard("tar", "a.tar")) == ["text"] * 3
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "secret.txt",
+        "work",
+        "work/a.tar",
+    ]
+    assert not Path("/tmp/out-of-mmrec.txt").exists()
+    figure("'..', absolute names, links and devices in tars lead nowhere: none is unpacked", "7 of 7")
 
 
 def test_text_files_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +535,7 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
             time.sleep(0.002)
         _, error = process.communicate()
         if kill == signal.SIGINT:
-            assert (process.returncode, error) == (130, "mmrec: stopped by Ctrl-C\n")
+            assert (process.returncode, error) == (130, "\nmmrec: stopped by Ctrl-C\n")
     assert kills == 4
     assert subprocess.run(command, check=False).returncode == 0
     assert tokens_of(Path("parts")) == tokens_of(Path("whole"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -89,7 +90,7 @@ def command_line(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "mmrec", *arguments]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
@@ -110,7 +111,9 @@ def interrupted(folder: Path, *arguments: str) -> int:
         start_new_session=True,
     )
     name = next(a for a in arguments if a.startswith("--run=")).removeprefix("--run=")
-    while not (checkpoints(name, folder) / "last.ckpt").exists() and process.poll() is None:
+    path = checkpoints(name, folder) / "last.ckpt"
+    before = path.stat().st_ino if path.exists() else None
+    while (path.stat().st_ino if path.exists() else before) == before and process.poll() is None:
         try:
             process.wait(0.02)
         except subprocess.TimeoutExpired:
@@ -121,6 +124,7 @@ def interrupted(folder: Path, *arguments: str) -> int:
 
 def test_two_processes(prepared: Path, tmp_path: Path, figure: Figure) -> None:
     options = ["--trainer.max_epochs=3", "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
+    options += ["--trainer.accumulate_grad_batches=2", *EMA]
     whole = fit(prepared, *options, *TWO, "--run=whole")
     done = run(tmp_path, *whole)
     assert done.returncode == 0, done.stderr
@@ -138,26 +142,52 @@ def test_two_processes(prepared: Path, tmp_path: Path, figure: Figure) -> None:
     figure("the same with two processes (gloo), stopped by Ctrl-C", f"equal, stopped at step {stopped}")
 
 
-def test_two_processes_go_on_as_one(prepared: Path, tmp_path: Path, figure: Figure) -> None:
-    """The rule: rows x processes stay. The memory and the place of every row are then taken up by the one."""
+def read(folder: Path) -> list[list[list[int]]]:
+    """Return what was read since the last call: of every batch its rows, inputs then targets, of all processes."""
+    path = folder / "read.jsonl"
+    batches: dict[int, dict[int, list[list[int]]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        batch = batches.setdefault(row["step"], {})
+        assert row["rank"] not in batch, "a batch was read twice"
+        batch[row["rank"]] = [a + b for a, b in zip(row["inputs"], row["targets"], strict=True)]
+    path.unlink()
+    assert sorted(batches) == list(range(len(batches)))
+    return [[row for rank in sorted(batches[step]) for row in batches[step][rank]] for step in sorted(batches)]
+
+
+def test_two_processes_go_on_as_one_and_one_as_two(prepared: Path, tmp_path: Path, figure: Figure) -> None:
+    """The rule: rows x processes stay. The memory and the place of every row are then taken up by the others."""
     # Products in bfloat16 would differ more by the order of their sums.
-    options = ["--trainer.max_epochs=2", "--model.dropout=0", "--trainer.precision=32-true"]
+    options = ["--trainer.max_epochs=3", "--model.dropout=0", "--trainer.precision=32-true"]
+    options += ["--last.every_n_train_steps=3", "--trainer.callbacks+=tokens_read.TokensRead"]
     done = run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"))
     assert done.returncode == 0, done.stderr
-    assert interrupted(tmp_path, *fit(prepared, *options, "--last.every_n_train_steps=3", *TWO, "--run=a")) == 130
+    expected = read(tmp_path)
+    assert interrupted(tmp_path, *fit(prepared, *options, *TWO, "--run=a")) == 130
+    stops = [last("a", tmp_path)["global_step"]]
 
-    alone = ["fit", "--run=a", "--ckpt_path=last", "--trainer.devices=1", "--trainer.strategy=auto"]
+    again = ["fit", "--run=a", "--ckpt_path=last"]
+    alone = [*again, "--trainer.devices=1", "--trainer.strategy=auto"]
     refused = run(tmp_path, *alone)
     assert refused.returncode == 2
     assert "rows 4 there, 2 here" in refused.stderr
-    done = run(tmp_path, *alone, "--data.batch_size=4")
+    assert interrupted(tmp_path, *alone, "--data.batch_size=4") == 130
+    stops.append(last("a", tmp_path)["global_step"])
+    done = run(tmp_path, *again, *TWO, "--data.batch_size=2")
     assert done.returncode == 0, done.stderr
 
     one, other = last("a", tmp_path), last("whole", tmp_path)
-    assert one["global_step"] == other["global_step"]
-    # The same tokens with the same memories: only the order of the sums differs.
+    assert 0 < stops[0] < stops[1] < one["global_step"] == other["global_step"]
+    found = read(tmp_path)
+    assert found == expected
+    # The same memories, too: only the order of the sums differs.
     worst = max(float((one["state_dict"][k] - v).abs().max()) for k, v in other["state_dict"].items())
     assert worst < 1e-3
     for mine, theirs in zip(one["mmrec_progress"]["carried"], other["mmrec_progress"]["carried"], strict=True):
         assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(mine, theirs, strict=True))
-    figure("two processes go on as one with all rows: no token skipped or read twice", f"weights within {worst:.0e}")
+    figure(
+        "two processes go on as one, and one as two: no token skipped or read twice",
+        f"stopped at steps {stops[0]} and {stops[1]}: the tokens of all {len(found)} batches are the same, "
+        f"weights within {worst:.0e}",
+    )

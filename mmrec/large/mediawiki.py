@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import io
 from collections.abc import Iterator
 from typing import IO
@@ -30,7 +29,8 @@ def read_mediawiki(shard: Shard, field: str) -> Iterator[Record]:
             data = raw.read() if shard.last is None else raw.read(shard.last - shard.first)
             if shard.last is not None and len(data) < shard.last - shard.first:
                 raise EOFError("ends before the last stream that its index names")
-            yield from _articles(_Rooted(bz2.BZ2File(io.BytesIO(data)), shard.last is not None), clean)
+            with decompressed(io.BytesIO(data), shard.path) as file:
+                yield from _articles(_Rooted(file, shard.last is not None), clean)
 
 
 def _articles(file: IO[bytes] | _Rooted, clean: object) -> Iterator[Record]:

@@ -14,6 +14,7 @@ from mmrec.large.records import (
     CutShort,
     Record,
     Rejected,
+    check_expansion,
     decompressed,
     module,
     naming,
@@ -61,18 +62,23 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
     """A Parquet file; the text is in the column ``field``."""
     parquet = module("pyarrow.parquet")
     with open_raw(shard.path) as file, naming(shard.path):
-        # By default whole columns of a row group are fetched at once: a file may be one row group.
-        table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False)
-        names = table.schema_arrow.names
+        names = parquet.read_schema(file).names
         if field not in names:
             raise UserError(
                 f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
             )
-        row = 0
+        packed = file.seek(0, 2)
+        # By default whole columns of a row group are fetched at once: a file may be one row group. Repeated texts
+        # stay references to one until each is looked at.
+        table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False, read_dictionary=[field])
+        check_expansion(sum(table.metadata.row_group(g).total_byte_size for g in range(table.num_row_groups)), packed)
+        row = size = 0
         for batch in table.iter_batches(batch_size=ROWS, columns=[field], use_threads=False):
             for value in batch.column(0):
                 row += 1
                 text = value.as_py()
+                size += len(text) if isinstance(text, str) else 0
+                check_expansion(size, packed)
                 if isinstance(text, str) and len(text) > LONGEST:
                     yield Rejected("longer than 32 MiB", f"row {row}")
                 else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import sys
 import zlib
@@ -18,6 +19,11 @@ from mmrec.errors import UserError
 
 LONGEST = 1 << 25
 """Bytes of the longest record that is read; longer ones are set aside, so that memory stays bounded."""
+
+
+MOST_EXPANSION = 500
+"""Times its own size that a file may hold, beyond :data:`LONGEST`: text is seldom packed to a twentieth, and a file
+that is made to fill a disk to a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +103,51 @@ def open_shard(path: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def decompressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
     """Yield the content of ``raw``, which is compressed as the end of ``path`` says."""
+    unpacked: Any
     match suffixes(path)[-1:]:
         case ["gz"]:
-            with gzip.GzipFile(fileobj=raw) as file:
-                yield file  # type: ignore[misc]
+            unpacked = gzip.GzipFile(fileobj=raw)
         case ["bz2"]:
-            with bz2.BZ2File(raw) as file:
-                yield file
+            unpacked = bz2.BZ2File(raw)
         case ["xz"]:
-            with lzma.LZMAFile(raw) as file:
-                yield file
+            unpacked = lzma.LZMAFile(raw)  # noqa: SIM115 -- _Bounded closes it
         case ["zst"]:
             # Not zstandard: at the end of a file that was cut short it just stops.
-            with module(ZSTD).ZstdFile(raw) as file:
-                yield file
+            unpacked = module(ZSTD).ZstdFile(raw)
         case _:
             yield raw
+            return
+    with io.BufferedReader(_Bounded(unpacked, raw), 1 << 17) as file:
+        yield file
+
+
+class _Bounded(io.RawIOBase):
+    """What is unpacked from ``raw``, which must not hold absurdly more than its size."""
+
+    def __init__(self, unpacked: IO[bytes], raw: IO[bytes]) -> None:
+        self.unpacked = unpacked
+        self.raw = raw
+        self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.unpacked.readinto(buffer)  # type: ignore[attr-defined]
+        self.size += count
+        check_expansion(self.size, self.raw.tell())
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self.unpacked.close()
+        super().close()
+
+
+def check_expansion(unpacked: int, packed: int) -> None:
+    """Raise :class:`CutShort` where so many bytes cannot be the text of a file of so many."""
+    if unpacked > LONGEST + MOST_EXPANSION * packed:
+        raise CutShort(f"{packed:,} bytes of it hold {unpacked:,}, which is no text")
 
 
 @contextmanager
@@ -123,14 +158,17 @@ def naming(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not isinstance(error, DAMAGE) and type(error).__name__ not in DAMAGE_NAMES:
+        kind = type(error).__name__
+        damage = isinstance(error, DAMAGE) or kind in DAMAGE_NAMES or kind.startswith("Arrow")
+        # bz2 raises an OSError, without the number that those of the system have.
+        if not damage and not (isinstance(error, OSError) and error.errno is None):
             raise
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: is cut short or damaged ({what[:120]}); get it again") from None
 
 
 DAMAGE: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-DAMAGE_NAMES = {"ZstdError", "ArrowInvalid", "ParseError", "ReadError", "StreamError", "CutShort"}
+DAMAGE_NAMES = {"ZstdError", "ParseError", "ReadError", "StreamError", "CutShort"}
 """Of optional packages, and of modules that are slow to import."""
 
 
