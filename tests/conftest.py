@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+# What runs in the background ignores Ctrl-C, and so would the commands that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

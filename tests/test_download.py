@@ -13,12 +13,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from test_large import split_at_separator, texts, write_parquet
 
 from mmrec.errors import UserError
 from mmrec.large import download as module
 from mmrec.large.download import download
+from mmrec.large.records import filesystem, only_https
 from mmrec.tokens import open_tokens
 
 pytest.importorskip("aiohttp")
@@ -86,6 +88,30 @@ def test_a_file_arrives(server: Server, tmp_path: Path) -> None:
     before = len(server.requests)
     download([url(server)], tmp_path / "in")
     assert len(server.requests) == before  # nothing is fetched twice
+
+
+def test_https_is_not_left_for_a_plain_connection(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send_on(handler: Handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", url(server))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    sends_on = type("SendsOn", (Handler,), {"do_HEAD": send_on, "do_GET": send_on})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), sends_on) as first:
+        threading.Thread(target=first.serve_forever, daemon=True).start()
+        begin = f"http://127.0.0.1:{first.server_address[1]}/file.bin"
+        download([begin], tmp_path)  # what was plain from the start may stay so
+        (tmp_path / "file.bin").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "filesystem", lambda url: fsspec.core.url_to_fs(url, **only_https()))
+            with pytest.raises(UserError, match=r"sends on to http://.*, which is not https"):
+                download([begin], tmp_path)
+        first.shutdown()
+    assert not (tmp_path / "file.bin").exists()
+    assert filesystem("https://127.0.0.1/file.bin")[0].client_kwargs["trace_configs"]
 
 
 def test_bytes_rate_and_time_left_are_shown(

@@ -129,4 +129,6 @@ def _sha256(info: dict[str, Any]) -> str | None:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error.__cause__, UserError):  # ours, in one that the file system made of it
+        error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -69,8 +69,23 @@ def filesystem(url: str) -> tuple[Any, str]:
     driver = DRIVERS.get(url.partition("://")[0])
     if driver is not None:
         module(driver)
-    fs, path = module("fsspec.core").url_to_fs(url)
+    options = only_https() if url.startswith("https://") else {}
+    fs, path = module("fsspec.core").url_to_fs(url, **options)
     return fs, str(path)
+
+
+def only_https() -> dict[str, Any]:
+    """Return options of fsspec's HTTP file system with which it does not follow a server to a plain connection."""
+    aiohttp = module("aiohttp")
+
+    async def check(session: Any, context: Any, redirect: Any) -> None:
+        target = str(redirect.response.headers.get("Location", ""))
+        if target.lower().startswith("http:"):
+            raise UserError(f"{redirect.url}: sends on to {target}, which is not https")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check)
+    return {"client_kwargs": {"trace_configs": [trace]}}
 
 
 def suffixes(path: str) -> list[str]:
@@ -83,7 +98,8 @@ def open_raw(path: str) -> Iterator[IO[bytes]]:
     """Open a file of any file system that fsspec knows, as it is. UserError names it where that fails."""
     try:
         if is_remote(path):
-            with module("fsspec").open(path, "rb") as file:
+            fs, inside = filesystem(path)
+            with fs.open(inside, "rb") as file:
                 yield file
         else:
             with open(path, "rb") as file:
