@@ -167,8 +167,6 @@ class TextCLI(LightningCLI):
             self.run = name or runs.new_run(self.root)
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
-        if fit and _is_first():
-            self.held.callback(runs.lock_run(self.root, self.run).release)
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -197,6 +195,8 @@ class TextCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         self.datamodule.evaluation = self.evaluation
+        if subcommand == "fit" and _is_first():  # not before all that was given is known to be good
+            self.held.callback(runs.lock_run(self.root, self.run).release)
         return kwargs | {"ckpt_path": self.ckpt}
 
     def after_validate(self) -> None:
