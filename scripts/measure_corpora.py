@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import orjson
 import pyarrow
 import pyarrow.parquet
-from test_large import record_of, tar_of
+from layouts import record_of, tar_of
 
 from mmrec.large.readers import READERS
 from mmrec.large.shards import Shard

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
-from test_large import texts, tokens_of, write_json_lines
+from layouts import texts, tokens_of, write_json_lines
 
 from mmrec.remote import open_remote_tokens
 from mmrec.tokens import open_tokens

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from test_large import split_at_separator, texts, write_parquet
+from layouts import split_at_separator, texts, write_parquet
 
 from mmrec.errors import UserError
 from mmrec.large import download as module

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_large import texts, tokens_of, write_json_lines
+from layouts import texts, tokens_of, write_json_lines
 
 pytest.importorskip("datatrove")
 # The engines leave some files to the garbage collector.

@@ -27,8 +27,8 @@ import yaml
 from conftest import Figure
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from layouts import WIKI, page, record_of, tar_of, write_parquet
 from test_checkpoint import SHAPE, content
-from test_large import WIKI, page, record_of, tar_of, write_parquet
 
 from mmrec.checkpoint import load_trained, write_checkpoint
 from mmrec.cli import main
