@@ -74,8 +74,7 @@ class HashedFile:
         with self._thread, self._file:
             if failure[0] is None:
                 self._flush()
-                with self._naming():
-                    os.fsync(self._file.fileno())
+                os.fsync(self._file.fileno())
 
     def write(self, data: bytes) -> None:
         """Append ``data``."""
@@ -99,15 +98,7 @@ class HashedFile:
         self._hashing = self._thread.submit(self._hash.update, block)
         left = memoryview(block)
         while left:
-            with self._naming():
-                left = left[self._file.write(left) :]
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # a failed write carries no name of its own
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+            left = left[self._file.write(left) :]
 
 
 @contextmanager

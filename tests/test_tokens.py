@@ -17,7 +17,7 @@ from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import NEEDED, HashedFile, TokenFolder, open_tokens, verify_tokens, write_tokens
+from mmrec.tokens import NEEDED, HashedFile, TokenFolder, open_tokens, staged, verify_tokens, write_tokens
 
 TEXTS = {"train": "abracadabra\n" * 20, "val": "cadabra\n" * 3}
 
@@ -101,14 +101,21 @@ def test_a_full_disk_changes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == (["tokens"] if earlier else [])
 
 
-def test_a_failed_write_names_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_write_to_a_full_disk_names_the_folder(tmp_path: Path) -> None:
+    """The system's own failure, which carries no name."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
 
-    monkeypatch.setattr(os, "fsync", fail)
+    def fill() -> None:
+        with staged(tmp_path / "tokens") as folder:
+            (folder / "train.bin").symlink_to("/dev/full")
+            with HashedFile(folder / "train.bin") as file:
+                file.write(b"x" * 100_000)
+
     with pytest.raises(OSError, match="No space left") as caught:
-        write(tmp_path / "tokens")
-    assert str(caught.value.filename).endswith("train.txt")
+        fill()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "tokens"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
