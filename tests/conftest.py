@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from serving import Client
+
     from mmrec.checkpoint import Trained
 
 REPOSITORY = Path(__file__).parent.parent
@@ -120,3 +122,18 @@ def small_model(small_root: Path) -> Trained:
     from mmrec.checkpoint import load_trained
 
     return load_trained(small_root / "lightning_logs/a/checkpoints/best.ckpt")
+
+
+@pytest.fixture
+def memories(tmp_path: Path) -> Path:
+    """Where the server of ``client`` keeps its named memories."""
+    return tmp_path / "memories"
+
+
+@pytest.fixture
+def client(small_model: Trained, memories: Path) -> Iterator[Client]:
+    """Asks a server of that model."""
+    from serving import make_service, running
+
+    with running(make_service(small_model, memories)) as client:
+        yield client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import make_text
 from safetensors.torch import save
-from serving import Client, make_service, running
+from serving import Client, make_service
 
 from mmrec.checkpoint import Trained
 from mmrec.cli import main
@@ -26,20 +25,10 @@ from mmrec.serve.service import Ended, Piece, Service, StopFinder
 from mmrec.tokenizers import ByteTokenizer
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "memories"
-
-
-@pytest.fixture
-def client(small_model: Trained, folder: Path) -> Iterator[Client]:
-    with running(make_service(small_model, folder)) as client:
-        yield client
-
-def of_bytes(folder: Path) -> Service:
+def of_bytes(memories: Path) -> Service:
     torch.manual_seed(0)
     shape = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
-    return make_service(Trained(MemoryLM(shape, 256).eval(), ByteTokenizer(), 0), folder)
+    return make_service(Trained(MemoryLM(shape, 256).eval(), ByteTokenizer(), 0), memories)
 
 
 def opened(small_model: Trained, path: Path) -> Memory:
@@ -115,8 +104,8 @@ def test_stops_are_found_however_the_text_comes() -> None:
         assert finder.found == bool(ends)
 
 
-def test_pieces_are_whole_characters(folder: Path) -> None:
-    service, text = of_bytes(folder), "Çay, üç şişe, öğle çorbas\u0131… 😀"
+def test_pieces_are_whole_characters(memories: Path) -> None:
+    service, text = of_bytes(memories), "Çay, üç şişe, öğle çorbas\u0131… 😀"
     *_, score = service.score(ScoreAsked(text=text))
     assert score is not None
     assert score["pieces"]["text"] == list(text)
@@ -139,7 +128,7 @@ def test_pieces_are_whole_characters(folder: Path) -> None:
 
 
 def test_going_on_from_a_memory(
-    client: Client, folder: Path, small_root: Path, small_model: Trained, tmp_path: Path
+    client: Client, memories: Path, small_root: Path, small_model: Trained, tmp_path: Path
 ) -> None:
     text = make_text()
     kept = client.good("POST", "/v1/memories", {"name": "book", "text": text[:3000]})
@@ -153,7 +142,7 @@ def test_going_on_from_a_memory(
     book, saved = tmp_path / "book.txt", tmp_path / "book.mem"
     book.write_text(text[:3000])
     assert main(["read", str(book), f"--save={saved}", f"--root={small_root}"]) == 0
-    assert_same(opened(small_model, folder / "book.mem"), opened(small_model, saved))
+    assert_same(opened(small_model, memories / "book.mem"), opened(small_model, saved))
 
 
 def test_what_was_written_is_remembered(client: Client) -> None:
@@ -197,7 +186,7 @@ BAD_NAMES = ["../a", "a/b", "", ".a", "a.mem", "-a", "a" * 65, "ä", "a\n", "a\0
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_bad_names(client: Client, folder: Path, name: str) -> None:
+def test_bad_names(client: Client, memories: Path, name: str) -> None:
     for path, asked in (
         ("/v1/memories", {"name": name, "text": "to be"}),
         ("/v1/completions", {"prompt": "to be", "memory": name}),
@@ -207,20 +196,20 @@ def test_bad_names(client: Client, folder: Path, name: str) -> None:
         status, answer = client.ask("POST", path, asked)
         assert status == 400
         assert "is no name of a memory" in answer["error"]["message"]
-    assert list(folder.iterdir()) == []
-    assert {path.name for path in folder.parent.iterdir()} == {"memories"}
+    assert list(memories.iterdir()) == []
+    assert {path.name for path in memories.parent.iterdir()} == {"memories"}
 
 
-def test_names_in_a_path(client: Client, folder: Path) -> None:
-    (folder.parent / "secret.mem").write_bytes(b"secret")
+def test_names_in_a_path(client: Client, memories: Path) -> None:
+    (memories.parent / "secret.mem").write_bytes(b"secret")
     for name in ("..%2Fsecret", "%2e%2e%2fsecret", "../secret", "..", ".", "%00", "a%0a"):
         for method, path in (("GET", f"{name}/file"), ("GET", name), ("DELETE", name)):
             status, _ = client.ask(method, f"/v1/memories/{path}")
             assert status in (400, 404, 405)
-    assert (folder.parent / "secret.mem").exists()
+    assert (memories.parent / "secret.mem").exists()
 
 
-def test_bad_uploads(client: Client, folder: Path, small_model: Trained, tmp_path: Path) -> None:
+def test_bad_uploads(client: Client, memories: Path, small_model: Trained, tmp_path: Path) -> None:
     model = model_hash(small_model.net, small_model.tokenizer)
     empty = Memory.empty(small_model.net)
     path = tmp_path / "x.mem"
@@ -247,15 +236,15 @@ def test_bad_uploads(client: Client, folder: Path, small_model: Trained, tmp_pat
         status, answer = client.ask("PUT", "/v1/memories/a/file", data, content_type="application/octet-stream")
         assert status == 400, says
         assert says in answer["error"]["message"]
-        assert str(folder) not in answer["error"]["message"]
-        assert list(folder.iterdir()) == []
+        assert str(memories) not in answer["error"]["message"]
+        assert list(memories.iterdir()) == []
     status, _ = client.ask("PUT", "/v1/memories/a/file", b"x" * 500_000, content_type="application/octet-stream")
     assert status == 413
 
 
-def test_a_damaged_or_foreign_file_in_the_folder(client: Client, folder: Path, small_model: Trained) -> None:
-    (folder / "bad.mem").write_bytes(b"nothing")
-    save_memory(folder / "other.mem", Memory.empty(small_model.net), "another")
+def test_a_damaged_or_foreign_file_in_the_folder(client: Client, memories: Path, small_model: Trained) -> None:
+    (memories / "bad.mem").write_bytes(b"nothing")
+    save_memory(memories / "other.mem", Memory.empty(small_model.net), "another")
     assert [(m["id"], m["usable"]) for m in client.good("GET", "/v1/memories")["data"]] == [("other", False)]
     for name in ("bad", "other"):
         status, answer = client.ask("POST", "/v1/completions", {"memory": name})
@@ -263,12 +252,12 @@ def test_a_damaged_or_foreign_file_in_the_folder(client: Client, folder: Path, s
         assert answer["error"]["message"].startswith(f"{name}: ")
 
 
-def test_users_do_not_meet(client: Client, folder: Path) -> None:
+def test_users_do_not_meet(client: Client, memories: Path) -> None:
     """Many at a time, each with a memory of its own: each gets what it gets alone, and no memory changes."""
     text = make_text()
     for user in range(6):
         client.good("POST", "/v1/memories", {"name": f"user{user}", "text": text[user * 1500 : user * 1500 + 1000]})
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in memories.iterdir()}
 
     def use(user: int) -> tuple[str, list[Any], Any]:
         memory = f"user{user}"
@@ -282,11 +271,11 @@ def test_users_do_not_meet(client: Client, folder: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(use, [*range(6)] * 3))
     assert together == alone * 3
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in memories.iterdir()} == before
     assert client.idle()
 
 
-def test_saving_under_one_name_at_the_same_time(client: Client, folder: Path) -> None:
+def test_saving_under_one_name_at_the_same_time(client: Client, memories: Path) -> None:
     def save(user: int) -> Any:
         return client.good("POST", "/v1/memories", {"name": "one", "text": "to be " * (user + 1)})
 
@@ -294,7 +283,7 @@ def test_saving_under_one_name_at_the_same_time(client: Client, folder: Path) ->
         list(pool.map(save, range(16)))
     assert client.good("GET", "/v1/memories/one")["position"] in {6 * (user + 1) for user in range(16)}
     assert client.text(memory="one", max_tokens=5)
-    assert [path.name for path in folder.iterdir()] == ["one.mem"]
+    assert [path.name for path in memories.iterdir()] == ["one.mem"]
 
 
 # Scores

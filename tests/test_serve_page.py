@@ -19,8 +19,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
-def test_the_page_asks_nobody_else(small_model: Trained, tmp_path: Path) -> None:
-    with running(make_service(small_model, tmp_path)) as client, client.open("GET", "/") as response:
+def test_the_page_asks_nobody_else(client: Client) -> None:
+    with client.open("GET", "/") as response:
         page, policy = response.read().decode(), response.getheader("content-security-policy", "")
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -50,9 +50,8 @@ def until(page: Any, condition: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(small_model: Trained, tmp_path: Path) -> None:
-    folder = tmp_path / "memories"
-    service = make_service(small_model, folder, replace(LIMITS, max_tokens=4096))
+def test_the_page_in_a_browser(small_model: Trained, memories: Path, tmp_path: Path) -> None:
+    service = make_service(small_model, memories, replace(LIMITS, max_tokens=4096))
     with running(service, KEY) as client, browser() as chromium:
         page = chromium.new_page()
         problems: list[str] = []
@@ -97,7 +96,7 @@ def test_the_page_in_a_browser(small_model: Trained, tmp_path: Path) -> None:
         with page.expect_download() as download:
             page.click("#download")
         download.value.save_as(tmp_path / "mine.mem")
-        assert (tmp_path / "mine.mem").read_bytes() == (folder / "mine.mem").read_bytes()
+        assert (tmp_path / "mine.mem").read_bytes() == (memories / "mine.mem").read_bytes()
         page.reload()
         page.wait_for_selector("#memory option[value=mine]", state="attached")
         page.select_option("#memory", "mine")
@@ -124,7 +123,7 @@ def test_the_page_in_a_browser(small_model: Trained, tmp_path: Path) -> None:
         page.wait_for_selector("#memory option[value=a-text]", state="attached")
         page.click("#delete")
         page.wait_for_selector("#memory option[value=a-text]", state="detached")
-        assert {path.name for path in folder.iterdir()} == {"mine.mem"}
+        assert {path.name for path in memories.iterdir()} == {"mine.mem"}
         assert problems == []
         page.fill("#prompt", "to Ω")
         page.wait_for_selector("#status.bad")

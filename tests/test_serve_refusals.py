@@ -31,17 +31,6 @@ from mmrec.serve.protocol import CompletionAsked, ScoreAsked
 Command = Callable[..., int]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "memories"
-
-
-@pytest.fixture
-def client(small_model: Trained, folder: Path) -> Iterator[Client]:
-    with running(make_service(small_model, folder)) as client:
-        yield client
-
-
 # What is refused
 
 BAD: dict[str, tuple[str, Any, int, str]] = {
@@ -76,7 +65,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests(client: Client, folder: Path, case: str) -> None:
+def test_bad_requests(client: Client, memories: Path, case: str) -> None:
     path, asked, expected, says = BAD[case]
     status, answer = client.ask("POST", f"/v1/{path}", asked)
     assert (status, answer.keys()) == (expected, {"error"})
@@ -85,7 +74,7 @@ def test_bad_requests(client: Client, folder: Path, case: str) -> None:
     assert "\n" not in answer["error"]["message"]
     status, _ = client.ask("POST", f"/v1/{path}", {"stream": True, **asked} if isinstance(asked, dict) else asked)
     assert status in (expected, 400)
-    assert list(folder.iterdir()) == []
+    assert list(memories.iterdir()) == []
 
 
 def test_fields_that_ask_for_nothing_are_let_through(client: Client) -> None:
@@ -121,8 +110,8 @@ def test_other_hosts_and_pages_are_refused(client: Client) -> None:
     assert client.ask("POST", "/v1/score", {"text": "to be"}, origin=f"http://127.0.0.1:{port}")[0] == 200
 
 
-def test_the_key(small_model: Trained, folder: Path) -> None:
-    with running(make_service(small_model, folder), KEY, loopback=False) as client:
+def test_the_key(small_model: Trained, memories: Path) -> None:
+    with running(make_service(small_model, memories), KEY, loopback=False) as client:
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
             for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("DELETE", "/v1/memories/a")):
                 with client.open(method, path, {} if method == "POST" else None, **given) as response:
@@ -136,8 +125,8 @@ def test_the_key(small_model: Trained, folder: Path) -> None:
         assert client.ask("GET", "/")[0] == 200
 
 
-def test_more_than_may_wait_are_told_to_come_back(small_model: Trained, folder: Path) -> None:
-    service = make_service(small_model, folder, replace(LIMITS, running=1, waiting=1))
+def test_more_than_may_wait_are_told_to_come_back(small_model: Trained, memories: Path) -> None:
+    service = make_service(small_model, memories, replace(LIMITS, running=1, waiting=1))
     go_on = threading.Event()
 
     def waits(_: ScoreAsked) -> Iterator[dict[str, Any]]:
@@ -159,9 +148,9 @@ def test_more_than_may_wait_are_told_to_come_back(small_model: Trained, folder: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_ends_the_work(small_model: Trained, folder: Path, stream: bool) -> None:
+def test_who_goes_away_ends_the_work(small_model: Trained, memories: Path, stream: bool) -> None:
     limits = replace(LIMITS, running=1, waiting=3, max_tokens=10**8)  # hours of writing
-    with running(make_service(small_model, folder, limits)) as client:
+    with running(make_service(small_model, memories, limits)) as client:
         body = json.dumps({"prompt": "to be", "max_tokens": 10**8, "stream": stream}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         request = head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -178,17 +167,17 @@ def test_who_goes_away_ends_the_work(small_model: Trained, folder: Path, stream:
         assert len(client.text(prompt="to be", max_tokens=5)) == 5
 
 
-def test_the_server_ends_while_it_writes(small_model: Trained, folder: Path) -> None:
+def test_the_server_ends_while_it_writes(small_model: Trained, memories: Path) -> None:
     with ExitStack() as after:
-        with running(make_service(small_model, folder, replace(LIMITS, max_tokens=10**8))) as client:
+        with running(make_service(small_model, memories, replace(LIMITS, max_tokens=10**8))) as client:
             asked = {"max_tokens": 10**8, "stream": True}
             response = after.enter_context(client.open("POST", "/v1/completions", asked))
             assert response.read(10)
         assert b"the server is being stopped" in response.read()
 
 
-def test_too_many_memories(small_model: Trained, folder: Path) -> None:
-    with running(make_service(small_model, folder, replace(LIMITS, memories=2))) as client:
+def test_too_many_memories(small_model: Trained, memories: Path) -> None:
+    with running(make_service(small_model, memories, replace(LIMITS, memories=2))) as client:
         for name in ("a", "b", "a"):
             client.good("POST", "/v1/memories", {"name": name, "text": "to be"})
         data = client.good("GET", "/v1/memories/a/file")
@@ -201,12 +190,12 @@ def test_too_many_memories(small_model: Trained, folder: Path) -> None:
             assert (status, "delete one first" in answer["error"]["message"]) == (409, True)
         *_, last = client.stream(save_memory="c")
         assert "delete one first" in last["error"]["message"]
-    small = replace(LIMITS, memory_bytes=2 * (folder / "a.mem").stat().st_size + 10)
-    with running(make_service(small_model, folder, small)) as client:
+    small = replace(LIMITS, memory_bytes=2 * (memories / "a.mem").stat().st_size + 10)
+    with running(make_service(small_model, memories, small)) as client:
         status, answer = client.ask("POST", "/v1/memories", {"name": "c", "text": "to be"})
         assert (status, "as much room as they may" in answer["error"]["message"]) == (409, True)
         client.good("POST", "/v1/memories", {"name": "b", "text": "to be or"})
-    assert {path.name for path in folder.iterdir()} == {"a.mem", "b.mem"}
+    assert {path.name for path in memories.iterdir()} == {"a.mem", "b.mem"}
 
 
 def test_random_requests_are_answered(client: Client) -> None:
