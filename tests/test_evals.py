@@ -144,8 +144,8 @@ def test_levels_come_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("name", [*OURS, *PEERS])
 def test_models_are_of_equal_size_and_asked_at_the_places_alone(name: str) -> None:
-    if name in ("mingru", "mamba"):
-        pytest.importorskip({"mingru": "minGRU_pytorch", "mamba": "transformers"}[name])
+    if name in ("mingru", "mamba2"):
+        pytest.importorskip({"mingru": "minGRU_pytorch", "mamba2": "transformers"}[name])
     shape = Shape(dim=64, layers=2, memories=("long",), heads=2, ffn_dim=64)
     model = make_model(name, shape, 33, 16).eval()
     assert 0.8 < layer_parameters(model) / layer_parameters(MemoryLM(shape, 33)) < 1.25

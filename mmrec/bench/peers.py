@@ -177,6 +177,15 @@ def mamba(vocab_size: int, dim: int, layers: int) -> nn.Module:
     return Wrapped(module.MambaForCausalLM(module.MambaConfig(**sizes, use_cache=False)))
 
 
+def mamba2(vocab_size: int, dim: int, layers: int) -> nn.Module:
+    module: Any = import_module("transformers")
+    # Heads of 64 channels, as published, or somewhat wider where the width is no multiple of 32.
+    heads = next(count for count in range(max(1, 2 * dim // 64), 0, -1) if 2 * dim % count == 0)
+    sizes = {"vocab_size": vocab_size, "hidden_size": dim, "num_hidden_layers": layers, "num_heads": heads}
+    inner = {"head_dim": 2 * dim // heads, "state_size": 64, "n_groups": 1, "chunk_size": 64}
+    return Wrapped(module.Mamba2ForCausalLM(module.Mamba2Config(**sizes, **inner, use_cache=False)))
+
+
 def _rwkv(vocab_size: int, length: int) -> nn.Module:
     module: Any = import_module("transformers")
     sizes = {"vocab_size": vocab_size, "hidden_size": 122, "num_hidden_layers": 4, "context_length": length}
@@ -206,6 +215,7 @@ PEERS: dict[str, Peer] = {
     "titans": Peer("titans-pytorch's MemoryAsContextTransformer", _titans, "titans_pytorch"),
     "xlstm": Peer("xlstm's xLSTMLarge, its kernels in torch", _xlstm, "xlstm"),
     "mamba": Peer("HF Mamba, its CPU path", lambda vocab_size, _: mamba(vocab_size, 168, 4), "transformers"),
+    "mamba2": Peer("HF Mamba-2, its CPU path", lambda vocab_size, _: mamba2(vocab_size, 168, 4), "transformers"),
     "rwkv": Peer("HF RWKV-4, its CPU path", _rwkv, "transformers"),
 }
 

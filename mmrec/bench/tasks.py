@@ -201,7 +201,7 @@ RACES: dict[str, dict[str, float]] = {
 
 
 def learning(
-    peer: str, folder: str, tokens: int, seed: int, precision: str, race: bool = False, evaluations: int = 16
+    peer: str, folder: str, tokens: int, seed: int, precision: str, race: bool = False, evaluations: int = 8
 ) -> dict[str, Any]:
     """Train on a token folder and score all of its validation text now and then, on the way that the model is used.
 

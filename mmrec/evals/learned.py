@@ -31,7 +31,7 @@ def learned(
 
     Args:
         task: name of the task.
-        models: mmrec, mmrec-negative (with negative eigenvalues), gpt, lstm, mingru, mamba.
+        models: mmrec, mmrec-negative (with negative eigenvalues), gpt, lstm, mingru, mamba2.
         seeds: of weights and rows, one training each.
         size: of the recipe: small for two cores, full as published (mqar and passkey).
         steps: updates of every model; the recipe's if left out.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.bench.peers import GPT, LSTM, check_peer, mamba, mingru
+from mmrec.bench.peers import GPT, LSTM, check_peer, mamba2, mingru
 from mmrec.errors import UserError, nearest
 from mmrec.model import MemoryLM, Shape
 from mmrec.stream import IGNORE
@@ -24,7 +24,7 @@ PEERS: dict[str, Build] = {
     "gpt": lambda vocab_size, length, dim, layers: GPT(vocab_size, length, dim, layers),
     "lstm": lambda vocab_size, length, dim, layers: LSTM(vocab_size, dim, layers),
     "mingru": lambda vocab_size, length, dim, layers: mingru(vocab_size, dim, layers),
-    "mamba": lambda vocab_size, length, dim, layers: mamba(vocab_size, dim, layers),
+    "mamba2": lambda vocab_size, length, dim, layers: mamba2(vocab_size, dim, layers),
 }
 """The peers of an evaluation by name."""
 
