@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mmrec import __version__
 from mmrec.errors import UserError, exit_status, nearest
-from mmrec.parsing import Parser
+from mmrec.parsing import Parser, call
 from mmrec.text_files import is_unicode
 
 LIGHTNING_COMMANDS = {
@@ -64,11 +64,8 @@ def _overview() -> str:
     )
 
 
-def _run(function: Callable[..., None], command: str, args: list[str]) -> None:
-    """Call ``function`` with the options that its signature and docstring describe."""
-    parser = Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
-    parser.add_function_arguments(function)
-    function(**vars(parser.parse_args(args)))
+def _parser(command: str) -> Parser:
+    return Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
 
 
 def _dispatch(command: str, *options: str) -> None:
@@ -85,52 +82,45 @@ def _dispatch(command: str, *options: str) -> None:
                 "verify": "only check the files of output_dir",
                 "drop_duplicates": "keep one of several documents with the same text (large corpora)",
             }
-            parser = Parser(prog="mmrec prepare", description=OTHER_COMMANDS[command])
+            parser = _parser(command)
             parser.add_argument("corpus", nargs="?", help=CORPUS_HELP)
             parser.add_argument("paths", nargs="*", help="files and folders, for a large corpus")
-            parser.add_function_arguments(prepare, skip={"corpus", "paths", *flags})
             for flag, about in flags.items():
                 parser.add_argument(f"--{flag}", action="store_true", help=about)
-            prepare(**vars(parser.parse_args(args)))
+            call(prepare, parser, args)
         case "generate":
             from mmrec.generate import generate
 
-            _run(generate, command, args)
+            call(generate, _parser(command), args)
         case "read" | "score":
             from mmrec import reading
 
-            parser = Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
+            parser = _parser(command)
             parser.add_argument("file", help="a UTF-8 text, or - for standard input")
-            function = getattr(reading, command)
-            parser.add_function_arguments(function, skip={"file"})
-            function(**vars(parser.parse_args(args)))
+            call(getattr(reading, command), parser, args)
         case "export":
             from mmrec.export.command import export
 
-            parser = Parser(prog="mmrec export", description=OTHER_COMMANDS[command])
-            parser.add_function_arguments(export, skip={"force"})
+            parser = _parser(command)
             parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
-            export(**vars(parser.parse_args(args)))
+            call(export, parser, args)
         case "report":
             from mmrec.report.page import report
 
-            parser = Parser(prog="mmrec report", description=OTHER_COMMANDS[command])
+            parser = _parser(command)
             parser.add_argument("run", help="name of a run in lightning_logs, or its folder")
-            parser.add_function_arguments(report, skip={"run"})
-            report(**vars(parser.parse_args(args)))
+            call(report, parser, args)
         case "serve":
             try:
                 from mmrec.serve.command import serve
             except ModuleNotFoundError as error:
                 raise UserError(f"no package {error.name!r}; serving needs it: pip install 'mmrec[serve]'") from None
 
-            parser = Parser(prog="mmrec serve", description=OTHER_COMMANDS[command])
-            parser.add_function_arguments(serve)
-            serve(**vars(parser.instantiate_classes(parser.parse_args(args))))
+            call(serve, _parser(command), args)
         case "bench":
             from mmrec.bench.compare import bench
 
-            _run(bench, command, args)
+            call(bench, _parser(command), args)
         case "eval":
             from mmrec.evals.command import evaluate
 

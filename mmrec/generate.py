@@ -14,7 +14,7 @@ from mmrec.decode import Decoder
 from mmrec.errors import UserError
 from mmrec.memory import Memory, load_memory, model_hash
 from mmrec.model import MemoryLM, State
-from mmrec.runs import find_checkpoint
+from mmrec.runs import CheckpointOptions
 from mmrec.text_files import is_unicode
 from mmrec.tokenizers import StreamDecoder
 
@@ -110,7 +110,7 @@ def _standard_input() -> str:
 
 
 def generate(
-    ckpt: str = "best",
+    checkpoint: CheckpointOptions,
     prompt: str | None = None,
     length: int = 500,
     temperature: float = 0.8,
@@ -118,13 +118,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     memory: Path | None = None,
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Continue a text with a trained model; the text appears as it is written.
 
     Args:
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        checkpoint: of the model.
         prompt: the text to continue, or - for standard input; a line end if left out, or nothing where there is a
             memory.
         length: number of tokens to write.
@@ -133,8 +131,6 @@ def generate(
         top_p: draw among the most likely tokens that together reach this probability.
         seed: another seed gives another text.
         memory: go on from what was read before, a file of mmrec read.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
     """
     if prompt is None:
         prompt = "\n" if memory is None else ""
@@ -150,7 +146,7 @@ def generate(
     ):
         if not good:
             raise UserError(f"--{name} is {value!r}; {rule}")
-    trained = load_trained(find_checkpoint(root, run, ckpt))
+    trained = load_trained(checkpoint.path())
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
     before = None
     if memory is not None:

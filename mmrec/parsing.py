@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from mmrec.errors import UserError, nearest, one_line
+from mmrec.runs import CheckpointOptions
 
 
 def parse_error(parser: ArgumentParser, message: str) -> UserError:
@@ -29,6 +33,27 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise parse_error(self, message)
+
+
+def call(function: Callable[..., object], parser: Parser, args: list[str]) -> None:
+    """Call ``function`` with what ``args`` say: options that its signature and docstring describe.
+
+    Args:
+        function: a parameter "checkpoint" of it gets :class:`CheckpointOptions`, each field an option of its own.
+        parser: may have some of the parameters already, where their names are not all there is to say.
+        args: what was typed.
+    """
+    parameters = inspect.signature(function).parameters
+    chooses = "checkpoint" in parameters
+    there = [action.dest for action in parser._actions if action.dest in parameters]
+    parser.add_function_arguments(function, skip={*there, "checkpoint"} if chooses else {*there})
+    if chooses:
+        parser.add_class_arguments(CheckpointOptions)
+    options = vars(parser.instantiate_classes(parser.parse_args(args)))
+    if chooses:
+        chosen = {field.name: options.pop(field.name) for field in fields(CheckpointOptions)}
+        options["checkpoint"] = CheckpointOptions(**chosen)
+    function(**options)
 
 
 def config_folder() -> Path:

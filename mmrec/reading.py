@@ -20,7 +20,7 @@ from mmrec.errors import UserError
 from mmrec.memory import Memory, load_memory, model_hash, save_memory
 from mmrec.metrics import ScoreByPosition, TextScore
 from mmrec.model import MemoryLM
-from mmrec.runs import find_checkpoint
+from mmrec.runs import CheckpointOptions
 from mmrec.text_files import is_unicode
 from mmrec.tokenizers import token_lengths
 
@@ -103,31 +103,27 @@ def tokens_of(trained: Trained, path: str) -> Iterator[np.ndarray]:
             raise UserError(f"{path}: is empty")
 
 
-def _start(ckpt: str, run: str | None, root: Path, memory: Path | None) -> tuple[Trained, str, Memory]:
-    trained = load_trained(find_checkpoint(root, run, ckpt))
+def _start(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[Trained, str, Memory]:
+    trained = load_trained(checkpoint.path())
     model = model_hash(trained.net, trained.tokenizer)
     return trained, model, Memory.empty(trained.net) if memory is None else load_memory(memory, trained.net, model)
 
 
 def read(
+    checkpoint: CheckpointOptions,
     file: str,
     save: Path,
-    ckpt: str = "best",
     memory: Path | None = None,
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Read a text of any length and keep what was read, to go on from by generate, score or another read.
 
     Args:
+        checkpoint: of the model.
         file: a UTF-8 text, or - for standard input.
         save: the file to write.
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
         memory: go on from what was read before.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
     """
-    trained, model, reached = _start(ckpt, run, root, memory)
+    trained, model, reached = _start(checkpoint, memory)
     for tokens in tokens_of(trained, file):
         for _, after in read_on(trained.net, tokens, reached):
             reached = after
@@ -136,24 +132,20 @@ def read(
 
 
 def score(
+    checkpoint: CheckpointOptions,
     file: str,
-    ckpt: str = "best",
     memory: Path | None = None,
     surprise: Path | None = None,
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Print how well a text is predicted, in total and by position, each token before the model sees it.
 
     Args:
+        checkpoint: of the model.
         file: a UTF-8 text, or - for standard input.
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
         memory: go on from what was read before.
         surprise: write a line for each token: its position, its text, and the nats that it cost.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
     """
-    trained, _, reached = _start(ckpt, run, root, memory)
+    trained, _, reached = _start(checkpoint, memory)
     begin = reached.position
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
     total, bands = TextScore(), ScoreByPosition()

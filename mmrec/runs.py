@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -89,6 +90,25 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give best, last, or the path of a .ckpt file")
     return path
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The checkpoint to take.
+
+    Args:
+        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        run: name of the run that best and last mean; the latest if left out.
+        root: folder that holds lightning_logs.
+    """
+
+    ckpt: str = "best"
+    run: str | None = None
+    root: Path = Path()
+
+    def path(self) -> Path:
+        """Return its path; UserError where there is none."""
+        return find_checkpoint(self.root, self.run, self.ckpt)
 
 
 def find_folder(root: Path, run: str) -> Path:

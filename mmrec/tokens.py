@@ -239,6 +239,18 @@ def open_tokens(folder: Path) -> TokenFolder:
     return TokenFolder(folder, manifest, tokenizer, train, val)
 
 
+def open_tokens_for(folder: Path, tokenizer: Tokenizer) -> TokenFolder:
+    """Open a token folder for a model of ``tokenizer``.
+
+    Raises:
+        UserError: as :func:`open_tokens`, and where another tokenizer made the tokens.
+    """
+    tokens = open_tokens(folder)
+    if tokens.tokenizer.state() != tokenizer.state():
+        raise UserError(f"{folder}: prepared with another tokenizer than the model was trained with")
+    return tokens
+
+
 def describe_tokens(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[str, int]]:
     """Return the dtype of the tokens and the bytes of every file.
 

@@ -17,7 +17,16 @@ from conftest import Figure
 
 from mmrec.errors import UserError
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import NEEDED, HashedFile, TokenFolder, open_tokens, staged, verify_tokens, write_tokens
+from mmrec.tokens import (
+    NEEDED,
+    HashedFile,
+    TokenFolder,
+    open_tokens,
+    open_tokens_for,
+    staged,
+    verify_tokens,
+    write_tokens,
+)
 
 TEXTS = {"train": "abracadabra\n" * 20, "val": "cadabra\n" * 3}
 
@@ -116,6 +125,13 @@ def test_a_write_to_a_full_disk_names_the_folder(tmp_path: Path) -> None:
         fill()
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "tokens"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    written = write(tmp_path / "tokens")
+    assert open_tokens_for(written.folder, written.tokenizer).manifest == written.manifest
+    with pytest.raises(UserError, match="tokens: prepared with another tokenizer than the model was trained with"):
+        open_tokens_for(written.folder, CharacterTokenizer("abcd"))
 
 
 def test_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:

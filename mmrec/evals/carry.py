@@ -16,9 +16,9 @@ from mmrec.errors import UserError
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.memory import Memory
 from mmrec.reading import read_on, tokens_of
-from mmrec.runs import find_checkpoint
+from mmrec.runs import CheckpointOptions
 from mmrec.stream import WindowLoader
-from mmrec.tokens import open_tokens
+from mmrec.tokens import open_tokens_for
 
 ROWS = 32
 """Windows that are read side by side."""
@@ -50,24 +50,20 @@ def bands(window: int) -> list[tuple[int, int]]:
 
 
 def carry(
-    ckpt: str = "best",
+    checkpoint: CheckpointOptions,
     data_dir: Path | None = None,
     files: Sequence[str] = (),
     window: int = 256,
     output_dir: Path = Path("eval"),
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Score texts with the memory carried on and with one that is emptied at every window, by the same checkpoint.
 
     Args:
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        checkpoint: of the model.
         data_dir: score the validation text of this token folder.
         files: UTF-8 texts to score, too.
         window: tokens between two empty memories.
         output_dir: folder for carry.json and carry.png.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
 
     Raises:
         UserError: there is nothing to score, or a text is shorter than a window or has unknown characters.
@@ -76,13 +72,10 @@ def carry(
         raise UserError(f"--window is {window}; it must be at least 1")
     if data_dir is None and not files:
         raise UserError("there is no text to score; give --data_dir, --files or both")
-    trained = load_trained(find_checkpoint(root, run, ckpt))
+    trained = load_trained(checkpoint.path())
     texts: dict[str, np.ndarray] = {}
     if data_dir is not None:
-        data = open_tokens(data_dir)
-        if data.tokenizer.state() != trained.tokenizer.state():
-            raise UserError(f"{data_dir}: prepared with another tokenizer than the model was trained with")
-        texts[str(data_dir)] = np.asarray(data.val)
+        texts[str(data_dir)] = np.asarray(open_tokens_for(data_dir, trained.tokenizer).val)
     for file in files:
         texts[file] = np.concatenate(list(tokens_of(trained, file)))
     results: dict[str, Any] = {}

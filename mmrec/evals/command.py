@@ -9,7 +9,7 @@ from mmrec.evals.carry import carry
 from mmrec.evals.learned import learned
 from mmrec.evals.length import length
 from mmrec.evals.recipes import SMALL
-from mmrec.parsing import Parser
+from mmrec.parsing import Parser, call
 
 OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
     "length": (length, "what the same text costs after up to a million tokens more were read before it"),
@@ -26,8 +26,7 @@ def evaluate(args: list[str]) -> None:
     if name in OF_CHECKPOINTS:
         function, about = OF_CHECKPOINTS[name]
         parser = Parser(prog=f"mmrec eval {name}", description=about)
-        parser.add_function_arguments(function)
-        function(**vars(parser.parse_args(options)))
+        call(function, parser, options)
     elif name in SMALL:
         parser = Parser(prog=f"mmrec eval {name}", description=_about(name))
         parser.add_function_arguments(learned, skip={"task"})

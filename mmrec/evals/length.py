@@ -23,8 +23,8 @@ from mmrec.evals.report import print_table, save, save_plot
 from mmrec.model import MemoryLM
 from mmrec.optim import warmup_cosine
 from mmrec.precision import native_precision
-from mmrec.runs import find_checkpoint
-from mmrec.tokens import TokenFolder, open_tokens
+from mmrec.runs import CheckpointOptions
+from mmrec.tokens import TokenFolder, open_tokens_for
 
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""
@@ -104,7 +104,7 @@ def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int) -> GPT:
 
 
 def length(
-    ckpt: str = "best",
+    checkpoint: CheckpointOptions,
     data_dir: Path = Path("data/shakespeare_plays"),
     positions: Sequence[int] = (1, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
     spans: int = 16,
@@ -112,13 +112,11 @@ def length(
     gpt_window: int = 512,
     seed: int = 0,
     output_dir: Path = Path("eval"),
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Score the same characters after more and more was read before them.
 
     Args:
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        checkpoint: of the model.
         data_dir: token folder that the model was trained on; its validation text is read, which has to be longer
             than the last position.
         positions: how many tokens are read before.
@@ -127,15 +125,12 @@ def length(
         gpt_window: its longest text, in tokens.
         seed: of the GPT.
         output_dir: folder for length.json and length.png.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
 
     Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
-    trained, data = load_trained(find_checkpoint(root, run, ckpt)), open_tokens(data_dir)
-    if trained.tokenizer.state() != data.tokenizer.state():
-        raise UserError(f"{data_dir}: prepared with another tokenizer than the model was trained with")
+    trained = load_trained(checkpoint.path())
+    data = open_tokens_for(data_dir, trained.tokenizer)
     places = sorted(set(positions))
     if not places or places[0] < 1:
         raise UserError("--positions are numbers of at least 1: nothing predicts the first token of a text")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mmrec.checkpoint import Trained, load_trained
 from mmrec.errors import UserError
-from mmrec.runs import find_checkpoint
+from mmrec.runs import CheckpointOptions
 from mmrec.tokens import staged
 from mmrec.weights import save_weights
 
@@ -23,12 +23,10 @@ OURS = re.compile(
 
 
 def export(
+    checkpoint: CheckpointOptions,
     format: Format,
     output_dir: Path,
-    ckpt: str = "best",
     force: bool = False,
-    run: str | None = None,
-    root: Path = Path(),
 ) -> None:
     """Write a trained model as a folder that other programs read.
 
@@ -36,16 +34,14 @@ def export(
         format: hf, a folder for transformers; safetensors, one file with weights, shape and tokenizer, which every
             --ckpt takes too; onnx, one step with the state in and out, for onnxruntime.
         output_dir: folder to write; it must be new or empty.
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        checkpoint: of the model.
         force: replace another export that stands at output_dir.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
 
     Raises:
         UserError: something that was given is wrong; nothing has been changed.
     """
     _check_target(output_dir, force)
-    trained = load_trained(find_checkpoint(root, run, ckpt))
+    trained = load_trained(checkpoint.path())
     with staged(output_dir) as folder:
         _write(format, folder, trained)
         for path in folder.iterdir():

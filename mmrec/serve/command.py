@@ -13,7 +13,7 @@ import uvicorn
 
 from mmrec.checkpoint import load_trained
 from mmrec.errors import UserError
-from mmrec.runs import CHECKPOINTS, find_checkpoint
+from mmrec.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.serve.app import create_app
 from mmrec.serve.limits import DEFAULT, Limits
 from mmrec.serve.memories import Memories
@@ -81,29 +81,25 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    ckpt: str = "best",
+    checkpoint: CheckpointOptions,
     host: str = "127.0.0.1",
     port: int = 8000,
     memories: Path = Path("memories"),
-    run: str | None = None,
-    root: Path = Path(),
     limits: Limits = DEFAULT,
 ) -> None:
     """Answer requests of OpenAI's completions API, and show a page to type in, until Ctrl-C.
 
     Args:
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        checkpoint: of the model.
         host: address to listen at; one that others can reach needs a key in the environment: MMREC_API_KEY.
         port: to listen at; 0 takes any free one.
         memories: folder of the named memories.
-        run: name of the run that best and last mean; the latest if left out.
-        root: folder that holds lightning_logs.
         limits: of requests.
     """
     listening, loopback = listen(host, port)
     with listening:
         key = find_key(loopback)
-        path = find_checkpoint(root, run, ckpt)
+        path = checkpoint.path()
         trained = load_trained(path)
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
         service = Service(name, trained, Memories(memories, trained, limits), limits)
