@@ -62,7 +62,6 @@ def read(net: MemoryLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
     return logits[:, -1], state
 
 
-@torch.inference_mode()
 def continue_text(
     net: MemoryLM,
     prompt: Tensor,
@@ -73,7 +72,25 @@ def continue_text(
     seed: int = 0,
     memory: Memory | None = None,
 ) -> Iterator[int]:
+    """Yield the tokens of :func:`draw_text`, whose arguments these are."""
+    for token, _ in draw_text(net, prompt, length, temperature, top_k, top_p, seed, memory):
+        yield token
+
+
+@torch.inference_mode()
+def draw_text(
+    net: MemoryLM,
+    prompt: Tensor,
+    length: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    memory: Memory | None = None,
+) -> Iterator[tuple[int, Tensor]]:
     """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens.
+
+    With each come the logits [N] that it was drawn from, in a buffer that the next token overwrites.
 
     Args:
         net: the model.
@@ -93,7 +110,7 @@ def continue_text(
     decoder = Decoder(net, state) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
     for remaining in range(length, 0, -1):
         token = int(choose(logits, temperature, top_k, top_p, random))
-        yield token
+        yield token, logits[0]
         if remaining > 1 and decoder is not None:
             logits = decoder.step(token)[None]
         elif remaining > 1:

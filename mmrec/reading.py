@@ -52,6 +52,22 @@ def pieces(file: IO[str], size: int = PIECE) -> Iterator[str]:
 
 
 @torch.inference_mode()
+def expect_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Memory]]:
+    """Read tokens [T] on from ``memory``, a chunk at a time.
+
+    Yields:
+        What the model expected before each token of the chunk, logits [n, N] (of no meaning before the very first
+        token of a text); those tokens [n], int64; and the memory after the chunk.
+    """
+    for first in range(0, len(tokens), CHUNK):
+        part = torch.from_numpy(tokens[first : first + CHUNK].astype(np.int64))
+        logits, state = net(part[None], memory.state)
+        expected = torch.cat([memory.logits[None], logits[0, :-1]])
+        memory = Memory(state, logits[0, -1].clone(), memory.position + len(part))
+        yield expected.float(), part, memory
+
+
+@torch.inference_mode()
 def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
     """Read tokens [T] on from ``memory``, a chunk at a time.
 
@@ -59,15 +75,11 @@ def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple
         What each token of the chunk cost [n], in nats, given all before it (0 for the very first token of a text,
         which nothing could predict); and the memory after the chunk.
     """
-    for first in range(0, len(tokens), CHUNK):
-        part = torch.from_numpy(tokens[first : first + CHUNK].astype(np.int64))
-        logits, state = net(part[None], memory.state)
-        expected = torch.cat([memory.logits[None], logits[0, :-1]])
-        nats = F.cross_entropy(expected.float(), part, reduction="none")
-        if memory.position == 0:
+    for expected, part, after in expect_on(net, tokens, memory):
+        nats = F.cross_entropy(expected, part, reduction="none")
+        if after.position == len(part):
             nats[0] = 0
-        memory = Memory(state, logits[0, -1].clone(), memory.position + len(part))
-        yield nats, memory
+        yield nats, after
 
 
 @contextmanager

@@ -168,6 +168,11 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    @property
+    def inside(self) -> bool:
+        """Whether a character has begun whose other bytes are still to come."""
+        return bool(self._decoder.getstate()[0])
+
     def push(self, token: int) -> str:
         """Return the text that ``token`` completes, maybe none."""
         return self._decoder.decode(self._tokenizer.token_bytes(token))

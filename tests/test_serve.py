@@ -21,7 +21,8 @@ from mmrec.generate import continue_text
 from mmrec.memory import KIND, Memory, load_memory, model_hash, save_memory
 from mmrec.model import MemoryLM, Shape
 from mmrec.serve.protocol import CompletionAsked, ScoreAsked
-from mmrec.serve.service import Ended, Piece, Service, StopFinder
+from mmrec.serve.service import Ended, Piece, Service
+from mmrec.serve.transcript import StopFinder
 from mmrec.tokenizers import ByteTokenizer
 
 

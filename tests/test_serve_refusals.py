@@ -45,7 +45,8 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "unknown character": ("completions", {"prompt": "to be Ω"}, 400, "the character 'Ω' (number 7 of the text)"),
     "empty prompt": ("completions", {"prompt": ""}, 400, "must not be empty without a memory"),
     "no prompts": ("completions", {"prompt": []}, 400, "prompt is an empty list"),
-    "unsupported": ("completions", {"logprobs": 3}, 400, "logprobs: "),
+    "unsupported": ("completions", {"suffix": "to be"}, 400, "suffix: "),
+    "many logprobs": ("completions", {"logprobs": 6}, 400, "logprobs: "),
     "long prompt": ("completions", {"prompt": "t" * 5001}, 400, "at most 5,000 are read at once"),
     "long prompts": ("completions", {"prompt": ["t" * 2501] * 2}, 400, "at most 5,000 are read at once"),
     "many tokens": ("completions", {"max_tokens": 4001}, 400, "at most 4000"),
@@ -201,7 +202,7 @@ def test_too_many_memories(small_model: Trained, memories: Path) -> None:
 def test_random_requests_are_answered(client: Client) -> None:
     """Whatever is asked, the server does not fail."""
     choose = random.Random(0)
-    fields = [*CompletionAsked.model_fields, "text", "name", "logprobs", "echo"]
+    fields = [*CompletionAsked.model_fields, "text", "name", "suffix"]
     values = [None, True, 0, 1, -1, 2.5, 1e-320, 1e-38, 5e-7, 1e400, 10**30, "", "to be", "a", "../a", "\0", "ü", []]
     values += [{}, ["to be", "to be"], [""], [[1]], {"include_usage": True}, "t" * 3000, (1 << 63) - 1]
     statuses = set()

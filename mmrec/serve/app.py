@@ -14,11 +14,12 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mmrec.serve.guard import Guard, error_response, read_body
+from mmrec.serve.logprobs import joined
 from mmrec.serve.protocol import ApiError, CompletionAsked, ReadAsked, ScoreAsked, parse
 from mmrec.serve.service import Begun, Ended, Event, Piece, Service
 from mmrec.serve.workers import ClientGone, Work, Workers, while_waited_for
@@ -88,13 +89,13 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
             raise ApiError(404, message, "model", "model_not_found")
         asked.check(service.limits)
         work: Work[Event] = workers.start(service.complete(asked))
-        answer = Answer(service.name)
+        answer = Answer(service.name, asked.logprobs is not None)
         with ExitStack() as stack:
             stack.callback(work.close)
             begun = await while_waited_for(request, anext(work))  # what is wrong is found before it
             assert isinstance(begun, Begun)
             if not asked.stream:
-                return JSONResponse(await while_waited_for(request, answer.whole(begun, work)))
+                return Response(await while_waited_for(request, answer.whole(begun, work)), media_type=JSON)
             stack.pop_all()  # the stream ends the work itself
         return StreamingResponse(
             answer.stream(begun, work, asked.stream_options.include_usage), media_type="text/event-stream"
@@ -142,9 +143,11 @@ class Answer:
 
     Args:
         model: its name.
+        scored: whether log probabilities were asked for.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, scored: bool) -> None:
+        self._scored = scored
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -152,18 +155,18 @@ class Answer:
             "model": model,
         }
 
-    async def whole(self, begun: Begun, work: Work[Event]) -> dict[str, Any]:
+    async def whole(self, begun: Begun, work: Work[Event]) -> str:
         """Return the answer when all is written."""
-        texts: dict[int, list[str]] = {}
-        choices: list[dict[str, Any]] = []
+        pieces: dict[int, list[Piece]] = {}
+        choices: list[str] = []
         written = 0
         async for event in work:
             if isinstance(event, Piece):
-                texts.setdefault(event.index, []).append(event.text)
+                pieces.setdefault(event.index, []).append(event)
             elif isinstance(event, Ended):
                 written += event.tokens
-                choices.append(_choice(event.index, "".join(texts.pop(event.index, [])), event))
-        return self._head | {"choices": choices, "usage": _usage(begun, written)}
+                choices.append(self._choice(event.index, pieces.pop(event.index, []), event))
+        return self._body(choices, usage=_usage(begun, written))
 
     async def stream(self, begun: Begun, work: Work[Event], with_usage: bool) -> AsyncIterator[str]:
         """Yield the answer as it is written, as server-sent events."""
@@ -171,22 +174,35 @@ class Answer:
         try:
             async for event in work:
                 if isinstance(event, Piece):
-                    yield _sent(self._head | {"choices": [_choice(event.index, event.text)]})
+                    yield _sent(self._body([self._choice(event.index, [event])]))
                 elif isinstance(event, Ended):
                     written += event.tokens
-                    yield _sent(self._head | {"choices": [_choice(event.index, "", event)]})
+                    yield _sent(self._body([self._choice(event.index, [], event)]))
             if with_usage:
-                yield _sent(self._head | {"choices": [], "usage": _usage(begun, written)})
+                yield _sent(self._body([], usage=_usage(begun, written)))
         except ApiError as error:  # the status was sent already: no room for a memory, or the server ends
-            yield _sent(error.body())
+            yield _sent(json.dumps(error.body()))
         finally:
             work.close()
-        yield "data: [DONE]\n\n"
+        yield _sent("[DONE]")
+
+    def _body(self, choices: list[str], **further: Any) -> str:
+        return _with(self._head | further, "choices", f"[{', '.join(choices)}]")
+
+    def _choice(self, index: int, pieces: list[Piece], ended: Ended | None = None) -> str:
+        choice = {
+            "index": index,
+            "text": "".join(piece.text for piece in pieces),
+            "finish_reason": ended.reason if ended else None,
+        }
+        choice |= {"memory": ended.memory} if ended and ended.memory else {}
+        logprobs = joined(piece.logprobs for piece in pieces if piece.logprobs) if self._scored else "null"
+        return _with(choice, "logprobs", logprobs)
 
 
-def _choice(index: int, text: str, ended: Ended | None = None) -> dict[str, Any]:
-    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": ended.reason if ended else None}
-    return choice | ({"memory": ended.memory} if ended and ended.memory else {})
+def _with(fields: dict[str, Any], name: str, value: str) -> str:
+    """Return ``fields`` as JSON, and one more, whose value is JSON already."""
+    return f"{json.dumps(fields)[:-1]}, {json.dumps(name)}: {value}}}"
 
 
 def _usage(begun: Begun, written: int) -> dict[str, int]:
@@ -194,8 +210,8 @@ def _usage(begun: Begun, written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _sent(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+def _sent(data: str) -> str:
+    return f"data: {data}\n\n"
 
 
 def read_page() -> tuple[str, str]:

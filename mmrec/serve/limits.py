@@ -16,7 +16,7 @@ class Limits:
         waiting: requests that wait for their turn; further ones are told to come back later.
         connections: open at a time.
         body_bytes: of a request; a text to read into a memory is one, and more can be read on from there.
-        prompt_tokens: read for one completion or score, all its prompts together.
+        prompt_tokens: read for one completion or score, all its prompts together; given back, in all its choices.
         max_tokens: written for one completion, all its choices together.
         choices: of one completion: its prompts times n.
         memories: memory files in the folder.

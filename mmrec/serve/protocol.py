@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from mmrec.errors import one_line
 from mmrec.serve.limits import Limits
 
 MOST_STOPS, LONGEST_STOP = 4, 64
+MOST_LOGPROBS = 5
+"""Of the likeliest tokens in each place; OpenAI's bound."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
@@ -57,11 +67,13 @@ class CompletionAsked(Asked):
     """Of ``POST /v1/completions``."""
 
     model: str | None = None
-    prompt: str | list[str] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
     max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1)] = 1
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: str | list[str] = []
@@ -77,12 +89,24 @@ class CompletionAsked(Asked):
         asks = {key: value for key, value in fields.items() if value is not None and key != "user"}
         return {key: value for key, value in asks.items() if value not in NEUTRAL.get(key, ())}
 
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _with_one_error(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:  # one a kind of prompt, of which the first would mislead
+            kinds = "must be a text, the numbers of its tokens, or a list of either"
+            raise PydanticCustomError("prompt", kinds) from None
+
     @property
-    def prompts(self) -> list[str]:
-        """The texts to go on from: without any, and without a memory, the start of a line."""
+    def prompts(self) -> list[str | list[int]]:
+        """The texts, or their tokens, to go on from: without any, and without a memory, the start of a line."""
         if self.prompt is None:
             return ["\n" if self.memory is None else ""]
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [part for part in self.prompt if isinstance(part, int)]
+        return [tokens] if tokens else [part for part in self.prompt if not isinstance(part, int)]
 
     @property
     def stops(self) -> list[str]:

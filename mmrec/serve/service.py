@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmrec.checkpoint import Trained
 from mmrec.errors import UserError
-from mmrec.generate import continue_text
+from mmrec.generate import draw_text
 from mmrec.memory import Memory
 from mmrec.metrics import TextScore
-from mmrec.reading import read_on
+from mmrec.reading import expect_on, read_on
 from mmrec.serve.limits import Limits
+from mmrec.serve.logprobs import Logprobs, Row, as_logprobs, rows_of, token_names
 from mmrec.serve.memories import Memories
 from mmrec.serve.protocol import ApiError, CompletionAsked, ReadAsked, ScoreAsked
+from mmrec.serve.transcript import Transcript
 from mmrec.tokenizers import StreamDecoder, token_lengths
 
 
@@ -31,10 +34,11 @@ class Begun:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some whole characters of choice ``index``."""
+    """Some whole characters of choice ``index``, and the log probabilities of the tokens that begin there."""
 
     index: int
     text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -48,37 +52,6 @@ class Ended:
 
 
 Event = Begun | Piece | Ended
-
-
-class StopFinder:
-    """Passes a text on as it comes, but nothing from the first of some strings on, nor what may begin one."""
-
-    def __init__(self, stops: list[str]) -> None:
-        self._stops, self._held = stops, ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return what may be passed on now that ``text`` has come."""
-        self._held += text
-        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:  # the one that was complete first ends the text
-            self.found = True
-            return self._pass(min(places)[1])
-        beginning = (
-            size
-            for stop in self._stops
-            for size in range(min(len(stop) - 1, len(self._held)), 0, -1)
-            if self._held.endswith(stop[:size])
-        )
-        return self._pass(len(self._held) - max(beginning, default=0))
-
-    def flush(self) -> str:
-        """Return what was held back, where the text ends."""
-        return "" if self.found else self._pass(len(self._held))
-
-    def _pass(self, size: int) -> str:
-        passed, self._held = self._held[:size], self._held[size:]
-        return passed
 
 
 class Service:
@@ -98,45 +71,79 @@ class Service:
         self.name, self.memories, self.limits = name, memories, limits
         self._net, self._tokenizer = trained.net, trained.tokenizer
         self._lengths = torch.from_numpy(token_lengths(trained.tokenizer))
+        self._names = token_names(trained.tokenizer)
 
     def complete(self, asked: CompletionAsked) -> Iterator[Event | None]:
         """Write what was asked for. Whatever is wrong with it is raised before :class:`Begun`."""
         prompts = [self._encode(prompt, "prompt") for prompt in asked.prompts]
         count = sum(map(len, prompts))
         self._check_length(count, "prompt")
+        if asked.echo and count * asked.n > self.limits.prompt_tokens:
+            most = f"at most {self.limits.prompt_tokens:,} are, in all choices"
+            raise ApiError(400, f"{count * asked.n:,} tokens of prompts to give back; {most}", "echo")
         before = self.memories.load(asked.memory)
         if asked.save_memory is not None:
             self.memories.path(asked.save_memory, there=False)
         yield Begun(count)
         first = secrets.randbits(62) if asked.seed is None else asked.seed
         for number, prompt in enumerate(prompts):
-            read = yield from self._read_on(prompt, before)
+            read, echo = yield from self._read_prompt(asked, prompt, before)
+            begin = sum(len(text) for text, _ in echo)
             for index in range(number * asked.n, (number + 1) * asked.n):
-                yield from self._write(asked, index, first + index, read)
+                yield from (Piece(index, text, logprobs) for text, logprobs in echo)
+                yield from self._write(asked, index, first + index, read, begin)
 
-    def _write(self, asked: CompletionAsked, index: int, seed: int, before: Memory) -> Iterator[Event | None]:
-        decoder, stops = StreamDecoder(self._tokenizer), StopFinder(asked.stops)
+    def _read_prompt(
+        self, asked: CompletionAsked, prompt: np.ndarray, memory: Memory
+    ) -> Generator[None, None, tuple[Memory, list[tuple[str, Logprobs | None]]]]:
+        """Read a prompt; return the memory after it, and, where it is to be given back, that in pieces."""
+        if not asked.echo:
+            return (yield from self._read_on(prompt, memory)), []
+        transcript, reached = Transcript(self._tokenizer, []), memory
+        echo = []
+        for logits, part, after in expect_on(self._net, prompt, memory):
+            found = self._rows(asked, logits, part)
+            if reached.position == 0 and found[0] is not None:
+                found[0] = Row(found[0].token, None, {})  # nothing could predict it
+            text = "".join(map(transcript.push, part.tolist(), found))
+            echo.append((text, self._logprobs(asked, transcript)))
+            reached = after
+            yield None
+        echo.append((transcript.end(), self._logprobs(asked, transcript)))
+        return reached, [(text, logprobs) for text, logprobs in echo if text]
+
+    def _write(
+        self, asked: CompletionAsked, index: int, seed: int, before: Memory, begin: int
+    ) -> Iterator[Event | None]:
+        transcript = Transcript(self._tokenizer, asked.stops, begin)
         nothing = torch.zeros(0, dtype=torch.int64)
         tokens: list[int] = []
         written = ""
-        drawn = continue_text(
+        drawn = draw_text(
             self._net, nothing, asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed, memory=before
         )
-        for token in drawn:
+        for token, logits in drawn:
             tokens.append(token)
-            text = stops.push(decoder.push(token))
+            (row,) = self._rows(asked, logits[None], torch.tensor([token]))
+            text = transcript.push(token, row)
             written += text
-            yield Piece(index, text) if text else None
-            if stops.found:
+            yield Piece(index, text, self._logprobs(asked, transcript)) if text else None
+            if transcript.stopped:
                 break
-        if not stops.found and (rest := stops.push(decoder.flush()) + stops.flush()):
-            yield Piece(index, rest)
+        if rest := transcript.end():
+            yield Piece(index, rest, self._logprobs(asked, transcript))
         kept = None
         if asked.save_memory is not None:
             # What was passed on is what is remembered: not the string that the text ended at.
-            part = self._tokenizer.encode(written) if stops.found else np.array(tokens, dtype=np.int64)
+            part = self._tokenizer.encode(written) if transcript.stopped else np.array(tokens, dtype=np.int64)
             kept = self.memories.save(asked.save_memory, (yield from self._read_on(part, before)))
-        yield Ended(index, "stop" if stops.found else "length", len(tokens), kept)
+        yield Ended(index, "stop" if transcript.stopped else "length", len(tokens), kept)
+
+    def _rows(self, asked: CompletionAsked, logits: Tensor, tokens: Tensor) -> list[Row | None]:
+        return [None] * len(tokens) if asked.logprobs is None else [*rows_of(logits, tokens, asked.logprobs)]
+
+    def _logprobs(self, asked: CompletionAsked, transcript: Transcript) -> Logprobs | None:
+        return None if asked.logprobs is None else as_logprobs(transcript.rows(), self._names)
 
     def score(self, asked: ScoreAsked) -> Iterator[dict[str, Any] | None]:
         """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""
@@ -192,7 +199,13 @@ class Service:
             yield None
         return reached
 
-    def _encode(self, text: str, param: str) -> np.ndarray:
+    def _encode(self, text: str | list[int], param: str) -> np.ndarray:
+        if not isinstance(text, str):
+            for token in text:
+                if not 0 <= token < self._tokenizer.vocab_size:
+                    known = f"the model's are 0 to {self._tokenizer.vocab_size - 1}"
+                    raise ApiError(400, f"there is no token {token}; {known}", param, "unknown_token")
+            return np.array(text, dtype=np.int64)
         try:
             return self._tokenizer.encode(text)
         except UserError as error:

@@ -1,0 +1,98 @@
+"""How likely each token was, in the shape of OpenAI's ``logprobs``; always of the model's own distribution.
+
+What changes the draw (``temperature``, ``top_p``) does not change them, as in vLLM, so a text has the same log
+probabilities whether it was written or is given back by ``echo``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mmrec.tokenizers import Tokenizer
+
+ROWS = 256
+"""Distributions that are computed at a time: bounds the memory that a long prompt takes with many tokens."""
+
+
+class Row(NamedTuple):
+    """One token in its place.
+
+    Attributes:
+        token: the one that stands there.
+        logprob: the natural logarithm of the probability that it was given; None where nothing could predict it.
+        best: the same for the likeliest tokens, best first, and for ``token``.
+    """
+
+    token: int
+    logprob: float | None
+    best: dict[int, float]
+
+
+def rows_of(logits: Tensor, tokens: Tensor, count: int) -> list[Row]:
+    """Return a row for each of ``tokens`` [n], int64, with its ``count`` likeliest ones, of ``logits`` [n, N]."""
+    found = []
+    for some, of in zip(logits.split(ROWS), tokens.split(ROWS), strict=True):
+        logprobs = some.float().log_softmax(-1)
+        own = logprobs.gather(1, of[:, None])[:, 0]
+        best = logprobs.topk(min(count, logprobs.shape[1]))
+        for token, logprob, ids, values in zip(
+            of.tolist(), own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            found.append(Row(token, logprob, dict(zip(ids, values, strict=True)) | {token: logprob}))
+    return found
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """OpenAI's four lists for some tokens, each as JSON without its brackets.
+
+    The answer to a long prompt has a million numbers. Made into JSON piece by piece, where the model's work is done,
+    they take less memory, and the event loop has only to join them.
+    """
+
+    tokens: str
+    token_logprobs: str
+    top_logprobs: str
+    text_offset: str
+
+
+def as_logprobs(places: Sequence[tuple[int, Row]], names: list[str]) -> Logprobs:
+    """Return some rows, each with the place in the text where its token begins; ``names`` are the tokens'."""
+    tops: list[dict[str, float] | None] = []
+    for _, row in places:
+        top: dict[str, float] = {}
+        for token, logprob in row.best.items():
+            top.setdefault(names[token], logprob)  # where two tokens have one name, the likelier counts
+        tops.append(top or None)
+    lists = (
+        [names[row.token] for _, row in places],
+        [row.logprob for _, row in places],
+        tops,
+        [place for place, _ in places],
+    )
+    return Logprobs(*(json.dumps(values, allow_nan=False)[1:-1] for values in lists))
+
+
+def joined(parts: Iterable[Logprobs]) -> str:
+    """Return the JSON of ``logprobs`` for parts that follow one another."""
+    columns = zip(*(astuple(part) for part in parts if part.tokens), strict=True)
+    texts = [", ".join(column) for column in columns] or [""] * len(fields(Logprobs))
+    lists = (f'"{field.name}": [{text}]' for field, text in zip(fields(Logprobs), texts, strict=True))
+    return f"{{{', '.join(lists)}}}"
+
+
+def token_names(tokenizer: Tokenizer) -> list[str]:
+    """Return the text of each token; its bytes, as OpenAI writes them (bytes:\\xc3), where that is no whole text."""
+    return [_name(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
+
+
+def _name(spelled: bytes) -> str:
+    try:
+        return spelled.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
