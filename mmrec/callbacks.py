@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,7 +56,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), map_location)
+        # Lightning brings old checkpoints to its present form, by their version; a model alone has nothing of it.
+        return {"pytorch-lightning_version": lightning.__version__} | read_checkpoint(Path(path), map_location)
 
 
 class Stopped(Exception):

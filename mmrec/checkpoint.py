@@ -169,10 +169,15 @@ def check_seal(path: Path) -> None:
 def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Return the checkpoint at ``path``; UserError where it is missing, damaged, or not of this program.
 
-    With ``mmap`` the tensors stay in the file until they are used: for a look at what describes the model.
+    A safetensors file of :mod:`mmrec.weights` is one without a training. With ``mmap`` the tensors stay in the file
+    until they are used: for a look at what describes the model.
     """
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
+    if path.suffix == SUFFIX:
+        description, named, step = read_weights(path)
+        weights = {f"net.{name}": weight for name, weight in named.items()}
+        return {KEY: description | {"version": VERSION}, "global_step": step, "state_dict": weights}
     try:
         if path.is_dir():
             checkpoint = _read_shards(path, described_only=mmap)
@@ -256,13 +261,8 @@ def load_trained(path: Path) -> Trained:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if path.suffix == SUFFIX:
-        description, named, step = read_weights(path)
-        checkpoint: dict[str, Any] = {KEY: description, "global_step": step}
-        checkpoint["state_dict"] = {f"net.{name}": weight for name, weight in named.items()}
-    else:
-        path = whole_checkpoint(path)
-        checkpoint = read_checkpoint(path)
+    path = whole_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     try:
         description = checkpoint[KEY]
         tokenizer = load_tokenizer(description["tokenizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from mmrec import runs, slurm
 from mmrec.allocation import keep_pages
@@ -31,7 +32,7 @@ from mmrec.callbacks import (
     Summary,
     Throughput,
 )
-from mmrec.checkpoint import whole_checkpoint
+from mmrec.checkpoint import KEY, PROGRESS_KEY, read_checkpoint, whole_checkpoint
 from mmrec.data import Evaluation, TextData
 from mmrec.errors import UserError
 from mmrec.history import History
@@ -114,6 +115,13 @@ class TextCLI(LightningCLI):
             help="name of the run's folder in lightning_logs; if left out, a new version_N, or on resuming and "
             "validating the latest run",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="for fit: begin with the weights of a trained model: best, last, or the path of a checkpoint, a run's "
+            "folder or a safetensors file; the text has to be prepared with its tokenizer",
+        )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Patience, "early_stopping")
@@ -156,6 +164,11 @@ class TextCLI(LightningCLI):
         self.damaged: Path | None = None
         if self.ckpt is not None:
             asked, self.ckpt = self.ckpt, whole_checkpoint(self.ckpt)  # what is none is refused before all else
+            if fit and PROGRESS_KEY not in read_checkpoint(self.ckpt, mmap=True):
+                raise UserError(
+                    f"{self.ckpt}: holds a model, but no training to go on with; begin one with its weights by "
+                    f"--init_from"
+                )
             self.damaged = asked.absolute() if self.ckpt != asked else None
             inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
             self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
@@ -167,7 +180,15 @@ class TextCLI(LightningCLI):
             self.run = name or runs.new_run(self.root)
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
+        init = config.get("init_from") if fit and self.ckpt is None else None
+        self.initial = _whole_model(self.root, init) if init else None
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.initial is not None:
+            self.model.begin_with(read_checkpoint(self.initial))
+            rank_zero_info(f"Beginning with the weights of {self.initial}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
@@ -253,6 +274,16 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _whole_model(root: Path, which: str) -> Path:
+    """Return the path of the checkpoint ``which``, of whatever run; UserError where there is none."""
+    return whole_checkpoint(runs.find_checkpoint(root, None, which))
+
+
+def _shape(path: Path) -> str:
+    """Return the option that makes a model of the shape of the checkpoint ``path``."""
+    return f"--model.shape={json.dumps(read_checkpoint(path, mmap=True)[KEY]['shape'])}"
+
+
 def _is_first() -> bool:
     """Return whether this process is the first of those that train together, which writes what all share."""
     machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
@@ -268,17 +299,23 @@ def _sharded(strategy: Any) -> bool:
 def run_lightning(command: str, args: list[str]) -> None:
     """Run ``command`` with ``args``.
 
-    A run that is taken up again, or evaluated, brings its own config where the arguments name none.
+    A run that is taken up again, or evaluated, brings its own config where the arguments name none; another model
+    brings its shape.
     """
     args = resolve_configs(args)
     which, name = given(args, "ckpt_path"), given(args, "run")
+    init = given(args, "init_from") if command == "fit" and not which else None
     no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
-    if no_config and which and "--help" not in args and "-h" not in args:
+    shaped = any(arg.startswith("--model.shape") for arg in args)
+    if (which or init) and "--help" not in args and "-h" not in args:
         root = Path(given(args, "trainer.default_root_dir") or ".")
-        folder = runs.find_checkpoint(root, name, which).parent
-        saved = folder.parent / runs.CONFIG
-        if folder.name == runs.CHECKPOINTS and saved.is_file():
+        path = runs.find_checkpoint(root, name, which) if which else _whole_model(root, str(init))
+        saved = path.parent.parent / runs.CONFIG
+        in_run = path.parent.name == runs.CHECKPOINTS and saved.is_file()
+        if which and in_run and no_config:
             args = ["--config", str(saved), *args]
+        elif (init or not in_run) and not shaped:  # a model has the shape that it has
+            args = [*args, _shape(path)]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
     keep_pages()

@@ -253,6 +253,12 @@ class TextModule(LightningModule):
 
     # Checkpoints
 
+    def begin_with(self, checkpoint: dict[str, Any]) -> None:
+        """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
+        checkpoints.check_same(checkpoint, self.net, self.tokenizer)
+        weights = checkpoint["state_dict"]
+        self.net.load_state_dict({name.removeprefix("net."): weights[name] for name in weights})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the model's description, the carried memory, the random numbers."""
         checkpoint[checkpoints.KEY] = checkpoints.describe(self.net, self.tokenizer)

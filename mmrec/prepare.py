@@ -11,7 +11,8 @@ from typing import Any
 from mmrec.corpora import CORPORA, get_corpus
 from mmrec.corpora.base import Document, Options
 from mmrec.errors import UserError, nearest
-from mmrec.tokenizers import make_tokenizer
+from mmrec.tokenizer_files import read_tokenizer
+from mmrec.tokenizers import TOKENIZERS, make_tokenizer
 from mmrec.tokens import FILES, TokenFolder, open_tokens, read_manifest, verify_tokens, write_tokens
 
 LARGE, HUB = ("openwebtext", "wikipedia", "c4"), "hf:"
@@ -51,7 +52,9 @@ def prepare(
         input_file: your own text, for the corpus "file".
         input_dir: folder of your own texts, searched with its subfolders, for the corpus "directory".
         val_split: share of the text that validates. If left out: 0.2 under 1 MB, 0.05 from 1 GB on, else 0.1.
-        tokenizer: characters, bytes or bpe. If left out: characters for Shakespeare, bytes for other text.
+        tokenizer: characters, bytes or bpe; or the path of one that is there already: a token folder, a
+            tokenizer.json (also GPT-2's), or a model that mmrec export wrote as safetensors. If left out: characters
+            for Shakespeare, bytes for other text.
         vocab_size: number of tokens, for bpe only; 4096 if left out.
         encoding: of the input files.
         glob: names of the files that count, for --input_dir.
@@ -117,6 +120,10 @@ def prepare(
             f"{source.title}: too little text to split: {len(train):,} characters would train and {len(val):,} "
             f"validate; give more text or another --val_split"
         )
+    kind = tokenizer or source.default_tokenizer
+    given = None if kind in TOKENIZERS else read_tokenizer(Path(kind))
+    if given is not None and vocab_size is not None:
+        raise UserError(f"--vocab_size is for --tokenizer bpe; {kind} has {given.vocab_size:,} tokens")
     description = {
         "corpus": {
             "name": name,
@@ -125,7 +132,7 @@ def prepare(
             "sha256": hashlib.sha256(SEPARATOR.join(d.text for d in documents).encode()).hexdigest(),
         },
         "split": split,
-        "request": {"tokenizer": tokenizer or source.default_tokenizer, "vocab_size": vocab_size},
+        "request": {"tokenizer": kind if given is None else given.digest(), "vocab_size": vocab_size},
     }
     if earlier is not None and not force and _same(earlier, description):
         print(f"{folder}: already prepared, nothing to do")
@@ -135,7 +142,7 @@ def prepare(
             f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
             f"replace it by --force"
         )
-    chosen = make_tokenizer(tokenizer or source.default_tokenizer, train, val, vocab_size)
+    chosen = given or make_tokenizer(kind, train, val, vocab_size)
     tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description)
     print(summary(tokens))
     return tokens

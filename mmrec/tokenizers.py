@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mmrec.errors import UserError, nearest
+from mmrec.errors import UserError
 
 DEFAULT_BPE_VOCABULARY = 4096
 SEPARATOR_BYTES = b"\n\n"
@@ -151,8 +151,12 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizer.to_str(), documents)
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [np.array(self._tokenizer.encode(piece).ids, dtype=self.dtype) for piece in _pieces(text, self.PIECE)]
+        parts = [self._ids(piece) for piece in _pieces(text, self.PIECE)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
+
+    def _ids(self, piece: str) -> np.ndarray:
+        # Another program's tokenizer may want to begin each text with a token of its own.
+        return np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
@@ -196,11 +200,8 @@ def make_tokenizer(name: str, train: str, val: str, vocab_size: int | None = Non
         vocab_size: number of tokens, for bpe only.
 
     Raises:
-        UserError: the name is unknown, or ``vocab_size`` is given for another tokenizer than bpe.
+        UserError: ``vocab_size`` is given for another tokenizer than bpe, or is too small.
     """
-    if name not in TOKENIZERS:
-        hint = nearest(name, TOKENIZERS)
-        raise UserError(f"unknown tokenizer {name!r}; known: {', '.join(TOKENIZERS)}{hint}")
     if vocab_size is not None and name != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer bpe; {name} has as many tokens as the text needs")
     if name == "characters":

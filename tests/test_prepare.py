@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
         ({"corpus": "sample", "val_split": 0.0}, "between 0 and 1"),
         ({"corpus": "sample", "val_split": 1.0}, "between 0 and 1"),
         ({"corpus": "smaple"}, "did you mean 'sample'"),
-        ({"corpus": "sample", "tokenizer": "word"}, "unknown tokenizer"),
+        ({"corpus": "sample", "tokenizer": "byts"}, "did you mean 'bytes'"),
     ],
 )
 def test_a_bad_request_writes_nothing(tmp_path: Path, options: dict[str, Any], says: str) -> None:

@@ -93,7 +93,7 @@ def test_tokens_take_two_bytes_where_that_is_enough() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "says"),
-    [("byts", None, "did you mean 'bytes'"), ("bytes", 300, "for --tokenizer bpe"), ("bpe", 10, "too small")],
+    [("bytes", 300, "for --tokenizer bpe"), ("bpe", 10, "too small")],
 )
 def test_a_wrong_request_is_refused(name: str, size: int | None, says: str) -> None:
     with pytest.raises(UserError, match=says):

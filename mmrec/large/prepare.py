@@ -20,7 +20,8 @@ from mmrec.large.records import filesystem, is_remote, module
 from mmrec.large.shards import Shard
 from mmrec.large.sources import HUB, SOURCES, files_of, find_shards
 from mmrec.large.work import PLAN, documents, hash_of, read_json, write_json
-from mmrec.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from mmrec.tokenizer_files import read_tokenizer
+from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from mmrec.tokens import TokenFolder, open_tokens, read_manifest
 
 DEFAULT_SPLIT = 0.05
@@ -51,7 +52,7 @@ def prepare_large(
         paths: files and folders, local or remote; none to download the corpus.
         output_dir: the token folder; beside it, NAME.work holds what is done so far.
         val_split: share of the documents that validate, chosen by a hash of their text.
-        tokenizer: bytes or bpe.
+        tokenizer: bytes, bpe, or the path of one that is there already.
         vocab_size: for bpe.
         text_field: of JSON, Parquet and tf.Example.
         drop_duplicates: keep one of documents with the same text.
@@ -74,15 +75,18 @@ def prepare_large(
         paths = _downloaded(corpus or "", output_dir)
     shards = find_shards(corpus, paths)
     name = tokenizer or ("bpe" if source else "bytes")
-    if name not in ("bytes", "bpe"):
+    given = None if name in TOKENIZERS else read_tokenizer(Path(name), documents=True)
+    if name == "characters":
         raise UserError(f"--tokenizer {name} needs the whole text at once; for large corpora: bytes or bpe")
-    if name == "bytes" and vocab_size is not None:
+    if name != "bpe" and vocab_size is not None:
         raise UserError("--vocab_size is for --tokenizer bpe")
-    plan = {
+    plan: dict[str, Any] = {
         "shards": [shard.as_dict() for shard in shards],
         "sizes": {path: _size(path) for path in sorted({shard.path for shard in shards})},
         "text_field": text_field,
-        "tokenizer": [name, (vocab_size or LARGE_VOCABULARY) if name == "bpe" else None],
+        "tokenizer": [name, (vocab_size or LARGE_VOCABULARY) if name == "bpe" else None]
+        if given is None
+        else given.state(),
         "val_split": DEFAULT_SPLIT if val_split is None else val_split,
         "drop_duplicates": drop_duplicates,
     }
@@ -102,16 +106,16 @@ def prepare_large(
         with FileLock(lock, timeout=0):
             _plan_work(work, plan, force)
             made = _tokenizer(work, shards, plan)
-            print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")  # type: ignore[attr-defined]
+            print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")
             if not run_shards(work, len(shards), engine, workers or os.cpu_count() or 1, slurm):
                 print(f"handed to Slurm; once its jobs are done, the same command writes {output_dir}")
                 return None
             description: dict[str, Any] = {
-                "corpus": {"name": corpus or "paths", "title": title, "files": len(plan["sizes"])},  # type: ignore[arg-type]
+                "corpus": {"name": corpus or "paths", "title": title, "files": len(plan["sizes"])},
                 "split": {"val_split": plan["val_split"], "rule": "by a hash of each document"},
                 "request": {"plan": digest},
             }
-            parts = Shards(work, [shard.part for shard in shards], float(plan["val_split"]))  # type: ignore[arg-type]
+            parts = Shards(work, [shard.part for shard in shards], float(plan["val_split"]))
             tokens = merge(parts, output_dir, made, description, drop_duplicates)
             shutil.rmtree(work)
     except Timeout:
@@ -158,11 +162,14 @@ def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tok
     path = work / "tokenizer.json"
     if path.exists():
         return load_tokenizer(read_json(path))
-    name, size = plan["tokenizer"]
-    tokenizer: Tokenizer = ByteTokenizer(documents=True)
-    if name == "bpe":
-        sample = _sample(shards, plan["text_field"], plan["val_split"])
-        tokenizer = BPETokenizer.train(sample, size, documents=True)
+    match plan["tokenizer"]:
+        case ["bpe", size]:
+            sample = _sample(shards, plan["text_field"], plan["val_split"])
+            tokenizer: Tokenizer = BPETokenizer.train(sample, size, documents=True)
+        case ["bytes", None]:
+            tokenizer = ByteTokenizer(documents=True)
+        case state:
+            tokenizer = load_tokenizer(state)
     write_json(path, tokenizer.state())
     return tokenizer
 
