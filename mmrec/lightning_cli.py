@@ -119,8 +119,8 @@ class TextCLI(LightningCLI):
             "--init_from",
             type=str | None,
             default=None,
-            help="for fit: begin with the weights of a trained model: best, last, or the path of a checkpoint, a run's "
-            "folder or a safetensors file; the text has to be prepared with its tokenizer",
+            help="for fit: begin with the weights of a trained model: best, last, or the path of a checkpoint, of a "
+            "run's folder or of a safetensors file; the text has to be prepared with its tokenizer",
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
