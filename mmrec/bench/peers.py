@@ -130,18 +130,26 @@ class LSTM(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """A model of another package, trained on windows: tokens to logits, without a state that could be carried."""
+    """A model of another package, trained on windows: tokens to logits, without a state that could be carried.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: of tokens [B, T] to logits [B, T, N].
+        chunk: T has to be a multiple of it; other texts are filled up behind, where nothing looks back from.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = 1) -> None:
         super().__init__()
         self.model = model
+        self.chunk = chunk
 
     def zero_state(self, rows: int) -> None:
         return None
 
     def forward(self, tokens: Tensor, state: None) -> tuple[Tensor, None]:
-        output = self.model(tokens)
-        return output[0] if isinstance(output, tuple) else getattr(output, "logits", output), None
+        padding = -tokens.shape[1] % self.chunk
+        output = self.model(F.pad(tokens, (0, padding)) if padding else tokens)
+        logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+        return logits[:, : tokens.shape[1]] if padding else logits, None
 
 
 def _mmrec(vocab_size: int, length: int) -> nn.Module:
@@ -168,7 +176,8 @@ def _xlstm(vocab_size: int, length: int) -> nn.Module:
         "autocast_kernel_dtype": "float32",
     }
     sizes = {"embedding_dim": 128, "num_heads": 4, "num_blocks": 4, "vocab_size": vocab_size}
-    return Wrapped(module.xLSTMLarge(module.xLSTMLargeConfig(**sizes, **kernels, return_last_states=True)))
+    config = module.xLSTMLargeConfig(**sizes, **kernels, return_last_states=True)
+    return Wrapped(module.xLSTMLarge(config), chunk=config.chunk_size)
 
 
 def mamba(vocab_size: int, dim: int, layers: int) -> nn.Module:
