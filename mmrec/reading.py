@@ -77,7 +77,7 @@ def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple
     """
     for expected, part, after in expect_on(net, tokens, memory):
         nats = F.cross_entropy(expected, part, reduction="none")
-        if after.position == len(part):
+        if after.position == len(part):  # nothing was read before it
             nats[0] = 0
         yield nats, after
 

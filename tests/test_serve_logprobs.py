@@ -20,9 +20,10 @@ from mmrec.checkpoint import Trained
 from mmrec.model import MemoryLM, Shape
 from mmrec.reading import CHUNK
 from mmrec.serve.limits import Limits
+from mmrec.serve.logprobs import as_logprobs, rows_of, token_names
 from mmrec.serve.protocol import CompletionAsked
 from mmrec.serve.service import Begun
-from mmrec.tokenizers import TOKENIZERS, ByteTokenizer, make_tokenizer
+from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, make_tokenizer
 
 Command = Callable[..., int]
 TEXT = "Çay, üç şişe: öğle çorbas\u0131… 😀\nto be or not to be\n" * 60
@@ -218,6 +219,20 @@ def test_tokens_that_end_inside_a_character(memories: Path) -> None:
         assert choice["text"] == "A\ufffd"
         assert choice["logprobs"]["tokens"] == ["A", "bytes:\\xf0", "bytes:\\x9f"]
         assert choice["logprobs"]["text_offset"] == [0, 1, 1]
+
+
+def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
+    tokenizer = BPETokenizer.train("to be\n\nor not\n\n" * 20, 270, documents=True)
+    names = token_names(tokenizer)
+    written, separator = (token for token, name in enumerate(names) if name == "\n\n")
+    assert separator == tokenizer.separator
+    logits = torch.zeros(2, tokenizer.vocab_size)
+    logits[:, written], logits[:, separator] = 5, 4
+    rows = rows_of(logits, torch.tensor([separator, written]), 2)
+    found = as_logprobs(list(enumerate(rows)), names)
+    own, (first, second) = json.loads(f"[{found.token_logprobs}]"), json.loads(f"[{found.top_logprobs}]")
+    assert first == second == {"\n\n": own[1]}
+    assert own[0] == pytest.approx(own[1] - 1)
 
 
 def test_bad_tokens(client: Client, small_model: Trained) -> None:
