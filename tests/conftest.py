@@ -44,6 +44,8 @@ def lightning_talks_to_the_test() -> None:
     logging.getLogger("lightning.fabric").handlers.clear()
 
 
+FIGURES = os.environ.get("MMREC_FIGURES")
+"""Where ./scripts/reliability wants its figures; only there is everything repeated as often as its table says."""
 Figure = Callable[[str, str], None]
 
 
@@ -52,9 +54,9 @@ def figure(request: pytest.FixtureRequest) -> Figure:
     """Notes what a test measured of a promise, for the table that ./scripts/reliability makes."""
 
     def note(promise: str, value: str) -> None:
-        if "MMREC_FIGURES" in os.environ:
+        if FIGURES is not None:
             row = {"promise": promise, "test": request.node.nodeid, "figure": value}
-            with open(os.environ["MMREC_FIGURES"], "a", encoding="utf-8") as file:
+            with open(FIGURES, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     return note

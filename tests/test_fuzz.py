@@ -1,7 +1,7 @@
 """Fuzzing: whatever is read is read right or refused in one line, and what holds for some input holds for any.
 
-Each target runs on a few hundred inputs always and on thousands in the slow part. Inputs are drawn by hypothesis from
-a fixed seed; one that fails is made small and printed.
+Each target runs on a few hundred inputs, and on thousands for ./scripts/reliability. Inputs are drawn by hypothesis
+from a fixed seed; one that fails is made small and printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Figure
+from conftest import FIGURES, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
 from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
@@ -234,18 +234,13 @@ TARGETS: list[tuple[Target, int, int]] = [
     (config_file, 10, 400),
     (arguments, 30, 2_000),
 ]
-"""What is fuzzed, and on how many inputs: always, and in the slow part."""
+"""What is fuzzed, and on how many inputs: always, and for the table of reliability."""
 
 
-@pytest.mark.parametrize(("target", "inputs"), [pytest.param(t, few, id=t.__name__) for t, few, _ in TARGETS])
-def test_some_inputs(target: Target, inputs: int) -> None:
-    assert fuzz(target, inputs)
-
-
-@pytest.mark.slow
 @pytest.mark.reliability
-@pytest.mark.parametrize(("target", "inputs"), [pytest.param(t, many, id=t.__name__) for t, _, many in TARGETS])
-def test_many_inputs(target: Target, inputs: int, figure: Figure) -> None:
+@pytest.mark.parametrize(("target", "few", "many"), [pytest.param(*row, id=row[0].__name__) for row in TARGETS])
+def test_any_input(target: Target, few: int, many: int, figure: Figure) -> None:
+    inputs = few if FIGURES is None else many
     assert fuzz(target, inputs) >= inputs
     promise = " ".join(str(target.__doc__).split()).rstrip(".")
     figure(promise[0].lower() + promise[1:], f"{inputs:,} inputs")

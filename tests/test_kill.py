@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Figure
+from conftest import FIGURES, Figure
 from helpers import assert_same_training, checkpoints, fit, last
 from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions, start
 
@@ -24,7 +24,7 @@ from mmrec.errors import UserError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
-KILLS = 30
+KILLS = 18 if FIGURES is None else 30
 OPTIONS = [
     "--trainer.max_epochs=6",
     "--trainer.val_check_interval=10",
