@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from helpers import fit, last
 
 from mmrec.checkpoint import load_trained
+
+Command = Callable[..., int]
 
 pytestmark = pytest.mark.slow
 
@@ -22,15 +26,10 @@ EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epoc
 
 def run(folder: Path, *args: object) -> None:
     """Run a command in ``folder``, in processes of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "mmrec", *map(str, args)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def weights(run: str, folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = last(run, folder)["state_dict"]
-    return found
 
 
 def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -38,23 +37,31 @@ def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
     return load_trained(folder / "lightning_logs" / run / "checkpoints" / "last.ckpt").net.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_learn_what_one_does(prepared: Path, tmp_path: Path, optimizer: str) -> None:
-    options = [*EXACT, f"--model.optimizer={optimizer}"]
-    run(tmp_path, *fit(prepared, *options, "--data.batch_size=4", "--run=one"))
-    run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *DDP, "--run=two"))
-    one, two = weights("one", tmp_path), weights("two", tmp_path)
-    assert one.keys() == two.keys()
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+@pytest.mark.parametrize(
+    ("optimizer", "options", "ways"),
+    [("muon", [], {"ddp": DDP}), ("adamw", ["--trainer.gradient_clip_val=1.0"], {"ddp": DDP, "sharded": FSDP})],
+    ids=["muon", "adamw"],
+)
+def test_two_processes_learn_what_one_does(
+    mmrec: Command, prepared: Path, tmp_path: Path, optimizer: str, options: list[str], ways: dict[str, list[str]]
+) -> None:
+    options = [*EXACT, f"--model.optimizer={optimizer}", *options]
+    assert mmrec(*fit(prepared, *options, "--data.batch_size=4", "--run=one")) == 0
+    one = trained("one", tmp_path)
+    for way, strategy in ways.items():
+        run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"))
+        two = trained(way, tmp_path)
+        assert one.keys() == two.keys()
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
     # Each row of the memory is that of the same text: rows of two processes were never mixed.
     for mine, theirs in zip(
-        *(last(name, tmp_path)["mmrec_progress"]["carried"] for name in ("one", "two")), strict=True
+        *(last(name, tmp_path)["mmrec_progress"]["carried"] for name in ("one", "ddp")), strict=True
     ):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_a_model_cut_over_processes_goes_on(prepared: Path, tmp_path: Path) -> None:
+def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
     """FSDP: each process keeps a part of every weight, and writes its own part of the checkpoint."""
     options = [*EXACT[1:3], "--trainer.precision=32-true", "--model.optimizer=adamw"]
     # A rate that does not depend on how many updates are planned.
@@ -73,12 +80,4 @@ def test_a_model_cut_over_processes_goes_on(prepared: Path, tmp_path: Path) -> N
     # Not quite the same: the rate's course is planned for the number of updates that is asked for.
     whole, parts = (end.net.state_dict() for end in ends)
     assert whole.keys() == parts.keys()
-    run(tmp_path, "generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be")
-
-
-def test_a_model_cut_over_processes_learns_the_same(prepared: Path, tmp_path: Path) -> None:
-    options = [*EXACT, "--model.optimizer=adamw", "--trainer.gradient_clip_val=1.0"]
-    run(tmp_path, *fit(prepared, *options, "--data.batch_size=4", "--run=one"))
-    run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *FSDP, "--run=cut"))
-    one, cut = (trained(name, tmp_path) for name in ("one", "cut"))
-    assert max(float((one[name] - cut[name]).abs().max()) for name in one) < 1e-6
+    assert mmrec("generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be") == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, Figure
+from conftest import FIGURES, REPOSITORY, Figure
 from helpers import assert_same_training, checkpoints, fit, last, losses
 
 Command = Callable[..., int]
@@ -67,7 +67,8 @@ def test_from_every_saved_step(
 
     folder = checkpoints("whole")
     shutil.copytree(folder, "best_at_the_end")
-    tried = saved[::2] if options else saved
+    every = 2 if options else 1
+    tried = saved[:: every if FIGURES is not None else 7]
     for path in tried:
         shutil.rmtree(folder.parent)
         shutil.copytree("best_at_the_end", folder)
@@ -156,7 +157,9 @@ def read(folder: Path) -> list[list[list[int]]]:
     return [[row for rank in sorted(batches[step]) for row in batches[step][rank]] for step in sorted(batches)]
 
 
-def test_two_processes_go_on_as_one_and_one_as_two(prepared: Path, tmp_path: Path, figure: Figure) -> None:
+def test_two_processes_go_on_as_one_and_one_as_two(
+    mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], figure: Figure
+) -> None:
     """The rule: rows x processes stay. The memory and the place of every row are then taken up by the others."""
     # Products in bfloat16 would differ more by the order of their sums.
     options = ["--trainer.max_epochs=3", "--model.dropout=0", "--trainer.precision=32-true"]
@@ -169,9 +172,8 @@ def test_two_processes_go_on_as_one_and_one_as_two(prepared: Path, tmp_path: Pat
 
     again = ["fit", "--run=a", "--ckpt_path=last"]
     alone = [*again, "--trainer.devices=1", "--trainer.strategy=auto"]
-    refused = run(tmp_path, *alone)
-    assert refused.returncode == 2
-    assert "rows 4 there, 2 here" in refused.stderr
+    assert mmrec(*alone) == 2
+    assert "rows 4 there, 2 here" in capsys.readouterr().err
     assert interrupted(tmp_path, *alone, "--data.batch_size=4") == 130
     stops.append(last("a", tmp_path)["global_step"])
     done = run(tmp_path, *again, *TWO, "--data.batch_size=2")
