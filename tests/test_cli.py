@@ -276,32 +276,6 @@ def test_bad_input(case: str, mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     assert left <= {"data"}  # the sample corpus, prepared before the model was found wrong
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "generate",
-        "read a.txt --save=a.mem",
-        "score a.txt",
-        "export --format=safetensors --output_dir=out",
-        "serve --port=0",
-        "eval length",
-        "eval carry --files=[a.txt]",
-    ],
-)
-def test_every_command_finds_its_checkpoint_alike(
-    command: str, mmrec: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = command.split()
-    assert mmrec(*words, "--ckpt=last", "--run=x", "--root=y") == 2
-    assert capsys.readouterr().err == "mmrec: error: no checkpoint of a run 'x' in y/lightning_logs\n"
-    assert mmrec(*words, "--chkpt=x.ckpt") == 2
-    assert "did you mean 'ckpt'" in capsys.readouterr().err
-    assert mmrec(*words[: 2 if words[0] == "eval" else 1], "--help") == 0
-    shown = capsys.readouterr().out
-    assert all(f"--{option} " in shown for option in ("ckpt", "run", "root"))
-    assert not list(Path().iterdir())
-
-
 def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
     before = {p: p.read_bytes() for p in Path("lightning_logs/a/checkpoints").iterdir()}
