@@ -78,7 +78,7 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
         if which == LAST and not path.exists() and (folder / f"{PREVIOUS}.ckpt").exists():
             return folder / f"{PREVIOUS}.ckpt"
         if not path.exists():
-            hint = "; no validation has been reached yet, take --ckpt_path last" if which == BEST else ""
+            hint = "; no validation has been reached yet: take last" if which == BEST else ""
             raise UserError(f"no {which}.ckpt in {folder}{hint}")
         return path
     path = Path(which)
