@@ -24,7 +24,7 @@ SMALL: dict[str, Recipe] = {
     "copy": Recipe(Copy, BOTH, (8, 16, 32, 64), (32, 64, 128), 400),
     "induction": Recipe(Induction, BOTH, (64, 128, 256), (256, 4096, 65536), 300),
     "parity": Recipe(Parity, LONG, (4, 8, 16, 32, 64), (64, 256, 1024), 400, tokens=4096),
-    "s5": Recipe(S5, LONG, (4, 8, 16, 32, 64), (16, 64, 256), 400, tokens=4096),
+    "s5": Recipe(S5, LONG, (4, 8, 16, 32, 64), (16, 64, 256), 2000, tokens=4096),
 }
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
 FULL: dict[str, Recipe] = {
