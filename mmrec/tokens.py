@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,55 +49,52 @@ class TokenFolder:
 
 
 class HashedFile:
-    """A new file whose sha256 is taken, in a thread, while it is written: a large one is not read again for it.
+    """A new file whose sha256 is taken while it is written: a large one is not read again for it.
+
+    :meth:`write` appends. Threads that write side by side each :meth:`reserve` a place, :meth:`put` what belongs
+    there, and :meth:`update` the hash when it is their turn: in the order of the places.
 
     Args:
         path: of the file; on disk once it is closed.
     """
 
-    BLOCK = 1 << 22
-    """Bytes that are written at once."""
-
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 -- closed by __exit__
         self._hash = hashlib.sha256()
         self._size = 0
-        self._buffer = bytearray()
-        self._thread = ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
 
     def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        with self._thread, self._file:
+        with self._file:
             if failure[0] is None:
-                self._flush()
                 os.fsync(self._file.fileno())
 
     def write(self, data: bytes) -> None:
         """Append ``data``."""
+        self.put(self.reserve(len(data)), data)
+        self.update(data)
+
+    def reserve(self, size: int) -> int:
+        """Return where the next ``size`` bytes of the file begin."""
+        place, self._size = self._size, self._size + size
+        return place
+
+    def put(self, place: int, data: bytes | memoryview) -> None:
+        """Write ``data`` at byte ``place``."""
         left = memoryview(data)
         while left:
-            part = left[: self.BLOCK - len(self._buffer)]
-            self._buffer += part
-            left = left[len(part) :]
-            if len(self._buffer) == self.BLOCK:
-                self._flush()
+            written = os.pwrite(self._file.fileno(), left, place)
+            left, place = left[written:], place + written
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Count ``data``, which follows what was counted before, into the hash."""
+        self._hash.update(data)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a manifest says of the file, once it is closed."""
         return {"bytes": self._size, "sha256": self._hash.hexdigest()}
-
-    def _flush(self) -> None:
-        block, self._buffer = self._buffer, bytearray()
-        self._size += len(block)
-        if self._hashing is not None:
-            self._hashing.result()  # so that one block waits at most
-        self._hashing = self._thread.submit(self._hash.update, block)
-        left = memoryview(block)
-        while left:
-            left = left[self._file.write(left) :]
 
 
 @contextmanager

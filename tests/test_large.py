@@ -11,15 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
+from mmrec.large.merge import Shards
 from mmrec.large.records import Rejected
 from mmrec.large.shards import Shard
 from mmrec.large.sources import SOURCES
 from mmrec.large.work import documents, hash_of
-from mmrec.tokens import open_tokens
+from mmrec.tokens import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -81,11 +83,35 @@ def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     assert mmrec("generate", "--run", "r", "--ckpt", "last", "--length", "5", "--prompt", "The") == 0
 
 
-def test_the_result_does_not_depend_on_the_workers(mmrec: Command, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_workers(
+    mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_folder(tmp_path / "mine")
-    for workers in (1, 3):
-        assert mmrec("prepare", "mine", "--output_dir", f"out{workers}", "--workers", str(workers)) == 0
+    options = ["--drop_duplicates", "--val_split", "0.3"]
+    assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
+    # Threads that copy side by side, and pieces so small that most documents are cut by them.
+    monkeypatch.setattr("mmrec.large.merge.BYTES_AT_ONCE", 101)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
+
+
+def test_tokens_that_are_gone_before_they_are_put_together(
+    mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mmrec.large.prepare as preparing
+
+    write_json_lines(tmp_path / "a.jsonl", texts())
+    real = preparing.merge
+
+    def merge(shards: Shards, *rest: Any) -> TokenFolder:
+        os.truncate(shards.work / "000000.tokens", 1000)
+        return real(shards, *rest)
+
+    monkeypatch.setattr(preparing, "merge", merge)
+    assert mmrec("prepare", "a.jsonl", "--output_dir", "out", "--workers", "1") == 2
+    assert "000000.tokens: is cut short; delete the work folder and begin anew" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_c4_keeps_its_own_validation_files(mmrec: Command, tmp_path: Path) -> None:

@@ -65,13 +65,15 @@ def test_manifest_describes_every_file(tmp_path: Path) -> None:
         assert tokens.manifest["files"][name] == expected
 
 
-def test_a_file_is_hashed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HashedFile, "BLOCK", 100)
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(5000)
     with HashedFile(tmp_path / "a") as file:
-        for first in range(0, 70 * 7, 7):
-            file.write(data[first : first + 7])
-        file.write(data[70 * 7 :])
+        file.write(data[:7])
+        places = [file.reserve(1000), file.reserve(500)]
+        file.put(places[1], data[1007:1507])
+        file.put(places[0], data[7:1007])
+        file.update(data[7:1507])
+        file.write(data[1507:])
     assert (tmp_path / "a").read_bytes() == data
     assert file.fingerprint() == {"bytes": 5000, "sha256": hashlib.sha256(data).hexdigest()}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from mmrec.tokens import HashedFile, TokenFolder, open_tokens, writing
 
 AT_ONCE = 1 << 23
 """Documents whose hashes are compared at once: it bounds the memory."""
-ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 16, 1 << 22
-"""Documents that are looked at, and bytes that are copied, at once."""
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 16, 1 << 20
+"""Documents that are looked at, and bytes that a thread copies, at once."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ def find_duplicates(shards: Shards) -> np.ndarray:
 
 
 def merge(
-    shards: Shards, folder: Path, tokenizer: Tokenizer, description: dict[str, Any], drop_duplicates: bool
+    shards: Shards,
+    folder: Path,
+    tokenizer: Tokenizer,
+    description: dict[str, Any],
+    drop_duplicates: bool,
+    threads: int,
 ) -> TokenFolder:
-    """Write the token folder, and return it opened.
+    """Write the token folder, and return it opened; so many ``threads`` copy and hash.
 
     Raises:
         UserError: the corpus has too few documents to split.
@@ -109,24 +115,8 @@ def merge(
     sizes = {part: Counter[str]() for part in ("train", "val", "duplicates")}
     with writing(folder, tokenizer, description) as create:
         with create("train.bin") as train, create("val.bin") as val:
-            place = 0
-            for number in range(len(shards.parts)):
-                with open(shards.work / f"{stem(number)}.tokens", "rb") as tokens:
-                    position = 0
-                    for rows in shards.blocks(number):
-                        kept = ~dropped[place : place + len(rows)]
-                        validates = shards.validates(number, rows)
-                        if only is not None:
-                            validates = np.arange(place, place + len(rows)) == only
-                        chosen = {"train": kept & ~validates, "val": kept & validates, "duplicates": ~kept}
-                        for part, which in chosen.items():
-                            sizes[part]["documents"] += int(which.sum())
-                            sizes[part]["bytes"] += int(rows["bytes"][which].sum())
-                        lengths = rows["tokens"].astype(np.int64) * tokenizer.dtype.itemsize
-                        _copy(tokens, position, lengths, chosen["train"], train)
-                        _copy(tokens, position, lengths, chosen["val"], val)
-                        position += int(lengths.sum())
-                        place += len(rows)
+            targets = {"train": train, "val": val}
+            _copy(_pieces(shards, tokenizer.dtype.itemsize, dropped, only, targets, sizes), threads)
         with create("rejected.jsonl") as rest:
             for number in range(len(shards.parts)):
                 with open(shards.work / f"{stem(number)}.rejected", "rb") as lines:
@@ -154,27 +144,110 @@ def _lone_validator(shards: Shards, dropped: np.ndarray) -> int | None:
     return None if validating and training else smallest
 
 
-def _copy(tokens: IO[bytes], position: int, sizes: np.ndarray, chosen: np.ndarray, target: HashedFile) -> None:
-    """Append the documents that are chosen, run by run, to a file.
+@dataclass(frozen=True)
+class _Piece:
+    """Some documents of one shard that follow each other in a token file.
+
+    Attributes:
+        source: the tokens of the shard.
+        runs: first and last byte of each run of documents there.
+        target: the token file.
+        place: byte of it where the first run goes; the others follow.
+    """
+
+    source: Path
+    runs: list[tuple[int, int]]
+    target: HashedFile
+    place: int
+
+
+def _pieces(
+    shards: Shards,
+    itemsize: int,
+    dropped: np.ndarray,
+    only: int | None,
+    targets: Mapping[str, HashedFile],
+    sizes: Mapping[str, Counter[str]],
+) -> Iterator[_Piece]:
+    """Yield what is to be copied, in the order of each target, and count it into ``sizes``.
 
     Args:
-        tokens: the tokens of a shard.
-        position: byte where the first of the documents begins.
-        sizes: [D], bytes of each.
-        chosen: [D], bool.
-        target: the file.
+        shards: all of them.
+        itemsize: bytes of a token.
+        dropped: [all documents] of bool.
+        only: the place of the document that validates alone, or None.
+        targets: the files of "train" and "val".
+        sizes: documents and bytes of "train", "val" and "duplicates".
     """
-    ends = position + np.cumsum(sizes)
+    place = 0
+    for number in range(len(shards.parts)):
+        source, position = shards.work / f"{stem(number)}.tokens", 0
+        for rows in shards.blocks(number):
+            kept = ~dropped[place : place + len(rows)]
+            validates = shards.validates(number, rows)
+            if only is not None:
+                validates = np.arange(place, place + len(rows)) == only
+            chosen = {"train": kept & ~validates, "val": kept & validates, "duplicates": ~kept}
+            for part, which in chosen.items():
+                sizes[part]["documents"] += int(which.sum())
+                sizes[part]["bytes"] += int(rows["bytes"][which].sum())
+            ends = position + np.cumsum(rows["tokens"].astype(np.int64) * itemsize)
+            starts = np.concatenate([[position], ends[:-1]])
+            for part, target in targets.items():
+                for runs in _gathered(starts, ends, chosen[part]):
+                    yield _Piece(source, runs, target, target.reserve(sum(last - first for first, last in runs)))
+            position = int(ends[-1])
+            place += len(rows)
+
+
+def _gathered(starts: np.ndarray, ends: np.ndarray, chosen: np.ndarray) -> Iterator[list[tuple[int, int]]]:
+    """Yield the runs of the documents that are chosen, [D] of bool, some of at most BYTES_AT_ONCE at a time."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        tokens.seek(int(ends[first] - sizes[first]))
-        left = int(ends[last - 1] - ends[first] + sizes[first])
-        while left:
-            data = tokens.read(min(left, BYTES_AT_ONCE))
-            if not data:
-                raise UserError(f"{tokens.name}: is cut short; delete the work folder and begin anew")
-            target.write(data)
-            left -= len(data)
+    runs: list[tuple[int, int]] = []
+    room = BYTES_AT_ONCE
+    for first, last in zip(starts[edges[::2]].tolist(), ends[edges[1::2] - 1].tolist(), strict=True):
+        while first < last:
+            end = min(last, first + room)
+            runs.append((first, end))
+            room -= end - first
+            first = end
+            if not room:
+                yield runs
+                runs, room = [], BYTES_AT_ONCE
+    if runs:
+        yield runs
+
+
+def _copy(pieces: Iterable[_Piece], threads: int) -> None:
+    """Copy the pieces side by side; their bytes are hashed one piece after the other."""
+    waiting: deque[Future[None]] = deque()
+    previous: Future[None] | None = None
+    with ThreadPoolExecutor(threads) as pool:
+        for piece in pieces:
+            previous = pool.submit(_copy_piece, piece, previous)
+            waiting.append(previous)
+            if len(waiting) > 2 * threads:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+
+
+def _copy_piece(piece: _Piece, previous: Future[None] | None) -> None:
+    data = memoryview(bytearray(sum(last - first for first, last in piece.runs)))
+    done = 0
+    with open(piece.source, "rb", buffering=0) as tokens:
+        for first, last in piece.runs:
+            tokens.seek(first)
+            end = done + last - first
+            while done < end:
+                count = tokens.readinto(data[done:end])
+                if not count:
+                    raise UserError(f"{piece.source}: is cut short; delete the work folder and begin anew")
+                done += count
+    piece.target.put(piece.place, data)
+    if previous is not None:
+        previous.result()  # begun earlier, so that it ends
+    piece.target.update(data)
 
 
 def counts_table(manifest: dict[str, Any]) -> str:

@@ -107,7 +107,8 @@ def prepare_large(
             _plan_work(work, plan, force)
             made = _tokenizer(work, shards, plan)
             print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")
-            if not run_shards(work, len(shards), engine, workers or os.cpu_count() or 1, slurm):
+            cores = os.cpu_count() or 1
+            if not run_shards(work, len(shards), engine, workers or cores, slurm):
                 print(f"handed to Slurm; once its jobs are done, the same command writes {output_dir}")
                 return None
             description: dict[str, Any] = {
@@ -116,7 +117,7 @@ def prepare_large(
                 "request": {"plan": digest},
             }
             parts = Shards(work, [shard.part for shard in shards], float(plan["val_split"]))
-            tokens = merge(parts, output_dir, made, description, drop_duplicates)
+            tokens = merge(parts, output_dir, made, description, drop_duplicates, min(workers or cores, cores))
             shutil.rmtree(work)
     except Timeout:
         if not lock.exists():
