@@ -11,11 +11,12 @@ import random
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from conftest import Figure
-from layouts import record_of, texts, write_openwebtext, write_parquet, write_wikipedia
+from layouts import WIKI, page, record_of, texts, write_openwebtext, write_parquet, write_wikipedia
 
 from mmrec.errors import UserError
 from mmrec.large.mediawiki import split_dump
@@ -272,6 +273,44 @@ def test_real_dumps_are_read_as_by_the_libraries_themselves(tmp_path: Path) -> N
     assert len(texts) == 106
     assert [text for shard in shards for text in read(shard)] == texts
     assert read(Shard("mediawiki", str(bulgarian))) == expected(bulgarian)
+
+
+def test_a_huge_page_is_dropped_as_it_is_read(tmp_path: Path) -> None:
+    """Pages of 20 MB and more between two that are read: what is held of them at once is far less."""
+    path = tmp_path / "a.xml"
+    with open(path, "w") as file:
+        file.write(f"{WIKI}{page('First', 'one')}")
+        for title in ("Huge & long", "Larger"):
+            head, tail = page(title, "TEXT").split("TEXT")
+            file.write(head + "A line of it &amp; an end.\n" * 700_000 + "x" * 9_000_000 + tail)
+        file.write(f"{page('Last', 'a' * (1 << 21))}</mediawiki>")
+    records: list[Record] = []
+    tracemalloc.start()
+    for record in READERS["mediawiki"](Shard("mediawiki", str(path)), "text"):
+        records.append(record if isinstance(record, Rejected) else record[:5])
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    asides = [Rejected("longer than 2 MiB", title) for title in ("Huge & long", "Larger")]
+    assert records == ["one", *asides, "aaaaa"]
+    assert held < 30_000_000
+
+
+def test_of_several_revisions_the_last_one_is_read(tmp_path: Path) -> None:
+    first, last = "<revision><text>old</text></revision>", "<revision><id>3</id><text>new</text></revision>"
+    empty = "<page><title>E</title><ns>0</ns><revision><text /></revision></page>"
+    other = "<page><title>N</title><ns></ns><revision><text>of no namespace</text></revision></page>"
+    without = "<page><revision><text>untold</text></revision></page><page><title>R</title></page>"
+    path = tmp_path / "a.xml"
+    path.write_text(f"{WIKI}<page><title>T</title><ns>0</ns>{first}{last}</page>{empty}{other}{without}</mediawiki>")
+    assert read(Shard("mediawiki", str(path))) == [
+        "new",
+        Rejected("no text", "E"),
+        "untold",
+        Rejected("no text", "R"),
+    ]
+    path.write_text(f"{WIKI}<page><title>T</title>{first}</page>")
+    with pytest.raises(UserError, match=r"a\.xml: is cut short or damaged"):
+        read(Shard("mediawiki", str(path)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,11 @@ ARTICLES = "0"
 """The namespace of articles; talk, files, templates and the rest have others."""
 PART_BYTES = 1 << 25
 """Compressed bytes that a shard of a multistream dump has at least."""
+LONGEST_PAGE = 1 << 21
+"""Characters of the longest page that is read. MediaWiki itself takes no longer one, and the parser of the markup was
+seen to hold 400 bytes for each: more would take a worker over its bound."""
+PIECE = 1 << 16
+"""Bytes of XML that are read at once."""
 
 
 def read_mediawiki(shard: Shard, field: str) -> Iterator[Record]:
@@ -36,8 +41,8 @@ def read_mediawiki(shard: Shard, field: str) -> Iterator[Record]:
 def _articles(file: IO[bytes] | _Rooted, clean: object) -> Iterator[Record]:
     assert callable(clean)
     for title, text in pages(file):
-        if text is None:
-            yield Rejected("no text", title)
+        if isinstance(text, Rejected) or text is None:
+            yield text or Rejected("no text", title)
             continue
         try:
             yield str(clean(text).strip_code())
@@ -45,32 +50,61 @@ def _articles(file: IO[bytes] | _Rooted, clean: object) -> Iterator[Record]:
             yield Rejected(f"wikitext cannot be parsed ({type(error).__name__})", title)
 
 
-def pages(file: IO[bytes] | _Rooted) -> Iterator[tuple[str, str | None]]:
-    """Yield the title and the markup of every article that is not a redirect; each page is dropped once read.
+def pages(file: IO[bytes] | _Rooted) -> Iterator[tuple[str, str | Rejected | None]]:
+    """Yield the title and the markup of every article that is not a redirect, of its last revision.
 
-    Expat itself bounds what entities may expand to.
+    The markup of a page over :data:`LONGEST_PAGE` is dropped as it is read. Expat itself bounds what entities may
+    expand to.
     """
-    path: list[ElementTree.Element] = []
-    for event, element in ElementTree.iterparse(file, events=("start", "end")):
-        if event == "start":
-            path.append(element)
-            continue
-        path.pop()
-        if _name(element) != "page":
-            continue
-        parts = {_name(child): child for child in element}
-        space, redirect = parts.get("ns"), "redirect" in parts
-        if not redirect and (space is None or (space.text or "").strip() == ARTICLES):
-            title = parts["title"].text if "title" in parts else None
-            revision = parts.get("revision")
-            markup = [child for child in (revision if revision is not None else ()) if _name(child) == "text"]
-            yield title or "?", markup[-1].text if markup else None
-        if path:
-            path[-1].clear()
+    found = _Pages()
+    parser = ElementTree.XMLParser(target=found)
+    while data := file.read(PIECE):
+        parser.feed(data)
+        yield from found.take()
+    parser.close()
+    yield from found.take()
 
 
-def _name(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
+class _Pages:
+    """What an XML parser calls, tag by tag: it holds one page, and no more of that than is read."""
+
+    def __init__(self) -> None:
+        self.path: list[str] = []
+        self.fields: dict[str, list[str]] = {}
+        self.field: list[str] | None = None
+        self.size = 0
+        self.done: list[tuple[str, str | Rejected | None]] = []
+
+    def take(self) -> list[tuple[str, str | Rejected | None]]:
+        """Return the pages that ended since the last call."""
+        done, self.done = self.done, []
+        return done
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        name = tag.rpartition("}")[2]
+        self.path.append(name)
+        match self.path[-3:]:
+            case [*_, "page"]:
+                self.fields = {}
+            case [*_, "page", "title" | "ns" | "redirect"] | ["page", "revision", "text"]:
+                self.field = self.fields[name] = []  # of several revisions the last one counts
+                self.size = 0
+
+    def data(self, text: str) -> None:
+        if self.field is not None and self.size <= LONGEST_PAGE:
+            self.size += len(text)
+            self.field.append(text)
+
+    def end(self, tag: str) -> None:
+        self.field = None
+        if self.path.pop() == "page" and "redirect" not in self.fields:
+            title, text = ("".join(self.fields.get(name, [])) for name in ("title", "text"))
+            if "".join(self.fields.get("ns", [ARTICLES])).strip() == ARTICLES:
+                long = len(text) > LONGEST_PAGE
+                self.done.append((title or "?", Rejected("longer than 2 MiB", title) if long else text or None))
+
+    def close(self) -> None:
+        """The document has ended."""
 
 
 class _Rooted:
