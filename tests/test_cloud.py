@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from layouts import texts, tokens_of, write_json_lines
 
+from mmrec.large import records
 from mmrec.remote import open_remote_tokens
 from mmrec.tokens import open_tokens
 
@@ -129,3 +130,22 @@ def test_without_the_client_the_extra_is_named(
     monkeypatch.setitem(sys.modules, driver, None)
     assert mmrec("prepare", f"{scheme}://bucket/in") == 2
     assert capsys.readouterr().err == f"mmrec: error: this needs the package {driver}; pip install 'mmrec[cloud]'\n"
+
+
+def test_without_credentials_google_is_asked_as_anyone(
+    bucket: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gcsfs")
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    def missing() -> None:
+        raise DefaultCredentialsError("none")
+
+    records._google.cache_clear()
+    monkeypatch.setattr(google.auth, "default", missing)
+    bucket["a.txt"] = b"text"
+    fs, path = records.filesystem("gs://bucket/a.txt")
+    assert fs.credentials.method == "anon"
+    assert fs.cat_file(path) == b"text"
+    records._google.cache_clear()

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmrec.errors import UserError
-from mmrec.large.records import filesystem
+from mmrec.large.records import filesystem, module
 
 BLOCK = 1 << 20
 ATTEMPTS = 5
@@ -26,8 +26,8 @@ PATIENCE = 1.0
 def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     """Fetch files that are not there yet, and return their local paths.
 
-    A file arrives as NAME.part, which a later call goes on with from its last byte, and gets its name once its size
-    (and its sha256, where the server tells it) is right.
+    A file arrives as NAME.part, which a later call goes on with from its last byte (from its first, where the server
+    sends nothing but the whole), and gets its name once its size (and its sha256, where the server tells it) is right.
 
     Args:
         urls: of any file system that fsspec knows: https, hf, s3, gs.
@@ -79,6 +79,7 @@ def _part(path: Path) -> Path:
 def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: tqdm[Any]) -> None:
     part, attempt = _part(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    by_ranges = bool(info.get("partial", True))
     while True:
         before = part.stat().st_size if part.exists() else 0
         if before == info["size"]:
@@ -86,15 +87,16 @@ def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: 
         if before > info["size"]:
             part.unlink()
             continue
+        done = before if by_ranges else 0
+        bar.update(done - before)
         try:
-            with (
-                open(part, "ab") as target,
-                fs.open(name, "rb", block_size=4 * BLOCK, cache_type="readahead") as file,
-            ):
-                file.seek(before)
-                while data := file.read(BLOCK):
+            with open(part, "ab") as target, _opened(fs, name, info, by_ranges) as file:
+                file.seek(done)
+                target.truncate(done)
+                while data := file.read(min(BLOCK, info["size"] - done)):
                     target.write(data)
                     bar.update(len(data))
+                    done += len(data)
                 target.flush()
                 os.fsync(target.fileno())
             problem = "the server sent less than it said"
@@ -104,6 +106,9 @@ def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: 
             problem = _line(error)
         except Exception as error:  # every file system raises errors of its own
             problem = _line(error)
+            if isinstance(error, ValueError) and by_ranges and "https" in fs.protocol:
+                by_ranges = False  # fsspec's word for a server that sends a file as a whole or not at all
+                continue
         after = part.stat().st_size
         attempt = 0 if after > before else attempt + 1
         if after != info["size"] and attempt >= ATTEMPTS:
@@ -119,6 +124,14 @@ def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: 
                     f"{url}: what arrived has another sha256 than the server says; it was deleted, try again"
                 )
     os.replace(part, path)
+
+
+def _opened(fs: Any, name: str, info: dict[str, Any], by_ranges: bool) -> Any:
+    """Return a remote file, opened; one that is not read by ranges may take hours, but no minute without a byte."""
+    if by_ranges:
+        return fs.open(name, "rb", block_size=4 * BLOCK, cache_type="readahead")
+    timeout = module("aiohttp").ClientTimeout(total=None, sock_read=60)
+    return fs.open(name, "rb", block_size=0, size=info["size"], timeout=timeout)
 
 
 def _sha256(info: dict[str, Any]) -> str | None:

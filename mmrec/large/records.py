@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -69,9 +70,22 @@ def filesystem(url: str) -> tuple[Any, str]:
     driver = DRIVERS.get(url.partition("://")[0])
     if driver is not None:
         module(driver)
-    options = only_https() if url.startswith("https://") else {}
+    options = only_https() if url.startswith("https://") else _google() if driver == "gcsfs" else {}
     fs, path = module("fsspec.core").url_to_fs(url, **options)
     return fs, str(path)
+
+
+@cache
+def _google() -> dict[str, Any]:
+    """Return options of gcsfs: where there are no credentials it asks as anyone.
+
+    By itself it would first try, again and again, a server that only Google's machines have.
+    """
+    try:
+        module("google.auth").default()
+    except module("google.auth.exceptions").DefaultCredentialsError:
+        return {"token": "anon"}
+    return {}
 
 
 def only_https() -> dict[str, Any]:
