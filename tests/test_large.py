@@ -91,6 +91,7 @@ def test_the_result_does_not_depend_on_the_workers(
     assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
     # Threads that copy side by side, and pieces so small that most documents are cut by them.
     monkeypatch.setattr("mmrec.large.merge.BYTES_AT_ONCE", 101)
+    monkeypatch.setattr("mmrec.large.merge.AT_ONCE", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from mmrec.large.work import DOCUMENT, read_json, stem
 from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import HashedFile, TokenFolder, open_tokens, writing
 
-AT_ONCE = 1 << 23
-"""Documents whose hashes are compared at once: it bounds the memory."""
+AT_ONCE = 1 << 22
+"""Documents whose hashes are compared at once, about: it bounds the memory."""
+SEEN = np.dtype([("hash", "<u8", 2), ("place", "<u8")])
+"""What is compared of a document, and where it stands among all."""
 ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 16, 1 << 20
 """Documents that are looked at, and bytes that a thread copies, at once."""
 
@@ -37,12 +41,9 @@ class Shards:
     parts: Sequence[str | None]
     val_split: float
 
-    def rows(self, number: int) -> np.ndarray:
-        """Return the documents of a shard, memory-mapped: [D] of :data:`DOCUMENT`."""
-        path = self.work / f"{stem(number)}.documents"
-        if not path.stat().st_size:
-            return np.zeros(0, dtype=DOCUMENT)
-        return np.memmap(path, dtype=DOCUMENT, mode="r")
+    def count(self, number: int) -> int:
+        """Return the number of documents of a shard."""
+        return (self.work / f"{stem(number)}.documents").stat().st_size // DOCUMENT.itemsize
 
     def blocks(self, number: int) -> Iterator[np.ndarray]:
         """Yield the documents of a shard, a bounded number at a time."""
@@ -63,26 +64,34 @@ def find_duplicates(shards: Shards) -> np.ndarray:
     """Return which documents were there before, in the order of the shards: [all documents] of bool.
 
     A document of the training files that is also in the corpus's own validation files is one, too. The hashes are
-    compared in as many passes as keep memory bounded.
+    dealt out to as many files as keep memory bounded when each is sorted.
     """
-    counts = [len(shards.rows(number)) for number in range(len(shards.parts))]
+    counts = [shards.count(number) for number in range(len(shards.parts))]
     total = sum(counts)
     # Validation files first: a text that is in both is kept there.
     order = sorted(range(len(counts)), key=lambda number: shards.parts[number] != "val")
     starts = np.cumsum([0, *counts])
     duplicate = np.zeros(total, dtype=bool)
-    passes = -(-total // AT_ONCE)
-    for turn in range(passes):
-        hashes, places = [], []
-        for number in order:
-            hash_ = shards.rows(number)["hash"]
-            mine = np.flatnonzero(hash_[:, 1] % np.uint64(passes) == turn)
-            hashes.append(hash_[mine])
-            places.append(starts[number] + mine)
-        hash_, place = np.concatenate(hashes), np.concatenate(places)
-        by_hash = np.lexsort((hash_[:, 0], hash_[:, 1]))  # stable: of equal ones the earliest comes first
-        equal = (hash_[by_hash[1:]] == hash_[by_hash[:-1]]).all(axis=1)
-        duplicate[place[by_hash[1:][equal]]] = True
+    files = -(-total // AT_ONCE)
+    with tempfile.TemporaryDirectory(prefix="hashes-", dir=shards.work) as folder:
+        paths = [Path(folder) / str(number) for number in range(files)]
+        with ExitStack() as stack:
+            targets = [stack.enter_context(open(path, "wb")) for path in paths]
+            for number in order:
+                place = starts[number]
+                for rows in shards.blocks(number):
+                    seen = np.empty(len(rows), dtype=SEEN)
+                    seen["hash"], seen["place"] = rows["hash"], np.arange(place, place + len(rows))
+                    dealt = rows["hash"][:, 1] % np.uint64(files)
+                    for turn, target in enumerate(targets):
+                        target.write(seen[dealt == turn].tobytes())
+                    place += len(rows)
+        for path in paths:
+            seen = np.fromfile(path, dtype=SEEN)
+            by_hash = np.lexsort((seen["hash"][:, 0], seen["hash"][:, 1]))  # stable: of equal ones the earliest first
+            hash_ = seen["hash"][by_hash]
+            equal = (hash_[1:] == hash_[:-1]).all(axis=1)
+            duplicate[seen["place"][by_hash[1:][equal]]] = True
     return duplicate
 
 
