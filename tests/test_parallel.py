@@ -77,7 +77,7 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
         load_trained(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
     ]
     assert [end.step for end in ends] == [20, 20]
-    # Not quite the same: the rate's course is planned for the number of updates that is asked for.
     whole, parts = (end.net.state_dict() for end in ends)
     assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert mmrec("generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be") == 0

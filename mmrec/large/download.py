@@ -27,7 +27,7 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     """Fetch files that are not there yet, and return their local paths.
 
     A file arrives as NAME.part, which a later call goes on with from its last byte (from its first, where the server
-    sends nothing but the whole), and gets its name once its size (and its sha256, where the server tells it) is right.
+    sends nothing but the whole). It gets its name once its size, and its sha256, where the server tells it, is right.
 
     Args:
         urls: of any file system that fsspec knows: https, hf, s3, gs.
