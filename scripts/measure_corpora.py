@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure the preparation of large corpora: readers against the libraries they use, workers, and memory.
 
-    python scripts/measure_corpora.py FOLDER [--megabytes 30] [--large 2000] [--dump enwiki.xml.bz2]
+    python scripts/measure_corpora.py FOLDER [--megabytes 30] [--small 100] [--large 2000] [--dump enwiki.xml.bz2]
 
 Real text (Python's help topics, and --text files) is repeated in the exact layouts of OpenWebText and C4. Speeds are
 in MB of text a second. Every pair is measured in turn, three times; the ratio is what tells, as machines are shared.
+Where FOLDER is in memory (as /dev/shm), no disk bounds the workers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import bz2
 import gzip
 import lzma
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -182,33 +185,52 @@ def write_shards(folder: Path, texts: Iterable[str], shards: int) -> int:
     return size
 
 
+def disk(folder: Path, size: int = 10**9) -> float:
+    """Return the MB a second at which a large file gets onto the disk of ``folder``."""
+    block, began = bytes(10**7), time.monotonic()
+    with open(folder / "disk", "wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / "disk").unlink()
+    return size / (time.monotonic() - began) / 1e6
+
+
+def workers(source: Path, size: int) -> None:
+    """Print what ``mmrec prepare`` does with one worker and with two, by both tokenizers."""
+    for name, *options in (["bytes"], ["bpe", "--vocab_size", "4096"]):
+        ran = {n: prepare(source, source.with_name("out"), n, "--tokenizer", name, *options) for n in (1, 2)}
+        (one, _), (two, _) = ran.values()
+        rates = ", ".join(f"{size / seconds / 1e6:.1f} MB/s with {n}" for n, (seconds, _) in ran.items())
+        largest = " and ".join(f"{memory / 2**20:.0f}" for _, memory in ran.values())
+        print(
+            f"prepare, {size / 1e6:,.0f} MB, {name}: {rates}, gain {one / two:.2f}; largest process {largest} MiB",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--megabytes", type=int, default=30)
+    parser.add_argument("--megabytes", type=int, default=30, help="of text for the readers; 0 leaves them out")
+    parser.add_argument("--small", type=int, default=100, help="megabytes of the small input; 0 leaves it out")
     parser.add_argument("--large", type=int, default=2000, help="megabytes of the large input; 0 leaves it out")
     parser.add_argument("--dump", type=Path)
     parser.add_argument("--text", type=Path, nargs="*", default=[])
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    texts = list(documents(asked.text, asked.megabytes * 10**6))
-    print(f"{'':<34}{'MB/s':>10}{'library':>10}{'ratio':>8}")
-    readers(asked.folder, texts, asked.dump)
-    tokenizers(texts[: len(texts) // 4])
-
-    size = write_shards(asked.folder / "small", documents(asked.text, 10**8), 16)
-    for options in (["--tokenizer", "bytes"], ["--tokenizer", "bpe", "--vocab_size", "4096"]):
-        seconds = {
-            workers: prepare(asked.folder / "small", asked.folder / "out", workers, *options)[0] for workers in (1, 2)
-        }
-        rates = ", ".join(f"{workers} workers {size / s / 1e6:.1f} MB/s" for workers, s in seconds.items())
-        print(f"prepare, {options[1]}: {rates}; gain {seconds[1] / seconds[2]:.2f}", flush=True)
-    if asked.large:
-        _, before = prepare(asked.folder / "small", asked.folder / "out", 2)
-        size = write_shards(asked.folder / "large", documents(asked.text, asked.large * 10**6), 16)
-        seconds, large = prepare(asked.folder / "large", asked.folder / "large-tokens", 2)
-        print(f"prepare, {size / 1e6:,.0f} MB: {seconds:.0f} s, {size / seconds / 1e6:.1f} MB/s")
-        print(f"largest process: {before / 2**20:.0f} MiB at 100 MB, {large / 2**20:.0f} MiB, {large / before:.3f}")
+    if asked.megabytes:
+        texts = list(documents(asked.text, asked.megabytes * 10**6))
+        print(f"{'':<34}{'MB/s':>10}{'library':>10}{'ratio':>8}")
+        readers(asked.folder, texts, asked.dump)
+        tokenizers(texts[: len(texts) // 4])
+    print(f"the disk writes {disk(asked.folder):,.0f} MB/s")
+    for name, megabytes in (("small", asked.small), ("large", asked.large)):
+        if megabytes:
+            size = write_shards(asked.folder / name, documents(asked.text, megabytes * 10**6), 16)
+            workers(asked.folder / name, size)
+            shutil.rmtree(asked.folder / name)
 
 
 if __name__ == "__main__":
