@@ -36,7 +36,9 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
             command()
         finally:
             sys.stdout.flush()  # here, where a failure can still be told
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not _interrupted(error):
+            raise
         print(f"\n{program}: stopped by Ctrl-C", file=sys.stderr)  # after the terminal's ^C
         return 128 + signal.SIGINT
     except BrokenPipeError:
@@ -54,6 +56,13 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
         return 0
     print(f"{program}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what a library met as it cleaned up after it (loguru a lock that was held)."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _close_output() -> None:
