@@ -148,6 +148,27 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read(shard)
 
 
+def test_parquet_without_rows_without_text_and_with_repeated_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+
+    def written(rows: list[object], kind: object) -> list[object]:
+        parquet.write_table(arrow.table({"text": arrow.array(rows, kind)}), path, row_group_size=5)
+        return list(read(Shard("parquet", str(path))))
+
+    assert written([], arrow.string()) == []
+    assert written([None] * 3, arrow.string()) == [Rejected("no text in text", f"row {n}") for n in (1, 2, 3)]
+    assert written([1, 2], arrow.int64()) == [Rejected("no text in text", f"row {n}") for n in (1, 2)]
+    repeated = ["ab", "abc" * 9] * 4
+    assert written([*repeated], arrow.string()) == repeated
+    monkeypatch.setattr("mmrec.large.readers.LONGEST", 20)  # the groups with the longer one are read by reference
+    found = written([*repeated], arrow.string())
+    assert found[::2] == repeated[::2]
+    assert found[1::2] == [Rejected("longer than 32 MiB", f"row {n}") for n in (2, 4, 6, 8)]
+
+
 def test_a_parquet_file_of_one_row_group_is_read_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default pyarrow fetches the whole column of a row group: of all the file here."""
     arrow = pytest.importorskip("pyarrow")

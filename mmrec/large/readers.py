@@ -68,21 +68,33 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
                 f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
             )
         packed = file.seek(0, 2)
-        # By default whole columns of a row group are fetched at once: a file may be one row group. Repeated texts
-        # stay references to one until each is looked at.
-        table = parquet.ParquetFile(file, buffer_size=PIECE, pre_buffer=False, read_dictionary=[field])
+        # By default whole columns of a row group are fetched at once: a file may be one row group.
+        bounded = {"buffer_size": PIECE, "pre_buffer": False}
+        table = parquet.ParquetFile(file, **bounded)
         check_expansion(sum(table.metadata.row_group(g).total_byte_size for g in range(table.num_row_groups)), packed)
+        # The same with repeated texts as references to one: slow, as every batch has its own copy of that one.
+        referring = parquet.ParquetFile(file, **bounded, read_dictionary=[field])
         row = size = 0
-        for batch in table.iter_batches(batch_size=ROWS, columns=[field], use_threads=False):
-            for value in batch.column(0):
-                row += 1
-                text = value.as_py()
-                size += len(text) if isinstance(text, str) else 0
-                check_expansion(size, packed)
-                if isinstance(text, str) and len(text) > LONGEST:
-                    yield Rejected("longer than 32 MiB", f"row {row}")
-                else:
-                    yield _field({field: text}, field, f"row {row}")
+        for group in range(table.num_row_groups):
+            source = referring if _longest_repeated(referring, group, field) > LONGEST else table
+            for batch in source.iter_batches(ROWS, row_groups=[group], columns=[field], use_threads=False):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    size += len(text) if isinstance(text, str) else 0
+                    check_expansion(size, packed)
+                    if isinstance(text, str) and len(text) > LONGEST:
+                        yield Rejected("longer than 32 MiB", f"row {row}")
+                    else:
+                        yield _field({field: text}, field, f"row {row}")
+
+
+def _longest_repeated(table: Any, group: int, field: str) -> int:
+    """Return the bytes of the longest text that rows of a row group refer to: each of a batch may be that one."""
+    compute = module("pyarrow.compute")
+    batch = next(table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False), None)
+    texts = None if batch is None else getattr(batch.column(0), "dictionary", None)
+    return 0 if texts is None else compute.max(compute.binary_length(texts)).as_py() or 0
 
 
 def read_tfrecord(shard: Shard, field: str) -> Iterator[Record]:
