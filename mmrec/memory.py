@@ -100,4 +100,3 @@ def _tensors(memory: Memory) -> dict[str, Tensor]:
     for number, (past, inner) in enumerate(memory.state):
         tensors |= {f"{number}.past": past.contiguous(), f"{number}.memory": inner.contiguous()}
     return tensors
-

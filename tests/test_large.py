@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
+from mmrec.large import work
 from mmrec.large.merge import Shards
 from mmrec.large.records import Rejected
 from mmrec.large.shards import Shard
@@ -95,6 +96,17 @@ def test_the_result_does_not_depend_on_the_workers(
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
+
+
+def test_a_worker_loads_the_tokenizer_once(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one loaded leaves 4 MiB behind for good: thousands of shards would outgrow any memory."""
+    loaded: list[Any] = []
+    load = work.load_tokenizer
+    monkeypatch.setattr(work, "load_tokenizer", lambda state: loaded.append(state) or load(state))
+    folder = make_folder(tmp_path / "texts")
+    options = ["--tokenizer", "bpe", "--vocab_size", "300", "--workers", "1"]
+    assert mmrec("prepare", str(folder), "--output_dir", "out", *options) == 0
+    assert len(loaded) == 1
 
 
 def test_tokens_that_are_gone_before_they_are_put_together(

@@ -46,4 +46,3 @@ def _separator(tokenizer: Tokenizer) -> dict[str, int]:
     are what the name is decoded to.
     """
     return {} if tokenizer.separator is None else {SEPARATOR_BYTES.decode(): tokenizer.separator}
-

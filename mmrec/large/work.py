@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,13 @@ def do_shard(work: Path, number: int) -> None:
 
 
 def _tokenizer(work: Path) -> Tokenizer:
-    return load_tokenizer(read_json(work / "tokenizer.json"))
+    return _tokenizer_of((work / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_of(state: str) -> Tokenizer:
+    """Return the tokenizer of ``state``, JSON: one for all shards of a process, as the library keeps what it took."""
+    return load_tokenizer(json.loads(state))
 
 
 def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> dict[str, Any]:

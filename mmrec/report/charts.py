@@ -128,9 +128,7 @@ def spread_chart(rows: Mapping[str, Sequence[tuple[float, float, float]]], x: st
     for number, (name, row) in enumerate(rows.items()):
         base, most = frame.y(number + 1), max(count for *_, count in row)
         frame.add('<path class="grid" d="M{} {:.1f}H{}"/>', left, base, WIDTH - RIGHT)
-        frame.add(
-            '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>', left - 8, base - step / 3, name
-        )
+        frame.add('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>', left - 8, base - step / 3, name)
         for lower, upper, count in row:
             tall = (step - 5) * count / most
             form = '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'

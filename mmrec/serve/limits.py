@@ -37,9 +37,7 @@ class Limits:
         for field in fields(self):
             least = 0 if field.name == "waiting" else 1
             if getattr(self, field.name) < least:
-                raise UserError(
-                    f"--limits.{field.name} is {getattr(self, field.name)}; it must be at least {least}"
-                )
+                raise UserError(f"--limits.{field.name} is {getattr(self, field.name)}; it must be at least {least}")
 
 
 DEFAULT = Limits()
