@@ -23,7 +23,7 @@ AT_ONCE = 1 << 22
 """Documents whose hashes are compared at once, about: it bounds the memory."""
 SEEN = np.dtype([("hash", "<u8", 2), ("place", "<u8")])
 """What is compared of a document, and where it stands among all."""
-ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 16, 1 << 20
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 13, 1 << 20
 """Documents that are looked at, and bytes that a thread copies, at once."""
 
 
