@@ -109,6 +109,38 @@ def test_a_worker_loads_the_tokenizer_once(mmrec: Command, tmp_path: Path, monke
     assert len(loaded) == 1
 
 
+def test_a_worker_reads_the_plan_once(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names every file: read for each of them, a folder of 10,000 took minutes, and one of 100,000 hours."""
+    read: list[Path] = []
+    read_json = work.read_json
+    monkeypatch.setattr(work, "read_json", lambda path: read.append(path) or read_json(path))
+    folder = make_folder(tmp_path / "texts")
+    assert mmrec("prepare", str(folder), "--output_dir", "out", "--workers", "1") == 0
+    assert [path.name for path in read] == [work.PLAN]
+
+
+def test_more_files_than_tasks(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "texts")
+    with monkeypatch.context() as patched:
+        patched.setattr("mmrec.large.engines.TASKS_OF_A_WORKER", 2)
+        assert mmrec("prepare", str(folder), "--output_dir", "few", "--workers", "1") == 0
+    assert mmrec("prepare", str(folder), "--output_dir", "many", "--workers", "1") == 0
+    assert tokens_of(Path("few")) == tokens_of(Path("many"))
+
+
+def test_names_that_are_not_utf_8(mmrec: Command, tmp_path: Path) -> None:
+    """As old archives have them: what counts is the text inside."""
+    folder = tmp_path / "mine"
+    write_json_lines(folder / "a.jsonl", texts(5))
+    name = os.fsencode(folder) + b"/caf\xe9.jsonl"
+    with open(name, "wb") as file:
+        file.write(b'{"text": "One more."}\n{broken\n')
+    assert mmrec("prepare", "mine", "--output_dir", "out", "--workers", "1") == 0
+    assert open_tokens(Path("out")).manifest["rejected"] == {"not JSON": 1}
+    (line,) = Path("out/rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert os.fsencode(json.loads(line)["file"]).endswith(b"/caf\xe9.jsonl")
+
+
 def test_tokens_that_are_gone_before_they_are_put_together(
     mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

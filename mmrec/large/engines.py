@@ -18,6 +18,8 @@ from mmrec.large.records import module
 from mmrec.large.work import do_shard, read_json, stem
 
 ENGINES = ("local", "ray", "slurm")
+TASKS_OF_A_WORKER = 64
+"""Of this machine, where there are more shards: enough that all workers end at about the same time."""
 
 
 class Tokenize:
@@ -84,7 +86,8 @@ def missing_shards(work: Path, shards: int) -> list[int]:
 
 def _run_local(common: dict[str, Any], tasks: int, workers: int, options: dict[str, str]) -> None:
     executor = module("datatrove.executor.local").LocalPipelineExecutor
-    executor(**common, tasks=tasks, workers=workers).run()
+    # A task costs as much as a small file, so that many of these are a task.
+    executor(**common, tasks=min(tasks, TASKS_OF_A_WORKER * workers), workers=workers).run()
 
 
 def _run_ray(common: dict[str, Any], tasks: int, workers: int, options: dict[str, str]) -> None:

@@ -33,7 +33,8 @@ PLAN = "plan.json"
 def write_json(path: Path, value: Any) -> None:
     """Write ``value``, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    # In ASCII: the name of a file may be bytes that are not UTF-8, which only an escape can spell.
+    temporary.write_text(json.dumps(value), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -73,7 +74,7 @@ def do_shard(work: Path, number: int) -> None:
     if done.exists():
         return
     failed.unlink(missing_ok=True)
-    plan = read_json(work / PLAN)
+    plan = _plan(work)
     try:
         counts = tokenize(Shard(**plan["shards"][number]), plan["text_field"], _tokenizer(work), work / stem(number))
     except UserError as error:
@@ -83,6 +84,16 @@ def do_shard(work: Path, number: int) -> None:
         write_json(failed, f"{error.filename or work}: {error.strerror or error}")
         return
     write_json(done, counts)
+
+
+def _plan(work: Path) -> Any:
+    return _plan_of(work, (work / PLAN).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _plan_of(work: Path, written: int) -> Any:
+    """Return the plan that was written at that time: once a process, as it names every shard that there is."""
+    return read_json(work / PLAN)
 
 
 def _tokenizer(work: Path) -> Tokenizer:
