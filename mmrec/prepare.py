@@ -85,6 +85,9 @@ def prepare(
             folder = output_dir or Path("data") / _name_of(corpus or paths[0])
             if verify:
                 return _verified(folder)
+            for option, value, usual in (("encoding", encoding, "utf-8"), ("glob", glob, "*.txt")):
+                if value != usual:
+                    raise UserError(f"--{option} is for --input_file and --input_dir; other texts are read as UTF-8")
             _check_split(val_split)
             _check_target(folder, force)
             from mmrec.large.prepare import prepare_large

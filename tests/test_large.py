@@ -231,6 +231,8 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["a.jsonl", "--engine", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),
         (["s4://bucket/x"], "cannot be reached: Protocol not known"),
+        (["a.jsonl", "--encoding", "latin-1"], "--encoding is for --input_file and --input_dir"),
+        (["a.jsonl", "--glob", "*.md"], "--glob is for --input_file and --input_dir"),
         (["c4"], "or get c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files elsewhere: mmrec"),
     ],
 )
@@ -252,6 +254,24 @@ def test_bad_requests(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not Path("out").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not left out without a word."""
+    write_json_lines(tmp_path / "mine" / "a.jsonl", texts(5))
+    write_json_lines(tmp_path / "mine" / "private" / "b.jsonl", texts(5))
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if os.fspath(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert mmrec("prepare", "mine", "--output_dir", "out") == 2
+    assert "mine/private: cannot be read: Permission denied" in capsys.readouterr().err
 
 
 def test_documents_that_are_no_text_are_set_aside(tmp_path: Path) -> None:

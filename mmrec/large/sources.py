@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -163,9 +164,16 @@ def _files_below(path: str) -> list[str]:
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
         return sorted(f"{scheme}://{name}" for name in found)
-    root = Path(path)
-    inside = (file.relative_to(root) for file in root.rglob("*") if file.is_file())
-    return sorted(str(root / file) for file in inside if not any(part.startswith(".") for part in file.parts))
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    names: list[str] = []
+    for parent, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = (Path(parent, name) for name in files if not name.startswith("."))
+        names.extend(str(file) for file in inside if file.is_file())
+    return sorted(names)
 
 
 def _remote(path: str, ask: Callable[..., Any]) -> Any:
