@@ -134,6 +134,28 @@ def test_text_files_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(piece.endswith("\n") for piece in pieces)
 
 
+def test_a_long_line_is_cut_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Chinese text often comes: a cut inside a character made the whole piece no text."""
+    monkeypatch.setattr("mmrec.large.readers.PIECE", 100)
+    monkeypatch.setattr("mmrec.large.readers.LONGEST", 100)
+    path = tmp_path / "a.txt"
+    for text in ("a" * first + letter * 400 for first in range(4) for letter in ("ö", "春", "\U0001f600")):
+        path.write_text(text, encoding="utf-8")
+        pieces = read(Shard("text", str(path)))
+        assert len(pieces) > 3
+        assert "".join(map(str, pieces)) == text
+    path.write_bytes(b"a" * 150 + b"\xf0\x9f")
+    assert read(Shard("text", str(path))) == [Rejected("not UTF-8", "byte 0")]
+    path.write_bytes(b"a" * 198 + b"\xf0\x9f")
+    assert read(Shard("text", str(path))) == ["a" * 198, Rejected("not UTF-8", "byte 198")]
+
+
+def test_json_lines_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert read(Shard("jsonl", str(path))) == ["one", "two"]
+
+
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "a.parquet", [*texts(), None])
     shard = Shard("parquet", str(tmp_path / "a.parquet"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -31,12 +32,20 @@ ROWS = 8
 
 
 def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
-    """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends."""
+    """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends.
+
+    A line of more than :data:`LONGEST` bytes is cut between two characters.
+    """
     with open_shard(shard.path) as file:
-        start = 0
-        while data := file.read(PIECE):
-            if len(data) == PIECE:
-                data += file.readline(LONGEST)
+        start, half = 0, b""
+        while data := half + file.read(PIECE):
+            half = b""
+            if len(data) >= PIECE:
+                rest = file.readline(LONGEST)
+                data += rest
+                if len(rest) == LONGEST:
+                    end = _whole_characters(data)
+                    data, half = data[:end], data[end:]
             yield _decoded(data, f"byte {start}")
             start += len(data)
 
@@ -51,7 +60,7 @@ def read_json_lines(shard: Shard, field: str) -> Iterator[Record]:
                 yield Rejected("longer than 32 MiB", where)
             elif line.strip():
                 try:
-                    record = loads(line)
+                    record = loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
                 except ValueError:
                     yield Rejected("not JSON", where)
                     continue
@@ -204,6 +213,16 @@ def _skip(file: IO[bytes], size: int) -> None:
 def _field(record: Any, field: str, where: str) -> Record:
     value = record.get(field) if isinstance(record, dict) else None
     return value if isinstance(value, str) else Rejected(f"no text in {field}", where)
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return how much of ``data``, UTF-8, stands before a character at its end whose last bytes are missing."""
+    for back in (1, 2, 3):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # a character begins with it
+            size = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+            return len(data) - back if size > back else len(data)
+    return len(data)
 
 
 def _decoded(data: bytes, where: str) -> Record:
