@@ -22,26 +22,23 @@ from mmrec.metrics import ScoreByPosition, TextScore
 from mmrec.model import MemoryLM
 from mmrec.runs import CheckpointOptions
 from mmrec.text_files import is_unicode
-from mmrec.tokenizers import token_lengths
+from mmrec.tokenizers import PIECE, last_cut, token_lengths
 
 CHUNK = 2048
 """Tokens that are read at a time."""
-PIECE = 1 << 20
-"""Characters that are tokenized at a time."""
 
 
 def pieces(file: IO[str], size: int = PIECE) -> Iterator[str]:
     """Yield a text piece by piece; joined tokens of the pieces are those of the whole.
 
-    A piece ends before a line end that no white space stands before, where every tokenizer cuts anyway.
+    A piece ends before white space, where every tokenizer cuts anyway; where there is none for long, anywhere.
     """
     held = ""
     while block := file.read(size):
+        begin = max(0, len(held) - 2)  # before it no cut was found; a line end may lie across it
         held += block
-        cut = held.rfind("\n", 1)
-        while cut > 0 and held[cut - 1].isspace():
-            cut = held.rfind("\n", 1, cut)
-        if cut > 0:
+        cut = last_cut(held, begin, len(held))
+        if cut > begin:
             yield held[:cut]
             held = held[cut:]
         elif len(held) > 64 * size:
@@ -84,12 +81,15 @@ def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple
 
 @contextmanager
 def opened(path: str) -> Iterator[tuple[IO[str], int | None]]:
-    """Open a text file, or standard input for "-"; yield it and its bytes, where they are known."""
+    """Open a text file, or standard input for "-"; yield it and its bytes, where they are known.
+
+    A byte order mark is left out, as where texts are prepared.
+    """
     if path == "-":
-        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline=""), None
+        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline=""), None
         return
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             yield file, Path(path).stat().st_size
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -135,6 +135,8 @@ def read(
         save: the file to write.
         memory: go on from what was read before.
     """
+    if not save.absolute().parent.is_dir():  # found out now, not after hours of reading
+        raise UserError(f"{save}: cannot be written: there is no folder {save.parent}")
     trained, model, reached = _start(checkpoint, memory)
     for tokens in tokens_of(trained, file):
         for _, after in read_on(trained.net, tokens, reached):

@@ -14,6 +14,8 @@ import numpy as np
 from mmrec.errors import UserError
 
 DEFAULT_BPE_VOCABULARY = 4096
+PIECE = 1 << 20
+"""Characters that are tokenized at a time."""
 SEPARATOR_BYTES = b"\n\n"
 """What the separator of documents stands for, in text that is written and where bytes are counted."""
 
@@ -63,16 +65,19 @@ class CharacterTokenizer(Tokenizer):
         self._points = _code_points(self.alphabet)
 
     def encode(self, text: str) -> np.ndarray:
-        points = _code_points(text)
-        tokens = np.searchsorted(self._points, points)
-        known = self._points[np.minimum(tokens, self.vocab_size - 1)] == points
-        if not known.all():
-            where = int(np.argmin(known))
-            raise UserError(
-                f"the character {text[where]!r} (number {where + 1} of the text) is not in the alphabet of the "
-                f"{self.vocab_size} characters that the model was trained on; leave it out, or train with bytes"
-            )
-        return tokens.astype(self.dtype)
+        tokens = np.empty(len(text), dtype=self.dtype)
+        for start in range(0, len(text), PIECE):  # what is looked up takes many times the room of the text
+            points = _code_points(text[start : start + PIECE])
+            found = np.searchsorted(self._points, points)
+            known = self._points[np.minimum(found, self.vocab_size - 1)] == points
+            if not known.all():
+                where = start + int(np.argmin(known))
+                raise UserError(
+                    f"the character {text[where]!r} (number {where + 1} of the text) is not in the alphabet of the "
+                    f"{self.vocab_size} characters that the model was trained on; leave it out, or train with bytes"
+                )
+            tokens[start : start + PIECE] = found
+        return tokens
 
     def token_bytes(self, token: int) -> bytes:
         return self.alphabet[token].encode("utf-8", errors="surrogatepass")
@@ -104,8 +109,6 @@ class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's byte alphabet), of HF ``tokenizers``."""
 
     name = "bpe"
-    # Text is handed over in pieces: the library holds many times its input in memory.
-    PIECE = 1 << 20
 
     def __init__(self, model: str, documents: bool = False) -> None:
         from tokenizers import Tokenizer as HFTokenizer
@@ -147,11 +150,12 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
         several = [texts] if isinstance(texts, str) else texts
-        tokenizer.train_from_iterator((piece for text in several for piece in _pieces(text, cls.PIECE)), trainer)
+        tokenizer.train_from_iterator((piece for text in several for piece in _pieces(text)), trainer)
         return cls(tokenizer.to_str(), documents)
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [self._ids(piece) for piece in _pieces(text, self.PIECE)]
+        # In pieces: the library holds many times its input in memory.
+        parts = [self._ids(piece) for piece in _pieces(text)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
 
     def _ids(self, piece: str) -> np.ndarray:
@@ -247,19 +251,31 @@ def byte_alphabet() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def _pieces(text: str, size: int) -> Iterable[str]:
-    """Cut ``text`` into pieces of about ``size`` characters that encode to the same tokens as the whole.
+def last_cut(text: str, start: int, end: int) -> int:
+    """Return the last place between ``start`` and ``end`` where ``text`` may be cut; ``start`` where there is none.
 
-    GPT-2's rule for words never joins a line end to a word before it, but it does join white space: a cut is
-    right between the two.
+    GPT-2's rule for words joins no white space to a word before it, but it does join white space: a cut is right
+    before the first of several. Line ends, of either kind, are looked for first.
+    """
+    for mark in ("\n", " "):
+        cut = text.rfind(mark, start + 1, end)
+        while cut > start:
+            cut -= text[cut - 1] == "\r"
+            if cut > start and not text[cut - 1].isspace():
+                return cut
+            cut = text.rfind(mark, start + 1, cut)
+    return start
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """Cut ``text`` into pieces of about :data:`PIECE` characters that encode to the same tokens as the whole.
+
+    Where so many have no white space among them, the cut is anywhere.
     """
     start = 0
     while start < len(text):
-        end = min(start + size, len(text))
-        if end < len(text):
-            cut = text.rfind("\n", start + 1, end)
-            while cut > 0 and text[cut - 1].isspace():
-                cut = text.rfind("\n", start + 1, cut)
-            end = cut if cut > 0 else end
+        end = min(start + PIECE, len(text))
+        if end < len(text) and (cut := last_cut(text, start, end)) > start:
+            end = cut
         yield text[start:end]
         start = end

@@ -79,8 +79,10 @@ def test_the_hash_tells_models_apart() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 10_000])
-def test_pieces_have_the_tokens_of_the_whole(size: int) -> None:
+@pytest.mark.parametrize("ends", ["\n", "\r\n", " "])
+def test_pieces_have_the_tokens_of_the_whole(size: int, ends: str) -> None:
     text = "To be, or\n\n not to be:\r\n\tthat\nis  \n \n the question.\nWhether 'tis\n" * 20
+    text = text.replace("\r", "").replace("\n", ends) if ends != "\n" else text
     tokenizer = BPETokenizer.train(text, 300)
     parts = list(pieces(io.StringIO(text, newline=""), size))
     assert "".join(parts) == text
@@ -163,6 +165,13 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
     assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
 
 
+def test_a_byte_order_mark_is_not_read(mmrec: Command, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As some editors write one: the alphabet of a prepared text has none either."""
+    Path("marked.txt").write_text("to be", encoding="utf-8-sig")
+    assert mmrec("read", "marked.txt", "--save", "x.mem") == 0
+    assert "5 tokens read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -170,6 +179,7 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
         (["read", "empty.txt", "--save", "x.mem"], "empty.txt: is empty"),
         (["read", "latin.txt", "--save", "x.mem"], "latin.txt: is not UTF-8 text"),
         (["read", "one.txt", "--save", "no/x.mem"], "no/x.mem: cannot be written"),
+        (["read", "greek.txt", "--save", "no/x.mem"], "no/x.mem: cannot be written: there is no folder no"),
         (["read", "greek.txt", "--save", "x.mem"], "is not in the alphabet"),
         (["score", "one.txt"], "a single token, which nothing predicts"),
         (["generate", "--memory", "nothing.mem"], "nothing.mem: no such file"),

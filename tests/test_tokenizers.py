@@ -79,10 +79,19 @@ def test_bpe_learns_from_the_training_part_alone() -> None:
     assert len(BPE.encode(TEXT)) < len(TEXT.encode()) / 2
 
 
-def test_bpe_of_a_long_text_does_not_depend_on_where_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = BPE.encode(TEXT)
-    monkeypatch.setattr(BPETokenizer, "PIECE", 100)
-    np.testing.assert_array_equal(BPE.encode(TEXT), whole)
+LINES = TEXT.replace("\r", "")
+
+
+@pytest.mark.parametrize("text", [TEXT, LINES.replace("\n", "\r\n"), " ".join(LINES.split()), "\r\n \n\n x" * 100])
+def test_a_long_text_has_the_same_tokens_wherever_it_is_cut(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With line ends of either kind, and with none at all."""
+    tokenizers = (BPE, CharacterTokenizer(text))
+    whole = [tokenizer.encode(text) for tokenizer in tokenizers]
+    monkeypatch.setattr("mmrec.tokenizers.PIECE", 100)
+    for tokenizer, tokens in zip(tokenizers, whole, strict=True):
+        np.testing.assert_array_equal(tokenizer.encode(text), tokens)
+    with pytest.raises(UserError, match=rf"'\u2026' \(number {len(text) + 1} of"):
+        tokenizers[1].encode(f"{text}\u2026")
 
 
 def test_tokens_take_two_bytes_where_that_is_enough() -> None:
