@@ -88,6 +88,8 @@ def prepare(
             for option, value, usual in (("encoding", encoding, "utf-8"), ("glob", glob, "*.txt")):
                 if value != usual:
                     raise UserError(f"--{option} is for --input_file and --input_dir; other texts are read as UTF-8")
+            if mirror is not None:
+                raise UserError("--mirror is for the small corpora; for a large one, name the files that you have")
             _check_split(val_split)
             _check_target(folder, force)
             from mmrec.large.prepare import prepare_large
@@ -106,6 +108,13 @@ def prepare(
                 slurm or {},
                 force,
             )
+    by_shards = {"text_field": text_field != "text", "drop_duplicates": drop_duplicates, "engine": engine != "local"}
+    asked = [option for option, given in (by_shards | {"slurm": bool(slurm)}).items() if given]
+    if asked:
+        raise UserError(
+            f"--{asked[0]} is for large corpora, and for folders and files of many documents that are named without "
+            f"--input_file or --input_dir: mmrec prepare FOLDER"
+        )
     if paths:
         raise UserError(f"{paths[0]}: the corpus {corpus!r} takes no files of yours")
     name = _corpus_name(corpus, input_file, input_dir)

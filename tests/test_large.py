@@ -232,6 +232,10 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),
         (["s4://bucket/x"], "cannot be reached: Protocol not known"),
         (["a.jsonl", "--encoding", "latin-1"], "--encoding is for --input_file and --input_dir"),
+        (["a.jsonl", "--mirror", "there"], "--mirror is for the small corpora"),
+        (["--input_dir", ".", "--drop_duplicates"], "--drop_duplicates is for large corpora"),
+        (["b.txt", "--text_field", "body"], "--text_field is for large corpora"),
+        (["sample", "--engine", "ray"], "--engine is for large corpora"),
         (["a.jsonl", "--glob", "*.md"], "--glob is for --input_file and --input_dir"),
         (["c4"], "or get c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files elsewhere: mmrec"),
     ],
@@ -248,6 +252,7 @@ def test_bad_requests(
     c4 = dataclasses.replace(SOURCES["c4"], url="http://127.0.0.1:9/c4")  # no network
     monkeypatch.setitem(SOURCES, "c4", c4)
     write_json_lines(tmp_path / "a.jsonl", texts(5))
+    (tmp_path / "b.txt").write_text("one text\n")
     (tmp_path / "empty").mkdir()
     assert mmrec("prepare", *args, "--output_dir", "out") == 2
     error = capsys.readouterr().err
