@@ -54,8 +54,8 @@ def prepare(
         val_split: share of the text that validates. If left out: 0.2 under 1 MB, 0.05 from 1 GB on, else 0.1.
         tokenizer: characters, bytes or bpe; or the path of one that is there already: a token folder, a
             tokenizer.json (also GPT-2's), or a model that mmrec export wrote as safetensors. If left out: characters
-            for Shakespeare, bytes for other text.
-        vocab_size: number of tokens, for bpe only; 4096 if left out.
+            for Shakespeare, bpe for openwebtext, wikipedia and c4, bytes for other text.
+        vocab_size: number of tokens, for bpe only; if left out 4096, or 32768 for a large corpus.
         encoding: of the input files.
         glob: names of the files that count, for --input_dir.
         mirror: folder or URL that holds the corpus's file, used instead of the internet.
