@@ -15,6 +15,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from mmrec import runs, slurm
@@ -211,14 +212,38 @@ class TextCLI(LightningCLI):
         if not _sharded(config["strategy"]):
             go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
             config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.damaged)]
-        return super().instantiate_trainer(**kwargs)
+        for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
+            if isinstance(config[name], int | float) and config[name] <= 0:
+                raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+            gpu = config["accelerator"] in ("gpu", "cuda")
+            advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
+            raise UserError(f"--trainer options that cannot be had here: {error}{advice}") from None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         self.datamodule.evaluation = self.evaluation
+        if subcommand == "fit":
+            self._check_interval()
         if subcommand == "fit" and _is_first():  # not before all that was given is known to be good
             self.held.callback(runs.lock_run(self.root, self.run).release)
         return kwargs | {"ckpt_path": self.ckpt}
+
+    def _check_interval(self) -> None:
+        """Refuse a validation that would never come, before the run has a folder."""
+        every, limit = self.trainer.val_check_interval, self.trainer.limit_train_batches
+        if self.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
+            return
+        self.datamodule.trainer = self.trainer  # which knows the number of processes
+        batches = self.datamodule.batches_per_epoch()
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if every > batches:
+            raise UserError(
+                f"trainer.val_check_interval is {every}, and an epoch has {batches} batches; give no more, or "
+                "--trainer.check_val_every_n_epoch null to count on through the epochs"
+            )
 
     def after_validate(self) -> None:
         self._print_score("val", "validation")

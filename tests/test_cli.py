@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, Figure
 from helpers import assert_same_training, fit, last, losses
+from lightning.pytorch.accelerators import CUDAAccelerator
 
 from mmrec.checkpoint import load_trained
 from mmrec.module import TextModule
@@ -263,6 +264,13 @@ BAD = {
     "no data": (["fit", "--data.corpus=file"], "needs --input_file"),
     "no such data": (["fit", "--config=tiny", "--data.data_dir=x"], "x: no such folder"),
     "nothing to generate with": (["generate"], "no run with a checkpoint"),
+    "no such accelerator": (["fit", "--config=corpus/sample", "--trainer.accelerator=abacus"], "'abacus'"),
+    "wrong devices": (
+        ["fit", "--config=corpus/sample", "--trainer.accelerator=cpu", "--trainer.devices=x"],
+        "int > 0",
+    ),
+    "no validation": (["fit", "--config=corpus/sample", "--trainer.val_check_interval=0"], "val_check_interval is 0"),
+    "validation too late": (["fit", "--config=corpus/sample", "--trainer.val_check_interval=9999"], "an epoch has"),
     "wrong top_p": (["generate", "--top_p=0"], "--top_p is 0"),
 }
 
@@ -277,6 +285,18 @@ def test_bad_input(case: str, mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     assert error.count("\n") == 1
     left = {p.name for p in tmp_path.iterdir()}
     assert left <= {"data"}  # the sample corpus, prepared before the model was found wrong
+
+
+@pytest.mark.parametrize("config", ["gpu", "ddp", "fsdp"])
+def test_without_a_gpu(
+    config: str, mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
+    assert mmrec("fit", f"--config=trainer/{config}", f"--data.data_dir={prepared}") == 2
+    error = capsys.readouterr().err
+    assert "without a GPU leave trainer/gpu" in error
+    assert error.count("\n") == 1
+    assert not Path("lightning_logs").exists()
 
 
 def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
