@@ -169,7 +169,7 @@ class LastCheckpoint(ModelCheckpoint):
         # complete, and a run that is given more steps would go on from a wrong place.
         ending = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step
         stop = not trainer.fit_loop._should_accumulate() and self._agreed_signal(trainer)
-        if ending or stop:
+        if (ending or stop) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)
         if stop:
             if stop == REQUEUE_SIGNAL and trainer.is_global_zero:
@@ -191,7 +191,8 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         # Gradients that are still being accumulated are in no checkpoint: the update is awaited.
         accumulating = trainer.fit_loop._should_accumulate()
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not accumulating:
+        trying_out = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and not trying_out and not accumulating:
             trainer.save_checkpoint(self.path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,7 +286,7 @@ class Throughput(Callback):
     ) -> None:
         self._seconds += time.perf_counter() - self._start
         self._tokens += batch.inputs.numel() * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
             pl_module.log("train/tokens_per_second", self._tokens / self._seconds, prog_bar=True)
             self._tokens, self._seconds = 0, 0.0
 

@@ -146,11 +146,16 @@ class TextData(LightningDataModule):
         }
 
     def batches_per_epoch(self) -> int:
-        """Return the number of training batches of an epoch, on each process."""
-        return len(self._stream())
+        """Return the number of training batches of an epoch of the trainer, on each process."""
+        batches = len(self._stream())
+        limit = None if self.trainer is None else self.trainer.limit_train_batches
+        if limit is None:
+            return batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def train_dataloader(self) -> RowLoader:
-        return RowLoader(self._stream())
+        overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return RowLoader(self._stream(), self.batches_per_epoch() if overfit else None)
 
     def val_dataloader(self) -> TextLoader | WindowLoader:
         at_once = self.batch_size * self.seq_len

@@ -16,6 +16,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from mmrec import __version__
 from mmrec.errors import one_line
@@ -52,7 +53,14 @@ class History(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         whole = not trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        self._end(trainer, "reached its end" if whole else "stopped early: the validation loss no longer fell")
+        reasons = [callback.stopping_reason for callback in trainer.early_stopping_callbacks]
+        if whole:
+            how = "reached its end"
+        elif EarlyStoppingReason.PATIENCE_EXHAUSTED in reasons:
+            how = "stopped early: the validation loss no longer fell"
+        else:
+            how = "stopped early, as its options say"  # its time was up, or the loss low enough
+        self._end(trainer, how)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end(trainer, one_line(str(exception) or type(exception).__name__))

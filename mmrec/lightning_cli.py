@@ -35,7 +35,7 @@ from mmrec.callbacks import (
 )
 from mmrec.checkpoint import KEY, PROGRESS_KEY, read_checkpoint, whole_checkpoint
 from mmrec.data import Evaluation, TextData
-from mmrec.errors import UserError
+from mmrec.errors import UserError, one_line
 from mmrec.history import History
 from mmrec.module import TextModule
 from mmrec.parsing import given, parse_error, resolve_configs
@@ -74,18 +74,24 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
         self.folder = folder
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning would save here, before the checkpoint has been compared with what was asked for."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            target = self.folder / runs.CONFIG
-            staged = target.with_name(f".{target.name}.part")
-            try:  # whole or not at all, as a run is gone on with by what stands there
-                self.parser.save(self.config, staged, skip_none=False, overwrite=True)
-                with open(staged, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(staged, target)
-            except OSError as error:
-                raise UserError(f"{target}: cannot be written: {error.strerror}") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self.folder / runs.CONFIG
+        staged = target.with_name(f".{target.name}.part")
+        try:  # whole or not at all, as a run is gone on with by what stands there
+            self.parser.save(self.config, staged, skip_none=False, overwrite=True)
+            with open(staged, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(staged, target)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from error
 
 
 class TextCLI(LightningCLI):
@@ -157,9 +163,12 @@ class TextCLI(LightningCLI):
         self.root = Path(config.trainer.default_root_dir or ".")
         which, name = config.get("ckpt_path"), config.get("run")
         fit = self.subcommand == "fit"
+        asked_for = name
+        if name is not None and (Path(name).name != name or name == ".."):
+            raise UserError(f"--run is {name!r}; it must be the name of a folder, not a path")
         if fit and name is None and slurm.requeues():
             name = f"slurm_{slurm.job()}"  # the same name when the job is queued again
-        if fit and which is None and slurm.restarted() and name in runs.runs(self.root):
+        if fit and slurm.restarted() and name in runs.runs(self.root):
             which = runs.LAST
         self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
         self.damaged: Path | None = None
@@ -171,19 +180,24 @@ class TextCLI(LightningCLI):
                     f"--init_from"
                 )
             self.damaged = asked.absolute() if self.ckpt != asked else None
-            inside = self.ckpt.resolve().is_relative_to((self.root / runs.LOGS).resolve())
-            self.run = self.ckpt.parent.parent.name if inside else name or runs.new_run(self.root)
+            own = runs.run_of(self.root, self.ckpt)
+            self.run = asked_for or own or name or runs.new_run(self.root)
+            if fit and self.run != own:
+                self._refuse_to_replace(self.run)
         elif fit:
-            if name is not None and name in runs.runs(self.root):
-                raise UserError(
-                    f"the run {name!r} is there already; go on with it by --ckpt_path last, or choose another --run"
-                )
             self.run = name or runs.new_run(self.root)
+            self._refuse_to_replace(self.run)
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
         init = config.get("init_from") if fit and self.ckpt is None else None
         self.initial = _whole_model(self.root, init) if init else None
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
+
+    def _refuse_to_replace(self, run: str) -> None:
+        if run in runs.runs(self.root):
+            raise UserError(
+                f"the run {run!r} is there already; go on with it by --ckpt_path last, or choose another --run"
+            )
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -233,12 +247,11 @@ class TextCLI(LightningCLI):
 
     def _check_interval(self) -> None:
         """Refuse a validation that would never come, before the run has a folder."""
-        every, limit = self.trainer.val_check_interval, self.trainer.limit_train_batches
+        every = self.trainer.val_check_interval
         if self.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
             return
         self.datamodule.trainer = self.trainer  # which knows the number of processes
         batches = self.datamodule.batches_per_epoch()
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         if every > batches:
             raise UserError(
                 f"trainer.val_check_interval is {every}, and an epoch has {batches} batches; give no more, or "
@@ -252,6 +265,8 @@ class TextCLI(LightningCLI):
         self._print_score("test", "test")
 
     def _print_score(self, prefix: str, name: str) -> None:
+        if not self.trainer.callback_metrics:
+            raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
             f"{name} ({self.evaluation}, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
@@ -299,6 +314,14 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _refused_by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+
+
 def _whole_model(root: Path, which: str) -> Path:
     """Return the path of the checkpoint ``which``, of whatever run; UserError where there is none."""
     return whole_checkpoint(runs.find_checkpoint(root, None, which))
@@ -338,7 +361,8 @@ def run_lightning(command: str, args: list[str]) -> None:
         saved = path.parent.parent / runs.CONFIG
         in_run = path.parent.name == runs.CHECKPOINTS and saved.is_file()
         if which and in_run and no_config:
-            args = ["--config", str(saved), *args]
+            # The name in the config may be one that the folder had before, or that it has in another root.
+            args = ["--config", str(saved), f"--run={runs.run_of(root, path) or 'null'}", *args]
         elif (init or not in_run) and not shaped:  # a model has the shape that it has
             args = [*args, _shape(path)]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
@@ -358,6 +382,10 @@ def run_lightning(command: str, args: list[str]) -> None:
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
             )
+    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        if not _refused_by_lightning(error):
+            raise
+        raise UserError(one_line(error)) from error
     except Stopped as stop:
         run = stop.path.parent.parent.name
         print(f"\nStopped and saved. Go on with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)

@@ -36,7 +36,8 @@ class TextModule(LightningModule):
         beta1: AdamW's average of the gradient.
         beta2: AdamW's average of the squared gradient.
         warmup_steps: updates over which the rate rises linearly.
-        final_lr_share: share of the rate that is left at the end of the cosine.
+        final_lr_share: share of the rate that is left at the end of the cosine; a run without a number of steps or
+            epochs keeps all of it.
         reset_at_documents: forget all at the start of each document, where the text is cut into such; else the
             memory is carried on from one to the next.
     """
@@ -64,6 +65,8 @@ class TextModule(LightningModule):
         _check_range("learning_rate", learning_rate, 0, float("inf"))
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
+        if not 0 <= final_lr_share <= 1:
+            raise UserError(f"model.final_lr_share is {final_lr_share}; it must lie in 0..1")
         if reset_at_documents and tokenizer.separator is None:
             raise UserError("model.reset_at_documents needs text that is cut into documents, as a large corpus is")
         self.tokenizer = tokenizer
@@ -109,15 +112,17 @@ class TextModule(LightningModule):
         self._apply_rates()
 
     def _apply_rates(self) -> None:
-        """Make the rates those asked for now: an optimizer that was resumed brings those it was saved with."""
+        """Make rates, decays and betas those asked for now: a resumed optimizer brings those it was saved with."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         scheduler.base_lrs = [self.learning_rate] * len(scheduler.base_lrs)
-        for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        groups = zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, self._weight_decays, strict=True)
+        for group, share, weight_decay in groups:
             group["initial_lr"] = self.learning_rate
             group["lr"] = self.learning_rate * share(scheduler.last_epoch)
-            if group["weight_decay"]:
-                group["weight_decay"] = self.weight_decay
+            group["weight_decay"] = weight_decay
+            if "betas" in group:
+                group["betas"] = self.betas
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return what is compared when a run is resumed, and shown in TensorBoard's table of runs."""
@@ -226,6 +231,7 @@ class TextModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas)
+        self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         total = self.total_steps()
 
         def share(step: int) -> float:
@@ -234,8 +240,8 @@ class TextModule(LightningModule):
         scheduler = LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def total_steps(self) -> int:
-        """Return the number of updates that the run is planned for.
+    def total_steps(self) -> int | None:
+        """Return the number of updates that the run is planned for; None where nothing but time ends it.
 
         Not ``trainer.estimated_stepping_batches``: asking for it here sets the loaders up too early, and the
         place in the data is then lost on resuming (Lightning issue 20550).
@@ -244,12 +250,9 @@ class TextModule(LightningModule):
         limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             batches: int = trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
-            limit = trainer.limit_train_batches
-            if limit is not None:
-                batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
             updates = -(-batches // trainer.accumulate_grad_batches)
             limits.append(updates * trainer.max_epochs)
-        return min(limits) if limits else 1
+        return min(limits, default=None)
 
     # Checkpoints
 
@@ -289,10 +292,15 @@ class TextModule(LightningModule):
             if self.trainer.training:
                 raise UserError("the checkpoint holds a model, but no training to go on with")
             return
+        before = progress["hyperparameters"]
+        if self.trainer.training and self.optimizer != before.get("optimizer", self.optimizer):
+            raise UserError(
+                f"the checkpoint was trained by {before['optimizer']}, whose state {self.optimizer} cannot go on "
+                f"with; keep model.optimizer, or begin a run with the weights by --init_from"
+            )
         self._carried = self._share(progress["carried"])
         # A process that was not there before begins its random numbers anew, from the seed.
         self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})
-        before = progress["hyperparameters"]
         changed = [
             f"{name} {before[name]} -> {new}"
             for name, new in self.hyperparameters().items()

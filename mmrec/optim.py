@@ -75,12 +75,15 @@ def make_optimizer(
     return Combined([muon, AdamW(by_adamw, lr=learning_rate, betas=betas)])
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_share: float) -> float:
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, final_share: float) -> float:
     """Return the share of the learning rate for update ``step`` (from 0).
 
-    Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``final_share`` at ``total_steps``.
+    Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``final_share`` at ``total_steps``; where that
+    is None, because nobody knows when training ends, it stays at 1.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if total_steps is None:
+        return 1.0
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done))

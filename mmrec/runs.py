@@ -83,13 +83,27 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
         return path
     path = Path(which)
     if path.is_dir() and path.suffix != ".ckpt":  # such a folder is a checkpoint in shards
-        for inside in (path / CHECKPOINTS / "best.ckpt", path / "best.ckpt", path / CHECKPOINTS / "last.ckpt"):
+        for inside in (
+            path / CHECKPOINTS / "best.ckpt",
+            path / "best.ckpt",
+            path / CHECKPOINTS / "last.ckpt",
+            path / "last.ckpt",
+        ):
             if inside.exists():
                 return inside
         raise UserError(f"{path}: no checkpoint in this folder")
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give best, last, or the path of a .ckpt file")
     return path
+
+
+def run_of(root: Path, checkpoint: Path) -> str | None:
+    """Return the name of the run in ``root`` whose checkpoint this is, also by way of links; None if of none."""
+    named, led_to = (path.parent.parent for path in (checkpoint.absolute(), checkpoint.resolve()))
+    for folder in (named, named.resolve(), led_to):
+        if folder.parent.resolve() == (root / LOGS).resolve():
+            return folder.name
+    return None
 
 
 @dataclass(frozen=True)

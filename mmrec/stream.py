@@ -131,22 +131,29 @@ class RowStream:
 
 
 class RowLoader:
-    """Iterates over one epoch of a :class:`RowStream` at a time; sized, and resumable by an integer."""
+    """Iterates over the batches of a :class:`RowStream`, as many as an epoch has; resumable by an integer.
 
-    def __init__(self, stream: RowStream) -> None:
+    Each iteration goes on where the one before was left, wherever that is: an epoch of the trainer may be shorter
+    (``limit_train_batches``), and does not end where one of the text does.
+
+    Args:
+        stream: of the batches.
+        repeat: number of batches, the first ones, that are read again and again; all of the text if None.
+    """
+
+    def __init__(self, stream: RowStream, repeat: int | None = None) -> None:
         self.stream = stream
+        self.repeat = repeat
         self.position = 0
 
     def __len__(self) -> int:
         return len(self.stream)
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
+        for _ in range(len(self)):
             number = self.position
             self.position += 1  # before the batch leaves: a state taken while it is in use names the next one
-            yield self.stream.batch(number)
-            if (number + 1) % len(self.stream) == 0:
-                return
+            yield self.stream.batch(number % self.repeat if self.repeat else number)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the next batch, and what that number depends on."""

@@ -199,10 +199,18 @@ def test_what_is_asked_for_on_resuming_is_in_force(
 ) -> None:
     mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a", "--model.final_lr_share=1"))
     again = ["--trainer.max_epochs=2", "--model.learning_rate=0.0125", "--early_stopping.patience=9"]
-    assert mmrec("fit", "--run=a", "--ckpt_path=last", *again) == 0
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", *again, "--model.beta1=0.5", "--model.weight_decay=0") == 0
     assert "learning_rate 0.003 -> 0.0125" in caplog.text
-    groups = [g for member in last("a")["optimizer_states"][0]["members"] for g in member["param_groups"]]
-    assert {group["lr"] for group in groups} == {0.0125}
+    assert "beta1 0.9 -> 0.5" in caplog.text
+
+    def groups() -> list[dict[str, Any]]:
+        return [g for member in last("a")["optimizer_states"][0]["members"] for g in member["param_groups"]]
+
+    assert {group["lr"] for group in groups()} == {0.0125}
+    assert [group.get("betas") for group in groups()] == [None, (0.5, 0.99), (0.5, 0.99)]
+    assert {group["weight_decay"] for group in groups()} == {0}
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=3", "--model.weight_decay=0.3") == 0
+    assert [group["weight_decay"] for group in groups()] == [0.3, 0.3, 0]
     assert [s["patience"] for s in last("a")["callbacks"].values() if "patience" in s] == [9]
 
 
@@ -252,6 +260,7 @@ BAD = {
     "unknown config": (["fit", "--config", "tiney"], "did you mean 'tiny'"),
     "wrong type": (["fit", "--model.learning_rate=fast"], "model.learning_rate"),
     "wrong value": (["fit", "--model.dropout=2", "--config=corpus/sample"], "model.dropout is 2"),
+    "wrong share": (["fit", "--model.final_lr_share=-1", "--config=corpus/sample"], "final_lr_share is -1"),
     "wrong shape": (["fit", "--model.shape.dim=30", "--model.shape.heads=4", "--config=corpus/sample"], "multiple"),
     "wrong optimizer": (["fit", "--model.optimizer=sgd"], "model.optimizer"),
     "no run to resume": (["fit", "--ckpt_path=last"], "no run with a checkpoint in lightning_logs"),
@@ -301,7 +310,8 @@ def test_without_a_gpu(
 
 def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
-    before = {p: p.read_bytes() for p in Path("lightning_logs/a/checkpoints").iterdir()}
+    kept = [*Path("lightning_logs/a/checkpoints").iterdir(), Path("lightning_logs/a/config.yaml")]
+    before = {p: p.read_bytes() for p in kept}
     (tmp_path / "words.txt").write_text("other words with another alphabet\n" * 400)
     mmrec("prepare", "--input_file=words.txt", "--output_dir=other", "--tokenizer=characters")
     (tmp_path / "notes.ckpt").write_text("not a checkpoint")
@@ -316,6 +326,7 @@ def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys:
         ),
         (["validate", "--ckpt_path=last", "--data.data_dir=other", quiet], "another tokenizer"),
         (["fit", "--ckpt_path=last", "--model.shape.layers=3", quiet], "layers 2 there, 3 here"),
+        (["fit", "--ckpt_path=last", "--model.optimizer=adamw", quiet], "the checkpoint was trained by muon"),
         (fit(prepared, "--run=a"), "is there already"),
         (["validate", "--ckpt_path=notes.ckpt"], "not a readable checkpoint"),
         (["validate", "--ckpt_path=half.ckpt"], "not a readable checkpoint"),
@@ -329,7 +340,7 @@ def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("mmrec: error: ")
         assert says in error
-    assert {p: p.read_bytes() for p in Path("lightning_logs/a/checkpoints").iterdir()} == before
+    assert {p: p.read_bytes() for p in kept} == before
 
 
 def test_too_short_a_text_for_one_sequence(

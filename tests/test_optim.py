@@ -76,3 +76,7 @@ def test_the_learning_rate_rises_then_falls() -> None:
     assert shares[110] == shares[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(shares[10:]))
     assert warmup_cosine(0, 0, 0, 0.1) == 1
+
+
+def test_the_rate_of_a_run_without_an_end_stays() -> None:
+    assert [warmup_cosine(number, 2, None, 0.1) for number in (0, 1, 2, 10**6)] == [0.5, 1, 1, 1]

@@ -1,0 +1,116 @@
+"""Lightning's own options, where they cut a training short, change it or cannot be met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import checkpoints, fit, last, losses
+from test_cli import Command
+
+EVERY_STEP = "--trainer.log_every_n_steps=1"
+SHORT = ["--trainer.limit_train_batches=30", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 75 batches
+
+
+def test_short_epochs_are_all_of_one_length(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*fit(prepared, *SHORT, "--run=a", EVERY_STEP)) == 0
+    assert list(losses("a", "val/loss")) == [29, 59, 89, 119]
+    assert list(losses("a", "train/learning_rate").values())[-1] == pytest.approx(0.05 * 3e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_of_short_epochs_goes_on(epochs: int, mmrec: Command, prepared: Path) -> None:
+    schedule = ["--model.final_lr_share=1"]
+    assert mmrec(*fit(prepared, *SHORT, "--run=whole", *schedule)) == 0
+    assert mmrec(*fit(prepared, *SHORT, "--run=parts", *schedule, f"--trainer.max_epochs={epochs}")) == 0
+    assert mmrec("fit", "--run=parts", "--ckpt_path=last", "--trainer.max_epochs=4") == 0
+    assert last("parts")["loops"]["fit_loop"]["state_dict"] == last("whole")["loops"]["fit_loop"]["state_dict"]
+
+
+def test_the_batches_to_overfit_are_read_again_and_again(mmrec: Command, prepared: Path) -> None:
+    still = ["--model.learning_rate=0", "--model.dropout=0", "--data.reset_probability=1", EVERY_STEP]
+    assert mmrec(*fit(prepared, "--trainer.overfit_batches=2", "--trainer.max_epochs=3", *still, "--run=a")) == 0
+    first, second, *others = losses("a").values()
+    assert first != second
+    assert others == [first, second, first, second]
+
+
+def test_a_run_without_an_end_keeps_its_rate(mmrec: Command, prepared: Path) -> None:
+    never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1", EVERY_STEP]
+    assert mmrec(*fit(prepared, "--trainer.max_epochs=-1", *never_better, "--run=a")) == 0
+    rates = list(losses("a", "train/learning_rate").values())
+    assert rates[5:] == pytest.approx([3e-3] * 145)
+
+
+def test_the_throughput_is_logged_as_often_as_the_loss(mmrec: Command, prepared: Path) -> None:
+    accumulated = ["--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=3", "--trainer.log_every_n_steps=4"]
+    assert mmrec(*fit(prepared, *accumulated, "--run=a")) == 0
+    assert losses("a", "train/tokens_per_second").keys() == losses("a").keys()
+
+
+def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*fit(prepared, "--trainer.fast_dev_run=true", "--run=a")) == 0
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_the_diary_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
+    never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1"]
+    low_enough = ["--early_stopping.stopping_threshold=100"]
+    for run, options, says in (("a", never_better, "no longer fell"), ("b", low_enough, "as its options say")):
+        assert mmrec(*fit(prepared, *options, f"--run={run}")) == 0
+        assert says in Path(f"lightning_logs/{run}/history.jsonl").read_text().splitlines()[-1]
+
+
+def test_another_name_is_another_run_and_replaces_none(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("a", "b"):
+        assert mmrec(*fit(prepared, "--trainer.max_epochs=1", f"--run={run}")) == 0
+    files = {path: path.read_bytes() for run in ("a", "b") for path in checkpoints(run).iterdir()}
+    here = "--ckpt_path=lightning_logs/a/checkpoints/last.ckpt"
+    assert mmrec("fit", here, "--run=branch", "--trainer.max_epochs=2") == 0
+    assert last("branch")["global_step"] == 150
+    assert mmrec("fit", here, "--run=b", "--trainer.max_epochs=2") == 2
+    assert "the run 'b' is there already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == files
+    # A link is another way to the same run, wherever it leads.
+    Path("link").symlink_to("lightning_logs/branch")
+    Path("lightning_logs/branch/checkpoints").rename("elsewhere")
+    checkpoints("branch").symlink_to(Path("elsewhere").absolute())
+    for way, epochs in (("link/checkpoints/last.ckpt", 3), ("last", 4)):
+        assert mmrec("fit", "--run=branch", f"--ckpt_path={way}", f"--trainer.max_epochs={epochs}") == 0
+        assert last("branch")["global_step"] == 75 * epochs
+    # The run of another root has the name of one here, which is not touched either.
+    other = ["--trainer.default_root_dir=other", "--trainer.max_epochs=1", "--run=a"]
+    assert mmrec(*fit(prepared, *other)) == 0
+    there = ["--ckpt_path=other/lightning_logs/a/checkpoints/last.ckpt", "--trainer.default_root_dir=."]
+    assert mmrec("fit", *there, "--trainer.max_epochs=2") == 0
+    assert last("version_0")["global_step"] == 150
+    assert {path: path.read_bytes() for path in files} == files
+
+
+REFUSED = {
+    "interval": (["--trainer.val_check_interval=1000"], "an epoch has 75 batches"),
+    "share": (["--trainer.val_check_interval=1.5"], "invalid value 1.5 for val_check_interval"),
+    "nothing": (["--trainer.limit_train_batches=0.0001"], "Please increase the `limit_train_batches`"),
+    "checkpoints": (["--trainer.enable_checkpointing=false"], "enable_checkpointing=False"),
+    "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
+    "parent": (["--run=.."], "--run is '..'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_in_a_line(
+    case: str, mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = REFUSED[case]
+    assert mmrec(*fit(prepared, *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mmrec: error: ")
+    assert says in error
+
+
+def test_a_score_of_nothing_is_refused(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
+    assert mmrec("validate", "--ckpt_path=last", "--trainer.limit_val_batches=0") == 2
+    assert "nothing was scored" in capsys.readouterr().err
