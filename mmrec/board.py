@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -221,7 +222,8 @@ class FinalScore(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TextModule)
-        best = next((c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor), None)  # type: ignore[attr-defined]
+        saved = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/loss"]  # type: ignore[attr-defined]
+        best = saved[0].best_model_score if saved else None
         if isinstance(trainer.logger, Board) and best is not None:
             data = trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
             trainer.logger.log_hyperparams(

@@ -77,6 +77,14 @@ class Stopped(Exception):
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's, which also knows its best again where the folder of the run has been moved."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.save_top_k != 1:  # the second would be best-v1.ckpt, which of them is the best nobody could tell
+            raise UserError(
+                f"--best.save_top_k is {self.save_top_k}; it must be 1, as best.ckpt is one; for more, add "
+                f"--trainer.callbacks+=ModelCheckpoint with options of its own"
+            )
+        super().setup(trainer, pl_module, stage)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]
         same_run = Path(state_dict["dirpath"]).parent.name == own.parent.parent.name

@@ -133,6 +133,7 @@ def test_all_that_is_measured(
     assert state[0] == state[1]
     assert results["read"]["mmrec"][0]["seconds_per_token"][0] > 0
     assert "mmrec / gpt" in capsys.readouterr().out
+    assert len(tasks.reading("mmrec", 100, 65)["seconds_per_token"]) == 8  # of fewer tokens than eight blocks
     assert Path("bench/results.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -142,6 +143,8 @@ def test_all_that_is_measured(
         ("--peers=[gtp]", "did you mean 'gpt'"),
         ("--measures=[speed]", "no measure 'speed'"),
         ("--rounds=0", "at least 1"),
+        ("--positions=[100,0]", "--positions is [100, 0]; it must list numbers of at least 8"),
+        ("--lengths=[]", "--lengths is []"),
     ],
 )
 def test_a_wrong_request_is_refused(

@@ -95,6 +95,7 @@ REFUSED = {
     "nothing": (["--trainer.limit_train_batches=0.0001"], "Please increase the `limit_train_batches`"),
     "checkpoints": (["--trainer.enable_checkpointing=false"], "enable_checkpointing=False"),
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
+    "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),
     "parent": (["--run=.."], "--run is '..'"),
 }
 

@@ -73,6 +73,9 @@ def bench(
     for option, least in (("rounds", rounds), ("tokens", tokens), ("threads", threads or 1)):
         if least < 1:
             raise UserError(f"--{option} is {least}; it must be at least 1")
+    for option, values, least in (("lengths", lengths, 1), ("positions", positions, 8)):
+        if not values or min(values) < least:
+            raise UserError(f"--{option} is {list(values)}; it must list numbers of at least {least}")
     if {"learn", "race"} & set(measures):
         open_tokens(data_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,11 @@ def state_bytes(state: Any) -> int:
 
 @torch.inference_mode()
 def reading(peer: str, total: int, vocab_size: int, block: int = 1024) -> dict[str, Any]:
-    """Read ``total`` tokens, ``block`` at a time; return the seconds a token, and the memory, of every eighth."""
+    """Read ``total`` tokens, at least 8; return the seconds a token, and the memory, of every eighth.
+
+    ``block`` tokens are read at a time, or an eighth of all if that is fewer.
+    """
+    block = min(block, total // 8)
     model = make_peer(peer, vocab_size, block).eval()
     state = start(model, 1)
     parts, memory = [], []
@@ -191,6 +195,9 @@ RECIPES: dict[str, dict[str, float]] = {
     "lstm": {"rows": 8, "length": 256, "learning_rate": 3e-3, "weight_decay": 0.1, "warmup": 50, "final": 0.05},
 }
 """How each learns; the others as the LSTM, but on windows chosen at random."""
+
+INTERLEAVE = 8
+"""Groups of rows that a model with a state reads in turn."""
 
 RACES: dict[str, dict[str, float]] = {
     "mmrec": {"rows": 16, "length": 64, "learning_rate": 4e-3, "warmup": 20, "tokens": 245_760},
