@@ -53,6 +53,8 @@ class TextData(LightningDataModule):
         seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
         segment_len: tokens that a row reads on before it goes on elsewhere in the text.
         reset_probability: chance that a row starts such a segment with an empty memory.
+        interleave: groups of so many rows that are read in turn: more rows are then under way than a batch holds, and
+            one update after the other sees other places of the text.
         seed: of the order in which the text is read.
         cache_gb: most gigabytes of a remote token folder that each process keeps on its machine.
     """
@@ -65,11 +67,13 @@ class TextData(LightningDataModule):
         seq_len: int = 512,
         segment_len: int = 2048,
         reset_probability: float = 0.5,
+        interleave: int = 1,
         seed: int = 0,
         cache_gb: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("segment_len", segment_len)):
+        counts = {"batch_size": batch_size, "seq_len": seq_len, "segment_len": segment_len, "interleave": interleave}
+        for name, value in counts.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         if not 0 <= reset_probability <= 1:
@@ -89,6 +93,7 @@ class TextData(LightningDataModule):
         self.seq_len = seq_len
         self.segment_len = segment_len
         self.reset_probability = reset_probability
+        self.interleave = interleave
         self.seed = seed
         self.evaluation = Evaluation()
         self._tokens: TokenFolder | None = None
@@ -133,6 +138,7 @@ class TextData(LightningDataModule):
             self.seed,
             self.segment_len,
             self.reset_probability,
+            self.interleave,
             rank,
             world,
         )

@@ -85,7 +85,8 @@ class TextModule(LightningModule):
         self.token_lengths: Tensor
         self.register_buffer("token_lengths", lengths, persistent=False)
         self._cut = False
-        self._carried: State | None = None
+        self._carried: dict[int, State] = {}
+        """What each group of rows has read."""
         self._random: dict[str, Tensor] = {}
         self._dynamic: DynamicEvaluation | None = None
 
@@ -141,8 +142,8 @@ class TextModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Read one batch on from the carried memory and return its loss, in nats/token."""
-        logits, self._carried = self._read(batch, self._carried)
-        self._carried = detach_state(self._carried)
+        logits, state = self._read(batch, self._carried.get(batch.group))
+        self._carried[batch.group] = detach_state(state)
         loss = self._mean_over_processes(batch.targets, _nats(logits, batch.targets, "sum"))
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -167,7 +168,7 @@ class TextModule(LightningModule):
 
     def forget(self) -> None:
         """Drop what was read, which a number that is not finite may have reached."""
-        self._carried = None
+        self._carried = {}
 
     # Evaluation: one pass over the whole text, its memory carried from batch to batch
 
@@ -268,7 +269,9 @@ class TextModule(LightningModule):
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        carried = None if self._carried is None else [[part.cpu() for part in layer] for layer in self._carried]
+        carried = {
+            group: [[part.cpu() for part in layer] for layer in state] for group, state in self._carried.items()
+        }
         processes = _gather({"random": random, "carried": carried})
         checkpoint[checkpoints.PROGRESS_KEY] = {
             "carried": _concatenate([process["carried"] for process in processes]),
@@ -276,13 +279,18 @@ class TextModule(LightningModule):
             "hyperparameters": self.hyperparameters(),
         }
 
-    def _share(self, carried: list[list[Tensor]] | None) -> State | None:
-        """Return the memory of this process's rows, from that of the rows of all."""
+    def _share(self, carried: dict[int, list[list[Tensor]]]) -> dict[int, State]:
+        """Return the memories of this process's rows, from those of the rows of all."""
         processes = self.trainer.world_size
-        if carried is None or len(carried[0][0]) % processes:
-            return None
-        parts = [[part.chunk(processes)[self.global_rank].to(self.device) for part in layer] for layer in carried]
-        return [(past, memory) for past, memory in parts]
+
+        def own(part: Tensor) -> Tensor:
+            return part.chunk(processes)[self.global_rank].to(self.device)
+
+        return {
+            group: [(own(past), own(memory)) for past, memory in state]
+            for group, state in carried.items()
+            if len(state[0][0]) % processes == 0
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
@@ -298,7 +306,9 @@ class TextModule(LightningModule):
                 f"the checkpoint was trained by {before['optimizer']}, whose state {self.optimizer} cannot go on "
                 f"with; keep model.optimizer, or begin a run with the weights by --init_from"
             )
-        self._carried = self._share(progress["carried"])
+        carried = progress["carried"]
+        # Older checkpoints have one group alone, or None where nothing has been read.
+        self._carried = self._share(carried if isinstance(carried, dict) else {0: carried} if carried else {})
         # A process that was not there before begins its random numbers anew, from the seed.
         self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})
         changed = [
@@ -325,12 +335,16 @@ def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
     return everyone
 
 
-def _concatenate(states: list[list[list[Tensor]] | None]) -> list[list[Tensor]] | None:
-    """Return the memories of several processes as those of one that reads all their rows."""
-    present = [state for state in states if state is not None]
-    if len(present) < len(states):
-        return None
-    return [[torch.cat(parts) for parts in zip(*layers, strict=True)] for layers in zip(*present, strict=True)]
+def _concatenate(carried: list[dict[int, list[list[Tensor]]]]) -> dict[int, list[list[Tensor]]]:
+    """Return the memories of several processes, by group, as those of one that reads all their rows."""
+    return {
+        group: [
+            [torch.cat(parts) for parts in zip(*layers, strict=True)]
+            for layers in zip(*(process[group] for process in carried), strict=True)
+        ]
+        for group in carried[0]
+        if all(group in process for process in carried)
+    }
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -2,8 +2,9 @@
 
 The text is a ring, cut into segments. Each row of the batch reads a segment from batch to batch, so that a memory
 can be carried along it, and then goes on with another one, chosen at random: what a moment of training sees is from
-all over the text. Every token is predicted exactly once an epoch. A batch is a pure function of its number:
-resuming needs one integer.
+all over the text. Several groups of rows may be read in turn, so that one update after the other sees other places
+while the memories of the rest wait. Every token is predicted exactly once an epoch. A batch is a pure function of its
+number: resuming needs one integer.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Batch(NamedTuple):
         inputs: [B, T], int64.
         targets: [B, T], int64: the token that follows each input, or :data:`IGNORE`.
         fresh: [B], bool: rows that start from the zero state instead of what was read before.
+        group: whose memories the rows go on with: those that the last batch of this group left.
     """
 
     inputs: Tensor
     targets: Tensor
     fresh: Tensor
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class RowStream:
         segment_len: most tokens that a row reads on before it goes elsewhere; at least ``seq_len`` counts.
         reset_probability: chance that a row starts a segment from the zero state, so that the model also learns
             to start from nothing.
+        interleave: groups of rows that are read in turn.
         rank: number of this process.
         world_size: number of processes; together they read ``batch_size * world_size`` rows.
     """
@@ -58,6 +62,7 @@ class RowStream:
     seed: int = 0
     segment_len: int = 2048
     reset_probability: float = 0.5
+    interleave: int = 1
     rank: int = 0
     world_size: int = 1
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
@@ -102,7 +107,11 @@ class RowStream:
     def batch(self, number: int) -> Batch:
         """Return batch ``number``, counted from 0 over all epochs."""
         epoch, step = divmod(number, len(self))
-        turn, step = divmod(step, self._segment_batches)
+        # Each group reads one segment a row; the last groups of an epoch may be fewer.
+        first = step // (self.interleave * self._segment_batches) * self.interleave
+        groups = min(self.interleave, self.segments // self.rows - first)
+        step, group = divmod(step - first * self._segment_batches, groups)
+        turn = first + group
         total, count = len(self.tokens), self.segments
         # Each epoch cuts the ring elsewhere: the same text is met in other batches and after other pasts.
         offset = int(np.random.default_rng((self.seed, epoch)).integers(total))
@@ -117,7 +126,8 @@ class RowStream:
         targets = np.where(position[:, 1:] <= end[:, None], window[:, 1:], IGNORE)
         random = np.random.default_rng((self.seed, epoch, 2, turn)).random(self.rows)[row]
         fresh = (random < self.reset_probability) & (step == 0)
-        return Batch(torch.from_numpy(window[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(fresh))
+        inputs = torch.from_numpy(window[:, :-1].copy())
+        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(fresh), group)
 
     def identity(self) -> dict[str, int]:
         """Return what decides which tokens a batch holds: the same on every process, and however many there are."""
@@ -127,6 +137,7 @@ class RowStream:
             "seq_len": self.seq_len,
             "segment_len": self.segment_len,
             "seed": self.seed,
+            "interleave": self.interleave,
         }
 
 
@@ -168,6 +179,7 @@ class RowLoader:
         Raises:
             UserError: the place is within an epoch that was cut in another way.
         """
+        state = {"interleave": 1} | state  # which older checkpoints do not know
         epoch, within = divmod(state["position"], state["epoch_batches"])
         here = self.stream.identity()
         changed = [f"{name} {state[name]} there, {here[name]} here" for name in here if state[name] != here[name]]

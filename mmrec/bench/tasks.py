@@ -234,23 +234,25 @@ def learning(
     optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"])
     steps = tokens // (rows * length)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
-    stream = RowStream(data.train, rows, length, seed)
+    stream = RowStream(data.train, rows, length, seed, interleave=INTERLEAVE)
+    memories: dict[int, Any] = {}
     random = np.random.default_rng(seed)
 
-    def batch(number: int, state: Any) -> tuple[Tensor, Tensor, Any]:
+    def batch(number: int) -> tuple[Tensor, Tensor, Any, int]:
         if carries:
-            inputs, targets, fresh = stream.batch(number)
-            return inputs, targets, fresh_rows(model, detached(state), fresh)
+            inputs, targets, fresh, group = stream.batch(number)
+            state = memories[group] if group in memories else start(model, rows)
+            return inputs, targets, fresh_rows(model, state, fresh), group
         at = random.integers(len(data.train) - length - 1, size=rows)[:, None] + np.arange(length + 1)
         window = torch.from_numpy(data.train[at].astype(np.int64))
-        return window[:, :-1], window[:, 1:], start(model, rows)
+        return window[:, :-1], window[:, 1:], start(model, rows), 0
 
     def score() -> float:
         model.eval()
         total, state = 0.0, start(model, 1)
         loader = TextLoader(data.val, 2048) if carries else WindowLoader(data.val, length, 32)
         with torch.inference_mode():
-            for inputs, targets, _ in loader:
+            for inputs, targets, *_ in loader:
                 loss, after = loss_of(model, inputs, targets, state if carries else start(model, len(inputs)))
                 state = after if carries else state
                 total += float(loss) * targets.numel()
@@ -258,11 +260,12 @@ def learning(
         return total / (len(data.val) - 1)
 
     torch.set_flush_denormal(True)
-    state, spent, course = start(model, rows), 0.0, []
+    spent, course = 0.0, []
     for step in range(steps):
         began = time.monotonic()
-        inputs, targets, state = batch(step, state)
+        inputs, targets, state, group = batch(step)
         loss, state = loss_of(model, inputs, targets, state, precision)
+        memories[group] = detached(state)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -34,7 +34,7 @@ def carried(trained: Trained, text: np.ndarray) -> Tensor:
 def windowed(trained: Trained, text: np.ndarray, window: int) -> Tensor:
     """Return the same with a memory that is emptied after every ``window`` tokens."""
     parts = []
-    for inputs, targets, _ in WindowLoader(text, window, ROWS):
+    for inputs, targets, *_ in WindowLoader(text, window, ROWS):
         logits, _ = trained.net(inputs, trained.net.zero_state(len(inputs)))
         parts.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none"))
     return torch.cat(parts).double()

@@ -1,0 +1,39 @@
+"""The memory that training carries: every row goes on with what it has read itself, and with nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fit, last
+
+from mmrec.checkpoint import load_trained
+from mmrec.model import reset_rows
+from mmrec.stream import RowStream
+from mmrec.tokens import open_tokens
+
+
+@pytest.mark.parametrize("interleave", [1, 3])
+def test_each_group_of_rows_goes_on_with_its_own_memory(
+    interleave: int, mmrec: Callable[..., int], prepared: Path
+) -> None:
+    rows = {"batch_size": 2, "seq_len": 20, "segment_len": 60, "interleave": interleave}
+    options = [f"--data.{name}={value}" for name, value in rows.items()]
+    frozen = ["--model.learning_rate=0", "--model.dropout=0", "--trainer.max_steps=25", "--trainer.precision=32-true"]
+    assert mmrec(*fit(prepared, *options, *frozen, "--run=a")) == 0
+    # Weights that never change, and so every memory is a function of what its rows have read.
+    stream = RowStream(open_tokens(prepared).train, 2, 20, segment_len=60, interleave=interleave)
+    net = load_trained(Path("lightning_logs/a/checkpoints/last.ckpt")).net
+    expected = {group: net.zero_state(2) for group in range(interleave)}
+    with torch.inference_mode():
+        for number in range(25):
+            batch = stream.batch(number)
+            _, expected[batch.group] = net(batch.inputs, reset_rows(expected[batch.group], batch.fresh))
+    carried = last("a")["mmrec_progress"]["carried"]
+    assert carried.keys() == expected.keys()
+    for group, state in expected.items():
+        for (past, memory), (kept_past, kept_memory) in zip(state, carried[group], strict=True):
+            torch.testing.assert_close(past, kept_past)
+            torch.testing.assert_close(memory, kept_memory)
