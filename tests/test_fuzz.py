@@ -108,13 +108,14 @@ def every_token_once(data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 40))
     total = data.draw(st.integers(max(length + 1, 2 * world * rows), 400))
     segment, seed = data.draw(st.integers(1, 500)), data.draw(st.integers(0, 2**40))
+    groups = data.draw(st.integers(1, 5))
     # The processes that it began with, and those that it went on with: the rows are the same.
     cuts = [(1, world * rows), (world, rows), (world * rows, 1)]
     before, after = data.draw(st.sampled_from(cuts)), data.draw(st.sampled_from(cuts))
 
     def loaders(cut: tuple[int, int]) -> list[RowLoader]:
         tokens, (world, rows) = np.arange(total, dtype=np.uint16), cut
-        streams = (RowStream(tokens, rows, length, seed, segment, 0.5, rank, world) for rank in range(world))
+        streams = (RowStream(tokens, rows, length, seed, segment, 0.5, groups, rank, world) for rank in range(world))
         return [RowLoader(stream) for stream in streams]
 
     first, second = loaders(before), loaders(after)
