@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import codecs
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmrec.errors import UserError, nearest
 
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
+
+
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, in no order; what is hidden, and linked folders, are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from mmrec.corpora.base import Corpus, Document, Options
 from mmrec.errors import UserError
-from mmrec.text_files import check_encoding, read_text
+from mmrec.text_files import check_encoding, files_below, read_text
 
 
 class Directory(Corpus):
@@ -32,7 +31,7 @@ class Directory(Corpus):
             raise UserError(f"{self.folder}: no such folder")
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: is not a folder; give a file as --input_file")
-        matching = self._paths()
+        matching = sorted(path for path in files_below(self.folder) if fnmatch(path.name, self.glob))
         paths = [path for path in matching if not _is_blank(path)]
         if not paths:
             raise UserError(f"{self.folder}: no text in files named {self.glob}; try another --glob, as '*.md'")
@@ -40,17 +39,6 @@ class Directory(Corpus):
             print(f"{self.folder}: {len(matching) - len(paths):,} empty files left out")
         for path in paths:
             yield Document(str(path.relative_to(self.folder)), read_text(path, self.encoding))
-
-    def _paths(self) -> list[Path]:
-        def refuse(error: OSError) -> None:
-            raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
-
-        found: list[Path] = []
-        for parent, folders, files in os.walk(self.folder, onerror=refuse):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            names = (name for name in files if not name.startswith(".") and fnmatch(name, self.glob))
-            found.extend(path for name in names if (path := Path(parent, name)).is_file())
-        return sorted(found)
 
 
 def _is_blank(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from mmrec.errors import UserError
 from mmrec.large.mediawiki import is_multistream, split_dump
 from mmrec.large.records import filesystem, is_remote, suffixes
 from mmrec.large.shards import Shard
+from mmrec.text_files import files_below
 
 FORMATS = {
     "txt": "text",
@@ -164,16 +164,7 @@ def _files_below(path: str) -> list[str]:
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
         return sorted(f"{scheme}://{name}" for name in found)
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    names: list[str] = []
-    for parent, folders, files in os.walk(path, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = (Path(parent, name) for name in files if not name.startswith("."))
-        names.extend(str(file) for file in inside if file.is_file())
-    return sorted(names)
+    return sorted(str(file) for file in files_below(path))
 
 
 def _remote(path: str, ask: Callable[..., Any]) -> Any:
