@@ -74,9 +74,10 @@ def do_shard(work: Path, number: int) -> None:
     if done.exists():
         return
     failed.unlink(missing_ok=True)
-    plan = _plan(work)
+    planned = (work / PLAN).stat().st_mtime_ns
     try:
-        counts = tokenize(Shard(**plan["shards"][number]), plan["text_field"], _tokenizer(work), work / stem(number))
+        plan, tokenizer = _job(work, planned)
+        counts = tokenize(Shard(**plan["shards"][number]), plan["text_field"], tokenizer, work / stem(number))
     except UserError as error:
         write_json(failed, str(error))
         return
@@ -86,24 +87,14 @@ def do_shard(work: Path, number: int) -> None:
     write_json(done, counts)
 
 
-def _plan(work: Path) -> Any:
-    return _plan_of(work, (work / PLAN).stat().st_mtime_ns)
-
-
 @lru_cache(maxsize=1)
-def _plan_of(work: Path, written: int) -> Any:
-    """Return the plan that was written at that time: once a process, as it names every shard that there is."""
-    return read_json(work / PLAN)
+def _job(work: Path, planned: int) -> tuple[dict[str, Any], Tokenizer]:
+    """Return the plan that was written at that time, and its tokenizer: read once for all shards of a process.
 
-
-def _tokenizer(work: Path) -> Tokenizer:
-    return _tokenizer_of((work / "tokenizer.json").read_text(encoding="utf-8"))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer_of(state: str) -> Tokenizer:
-    """Return the tokenizer of ``state``, JSON: one for all shards of a process, as the library keeps what it took."""
-    return load_tokenizer(json.loads(state))
+    The plan names every shard that there is, and the library keeps what each tokenizer took.
+    """
+    tokenizer = (work / "tokenizer.json").read_text(encoding="utf-8")
+    return read_json(work / PLAN), load_tokenizer(json.loads(tokenizer))
 
 
 def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> dict[str, Any]:
