@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -222,8 +221,8 @@ class FinalScore(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TextModule)
-        saved = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/loss"]  # type: ignore[attr-defined]
-        best = saved[0].best_model_score if saved else None
+        saved = trainer.checkpoint_callbacks
+        best = next((c.best_model_score for c in saved if c.monitor == "val/loss"), None)  # type: ignore[attr-defined]
         if isinstance(trainer.logger, Board) and best is not None:
             data = trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
             trainer.logger.log_hyperparams(

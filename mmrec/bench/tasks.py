@@ -265,7 +265,8 @@ def learning(
         began = time.monotonic()
         inputs, targets, state, group = batch(step)
         loss, state = loss_of(model, inputs, targets, state, precision)
-        memories[group] = detached(state)
+        if carries:
+            memories[group] = detached(state)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
