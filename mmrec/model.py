@@ -304,13 +304,18 @@ class MemoryLM(nn.Module):
         Returns:
             Logits [B, T, N] and the state after the last token.
         """
+        hidden, after = self.hidden(tokens, state, fresh)
+        logits: Tensor = self.head(hidden)
+        return logits, after
+
+    def hidden(self, tokens: Tensor, state: State, fresh: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read as :meth:`forward` does, and return what ``head`` makes the logits of, [B, T, D]."""
         x = self.dropout(self.embedding(tokens))
         after: State = []
         for block, before in zip(self.blocks, state, strict=True):
             x, layer_state = block(x, before, fresh)
             after.append(layer_state)
-        logits: Tensor = self.head(self.norm(x))
-        return logits, after
+        return self.norm(x), after
 
     def parameter_count(self) -> int:
         """Return the number of trainable numbers; a tied embedding counts once."""

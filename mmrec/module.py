@@ -18,6 +18,7 @@ from mmrec.errors import UserError
 from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
+from mmrec.second_token import SecondToken, second_targets
 from mmrec.sharded import shard
 from mmrec.stream import IGNORE, Batch
 from mmrec.tokenizers import Tokenizer, token_lengths
@@ -38,6 +39,8 @@ class TextModule(LightningModule):
         warmup_steps: updates over which the rate rises linearly.
         final_lr_share: share of the rate that is left at the end of the cosine; a run without a number of steps or
             epochs keeps all of it.
+        second_token: weight of the loss on the token after the next (multi-token prediction), as a share of the next
+            one's; it fades to 0 until the end of a run with a number of steps or epochs. 0 leaves it out.
         reset_at_documents: forget all at the start of each document, where the text is cut into such; else the
             memory is carried on from one to the next.
     """
@@ -54,6 +57,7 @@ class TextModule(LightningModule):
         beta2: float = 0.99,
         warmup_steps: int = 100,
         final_lr_share: float = 0.05,
+        second_token: float = 0.0,
         reset_at_documents: bool = False,
     ) -> None:
         super().__init__()
@@ -65,6 +69,7 @@ class TextModule(LightningModule):
         _check_range("learning_rate", learning_rate, 0, float("inf"))
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
+        _check_range("second_token", second_token, 0, float("inf"))
         if not 0 <= final_lr_share <= 1:
             raise UserError(f"model.final_lr_share is {final_lr_share}; it must lie in 0..1")
         if reset_at_documents and tokenizer.separator is None:
@@ -72,6 +77,8 @@ class TextModule(LightningModule):
         self.tokenizer = tokenizer
         self.reset_at_documents = reset_at_documents
         self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
+        self.second = SecondToken(shape.dim) if second_token else None
+        self.second_token = second_token
         self.dropout = dropout
         self.optimizer = optimizer
         self.learning_rate = learning_rate
@@ -98,7 +105,7 @@ class TextModule(LightningModule):
     def configure_model(self) -> None:
         """Cut the model over the processes, where the strategy is to do so."""
         if self.device_mesh is not None and not self._cut:
-            shard(self.net, self.device_mesh["data_parallel"])
+            shard(self.net, self.second, self.device_mesh["data_parallel"])
             self._cut = True
 
     # Training
@@ -136,21 +143,32 @@ class TextModule(LightningModule):
             "beta2": self.betas[1],
             "warmup_steps": self.warmup_steps,
             "final_lr_share": self.final_lr_share,
+            "second_token": self.second_token,
             "reset_at_documents": self.reset_at_documents,
             "parameters": self.net.parameter_count(),
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Read one batch on from the carried memory and return its loss, in nats/token."""
-        logits, state = self._read(batch, self._carried.get(batch.group))
+        hidden, state = self._read(batch, self._carried.get(batch.group))
         self._carried[batch.group] = detach_state(state)
-        loss = self._mean_over_processes(batch.targets, _nats(logits, batch.targets, "sum"))
+        loss = self._mean_loss(hidden, batch.targets)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        if self.second is None:
+            return loss
+        return loss + self._second_weight() * self._mean_loss(self.second(hidden), second_targets(batch.targets))
+
+    def _second_weight(self) -> float:
+        if self._planned_steps is None:
+            return self.second_token
+        return self.second_token * max(0.0, 1 - self.global_step / self._planned_steps)
+
+    def _mean_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return self._mean_over_processes(targets, _nats(self.net.head(hidden), targets, "sum"))
 
     def _mean_over_processes(self, targets: Tensor, nats: Tensor) -> Tensor:
         """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
-        count = (targets != IGNORE).sum()
+        count = (targets != IGNORE).sum().clamp(min=1)  # the second token of a row of one is not scored
         if self.trainer.world_size > 1:
             distributed.all_reduce(count)
             return nats / count * self.trainer.world_size
@@ -162,9 +180,9 @@ class TextModule(LightningModule):
             # Memories are kept in float32 where the weights are in half of it.
             dtype = torch.promote_types(self.net.embedding.weight.dtype, torch.float32)
             state = self.net.zero_state(rows, self.device, dtype)
-        starts = batch.inputs == self.tokenizer.separator if self.reset_at_documents else None
-        logits, after = self.net(batch.inputs, reset_rows(state, batch.fresh), starts)
-        return logits, after
+        separator = self.tokenizer.separator if self.reset_at_documents else None
+        starts = None if separator is None else batch.inputs == separator
+        return self.net.hidden(batch.inputs, reset_rows(state, batch.fresh), starts)
 
     def forget(self) -> None:
         """Drop what was read, which a number that is not finite may have reached."""
@@ -204,7 +222,8 @@ class TextModule(LightningModule):
     def _nats(self, batch: Batch) -> Tensor:
         # On a CPU scores are in full precision, so that one machine's compare with another's.
         with torch.autocast("cpu", enabled=False):
-            logits, self._reading = self._read(batch, self._reading)
+            hidden, self._reading = self._read(batch, self._reading)
+            logits = self.net.head(hidden)
         return _nats(logits, batch.targets, "none")
 
     def on_validation_epoch_end(self) -> None:
@@ -231,9 +250,11 @@ class TextModule(LightningModule):
     # Optimization
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = make_optimizer(self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas)
+        optimizer = make_optimizer(
+            self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas, self.second
+        )
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        total = self.total_steps()
+        self._planned_steps = total = self.total_steps()
 
         def share(step: int) -> float:
             return warmup_cosine(step, self.warmup_steps, total, self.final_lr_share)
@@ -261,7 +282,7 @@ class TextModule(LightningModule):
         """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
         weights = checkpoint["state_dict"]
-        self.net.load_state_dict({name.removeprefix("net."): weights[name] for name in weights})
+        self.net.load_state_dict({k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the model's description, the carried memory, the random numbers."""
@@ -278,6 +299,13 @@ class TextModule(LightningModule):
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
         }
+
+    def _leave_training_out(self, checkpoint: dict[str, Any]) -> None:
+        """Make the weights in ``checkpoint`` those that this module has, where only training needs more or less."""
+        prefix, weights = "second.", checkpoint.get("state_dict", {})
+        for name in [name for name in weights if name.startswith(prefix)]:
+            del weights[name]
+        weights.update({name: value for name, value in self.state_dict().items() if name.startswith(prefix)})
 
     def _share(self, carried: dict[int, list[list[Tensor]]]) -> dict[int, State]:
         """Return the memories of this process's rows, from those of the rows of all."""
@@ -296,6 +324,8 @@ class TextModule(LightningModule):
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
         progress = checkpoint.get(checkpoints.PROGRESS_KEY)
+        if not self.trainer.training:
+            self._leave_training_out(checkpoint)
         if progress is None:
             if self.trainer.training:
                 raise UserError("the checkpoint holds a model, but no training to go on with")
@@ -305,6 +335,12 @@ class TextModule(LightningModule):
             raise UserError(
                 f"the checkpoint was trained by {before['optimizer']}, whose state {self.optimizer} cannot go on "
                 f"with; keep model.optimizer, or begin a run with the weights by --init_from"
+            )
+        second_before = before.get("second_token", 0.0)  # older checkpoints are without
+        if self.trainer.training and bool(second_before) != bool(self.second_token):
+            raise UserError(
+                f"the checkpoint was trained with model.second_token {second_before:g}, and cannot go on with "
+                f"{self.second_token:g}; keep it, or begin a run with the weights by --init_from"
             )
         carried = progress["carried"]
         # Older checkpoints have one group alone, or None where nothing has been read.

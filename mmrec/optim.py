@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from mmrec.model import MemoryLM
+from mmrec.second_token import SecondToken
 
 
 class Combined(Optimizer):
@@ -44,7 +45,9 @@ class Combined(Optimizer):
         self.param_groups = [group for member in self.members for group in member.param_groups]
 
 
-def split_parameters(model: MemoryLM) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def split_parameters(
+    model: MemoryLM, second: SecondToken | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return the matrices of the layers, the embeddings, and the rest (norms, decays, biases, convolutions)."""
     matrices: list[Tensor] = []
     embeddings: list[Tensor] = []
@@ -54,11 +57,19 @@ def split_parameters(model: MemoryLM) -> tuple[list[Tensor], list[Tensor], list[
     for parameter in model.parameters():
         kind = matrices if id(parameter) in inner else embeddings if id(parameter) in outer else rest
         kind.append(parameter)
+    if second is not None:
+        matrices.append(second.project.weight)
+        rest.append(second.norm.weight)
     return matrices, embeddings, rest
 
 
 def make_optimizer(
-    model: MemoryLM, name: str, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: MemoryLM,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    second: SecondToken | None = None,
 ) -> Optimizer:
     """Return the optimizer ``name``, "muon" or "adamw".
 
@@ -66,7 +77,7 @@ def make_optimizer(
     size of AdamW's (Liu et al. 2025), so that one learning rate serves both. Decays, norms, biases and
     convolutions have no weight decay.
     """
-    matrices, embeddings, rest = split_parameters(model)
+    matrices, embeddings, rest = split_parameters(model, second)
     by_adamw = [{"params": embeddings, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if name == "adamw":
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})

@@ -10,9 +10,10 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mmrec.model import MemoryLM
+from mmrec.second_token import SecondToken
 
 
 class Sharded(ModelParallelStrategy):
@@ -54,9 +55,12 @@ class Sharded(ModelParallelStrategy):
 StrategyRegistry.register("sharded", Sharded, description="a model cut over all processes (FSDP2)")
 
 
-def shard(net: MemoryLM, mesh: DeviceMesh) -> None:
-    """Cut the weights of ``net``, layer by layer, over the processes of ``mesh``; a layer is whole while it runs."""
+def shard(net: MemoryLM, second: SecondToken | None, mesh: DeviceMesh) -> None:
+    """Cut the weights, layer by layer, over the processes of ``mesh``; a layer is whole while it runs."""
     blocks: nn.ModuleList = net.blocks
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "hidden")
+    if second is not None:
+        fully_shard(second, mesh=mesh)

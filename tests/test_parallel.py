@@ -39,7 +39,10 @@ def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "ways"),
-    [("muon", [], {"ddp": DDP}), ("adamw", ["--trainer.gradient_clip_val=1.0"], {"ddp": DDP, "sharded": FSDP})],
+    [
+        ("muon", [], {"ddp": DDP}),
+        ("adamw", ["--trainer.gradient_clip_val=1.0", "--model.second_token=0.5"], {"ddp": DDP, "sharded": FSDP}),
+    ],
     ids=["muon", "adamw"],
 )
 def test_two_processes_learn_what_one_does(

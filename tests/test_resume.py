@@ -29,6 +29,7 @@ EVERYTHING = [
     "--data.segment_len=300",
     "--data.interleave=2",
     "--model.shape.memories=[short, long]",
+    "--model.second_token=0.3",
     "--last.every_n_train_steps=1",
 ]
 """Dropout, warm-up and early stopping come with the quick model: see helpers."""

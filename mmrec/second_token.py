@@ -1,0 +1,36 @@
+"""Multi-token prediction: in training alone, the token after the next one is predicted, too."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmrec.model import RMSNorm
+from mmrec.stream import IGNORE
+
+
+class SecondToken(nn.Module):
+    """Turns what a model predicts the next token from, [B, T, D], into what it predicts the one after that from.
+
+    After Gloeckle et al. 2024 ("Better & Faster Large Language Models via Multi-token Prediction"), with the output
+    layer read for both, and a linear map and a norm in place of a layer. It belongs to the training, not to the
+    model: nothing but resuming needs it.
+
+    Args:
+        dim: width of the model, D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.norm = RMSNorm(dim)
+        # The identity, which is that of the next token: it starts from what is known, and draws no random numbers.
+        nn.init.eye_(self.project.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.project(hidden))
+
+
+def second_targets(targets: Tensor) -> Tensor:
+    """Return the tokens after the targets [B, T], [B, T]; IGNORE at the last, whose successor is not known."""
+    return F.pad(targets[:, 1:], (0, 1), value=IGNORE)
