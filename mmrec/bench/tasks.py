@@ -26,6 +26,7 @@ from mmrec.decode import Decoder
 from mmrec.model import MemoryLM, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
 from mmrec.precision import FULL, MIXED
+from mmrec.second_token import SecondToken, second_targets
 from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
 from mmrec.tokens import open_tokens
 
@@ -61,13 +62,30 @@ def loss_of(
     """Return the mean loss in nats/token, and the state after the last token."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
         logits, state = model(inputs, state)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE), state
+    return mean_nats(logits, targets), state
 
 
-def optimizer_of(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over the targets that are scored, in nats/token."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+
+
+def loss_with_second(
+    model: MemoryLM, second: SecondToken, weight: float, inputs: Tensor, targets: Tensor, state: Any, precision: str
+) -> tuple[Tensor, Any]:
+    """Return the mean loss plus ``weight`` times that of the tokens after the targets, and the state at the end."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
+        hidden, state = model.hidden(inputs, state)
+        logits, ahead = model.head(hidden), model.head(second(hidden))
+    return mean_nats(logits, targets) + weight * mean_nats(ahead, second_targets(targets)), state
+
+
+def optimizer_of(
+    model: nn.Module, learning_rate: float, weight_decay: float, second: SecondToken | None = None
+) -> Optimizer:
     """Ours for our model; AdamW on the others, without weight decay on vectors, as nanoGPT does."""
     if isinstance(model, MemoryLM):
-        return make_optimizer(model, "muon", learning_rate, weight_decay, (0.9, 0.99))
+        return make_optimizer(model, "muon", learning_rate, weight_decay, (0.9, 0.99), second)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -196,6 +214,9 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 """How each learns; the others as the LSTM, but on windows chosen at random."""
 
+SECOND_TOKEN = 0.3
+"""Weight at the start of the loss on the token after the next, for our model."""
+
 INTERLEAVE = 8
 """Groups of rows that a model with a state reads in turn."""
 
@@ -231,7 +252,8 @@ def learning(
     rows, length = int(recipe["rows"]), int(recipe["length"])
     model = make_peer(peer, data.tokenizer.vocab_size, length)
     carries = isinstance(model, MemoryLM | LSTM)
-    optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"])
+    second = SecondToken(model.shape.dim) if isinstance(model, MemoryLM) else None
+    optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"], second)
     steps = tokens // (rows * length)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
     stream = RowStream(data.train, rows, length, seed, interleave=INTERLEAVE)
@@ -264,12 +286,16 @@ def learning(
     for step in range(steps):
         began = time.monotonic()
         inputs, targets, state, group = batch(step)
-        loss, state = loss_of(model, inputs, targets, state, precision)
+        if isinstance(model, MemoryLM) and second is not None:
+            weight = SECOND_TOKEN * (1 - step / steps)
+            loss, state = loss_with_second(model, second, weight, inputs, targets, state, precision)
+        else:
+            loss, state = loss_of(model, inputs, targets, state, precision)
         if carries:
             memories[group] = detached(state)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         scheduler.step()
         spent += time.monotonic() - began
