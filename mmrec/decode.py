@@ -145,8 +145,7 @@ class ShortStep(MemoryStep):
         self.gates.sigmoid_()
         torch.mul(self.rate, self.r, out=self.decay)
         torch.mul(self.decay, 2, out=self.scale).expm1_().neg_().add_(LRU_EPSILON).sqrt_()
-        self.scale.mul_(self.i).mul_(z)
-        self.memory.mul_(self.decay.exp_()).add_(self.scale)
+        self.memory.mul_(self.decay.exp_()).addcmul_(self.scale.mul_(self.i), z)
         torch.mul(self.memory, self.gate, out=self.gate)
         x.addmv_(self.output, self.gate)
 
@@ -159,7 +158,7 @@ class LongStep(MemoryStep):
 
     def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
         assert isinstance(memory, LongMemory)
-        self.norm, self.head_weight = norm, memory.norm.weight.detach()
+        self.norm = norm
         self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
         self.gate = memory.gate.weight.detach()
         heads, self.strongest = memory.heads, memory.strongest
@@ -178,6 +177,11 @@ class LongStep(MemoryStep):
         self.lengths = torch.empty(2, heads, 1, 1)
         self.rates = torch.empty(heads)
         self.told, self.read = torch.empty(heads, 1, size), torch.empty(heads, 1, size)
+        # Of the sum of squares instead of their mean, which takes longer to compute.
+        self.head_weight, self.epsilon = memory.norm.weight.detach() * size**0.5, RMSNorm.EPSILON * size
+        # Views are made once, too: each costs as much as an operation.
+        self.per_head, self.strength, self.columns = self.rates.view(-1, 1, 1), self.beta.view(-1, 1, 1), self.k.mT
+        self.spoken = self.read.view(-1)
         self.powers = torch.empty(heads, 1, 1)
         self.opened = torch.empty(width)
 
@@ -189,16 +193,18 @@ class LongStep(MemoryStep):
         torch.sum(self.squares, dim=-1, keepdim=True, out=self.lengths)
         self.qk.mul_(self.lengths.add_(1e-6).rsqrt_())
         torch.mul(F.softplus(self.decay), self.rate, out=self.rates)
-        self.memory.mul_(self.rates.exp_().view(-1, 1, 1))
-        torch.bmm(self.k, self.memory, out=self.told)
-        torch.sub(self.v, self.told, out=self.told).mul_(self.beta.sigmoid_().mul_(self.strongest).view(-1, 1, 1))
-        self.memory.baddbmm_(self.k.mT, self.told)
+        self.rates.exp_()
+        self.memory.mul_(self.per_head)
+        torch.baddbmm(self.v, self.k, self.memory, alpha=-1, out=self.told)
+        self.beta.sigmoid_()
+        self.told.mul_(self.strength)
+        self.memory.baddbmm_(self.columns, self.told, alpha=self.strongest)
         torch.bmm(self.q, self.memory, out=self.read)
         torch.mul(self.read, self.read, out=self.told)
-        torch.mean(self.told, dim=-1, keepdim=True, out=self.powers)
-        self.read.mul_(self.powers.add_(RMSNorm.EPSILON).rsqrt_()).mul_(self.head_weight)
+        torch.sum(self.told, dim=-1, keepdim=True, out=self.powers)
+        self.read.mul_(self.powers.add_(self.epsilon).rsqrt_()).mul_(self.head_weight)
         torch.mv(self.gate, self.low, out=self.opened)
-        self.opened.sigmoid_().mul_(self.read.view(-1))
+        self.opened.sigmoid_().mul_(self.spoken)
         x.addmv_(self.output, self.opened)
 
     def state(self) -> LayerState:
