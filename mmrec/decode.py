@@ -63,12 +63,12 @@ class Norm:
     def __init__(self, norm: nn.Module) -> None:
         assert isinstance(norm, RMSNorm)
         self.weight = norm.weight.detach()
-        self.buffer = torch.empty_like(self.weight)
+        self.buffer, self.share = torch.empty_like(self.weight), 1 / len(self.weight)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, float]:
         """Return ``x * weight``, and the number that it is still to be multiplied by."""
         torch.mul(x, self.weight, out=self.buffer)
-        return self.buffer, (float(torch.dot(x, x)) / len(x) + RMSNorm.EPSILON) ** -0.5
+        return self.buffer, (torch.dot(x, x).item() * self.share + RMSNorm.EPSILON) ** -0.5
 
 
 class Window:
@@ -79,12 +79,12 @@ class Window:
         self.seen = torch.cat([past[0], past.new_empty(1, past.shape[-1])])
         self.taps = [weight.detach().T.roll(turn, dims=0).contiguous() for turn in range(width)]
         self.products, self.sum = torch.empty_like(self.seen), torch.empty_like(self.seen[0])
+        self.rows = self.seen.unbind()
         self.next = width - 1  # where the next input goes; the ring begins after it
 
     def __call__(self, x: Tensor) -> Tensor:
-        width = len(self.seen)
-        self.seen[self.next] = x
-        self.next = (self.next + 1) % width
+        self.rows[self.next].copy_(x)
+        self.next = (self.next + 1) % len(self.rows)
         torch.mul(self.seen, self.taps[self.next], out=self.products)
         return torch.sum(self.products, dim=0, out=self.sum)
 
@@ -136,7 +136,11 @@ class ShortStep(MemoryStep):
         self.projected = torch.empty(4 * width)
         self.z, self.r, self.i, self.gate = self.projected.chunk(4)
         self.gates = self.projected[width:]
-        self.decay, self.scale = torch.empty(width), torch.empty(width)
+        self.decay, self.scale, self.epsilon = (
+            torch.empty(width),
+            torch.empty(width),
+            torch.tensor(LRU_EPSILON),
+        )
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm(x)
@@ -144,7 +148,8 @@ class ShortStep(MemoryStep):
         z = self.conv(self.z)
         self.gates.sigmoid_()
         torch.mul(self.rate, self.r, out=self.decay)
-        torch.mul(self.decay, 2, out=self.scale).expm1_().neg_().add_(LRU_EPSILON).sqrt_()
+        torch.mul(self.decay, 2, out=self.scale).expm1_()
+        torch.sub(self.epsilon, self.scale, out=self.scale).sqrt_()
         self.memory.mul_(self.decay.exp_()).addcmul_(self.scale.mul_(self.i), z)
         torch.mul(self.memory, self.gate, out=self.gate)
         x.addmv_(self.output, self.gate)
