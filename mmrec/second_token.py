@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import RMSNorm
+from mmrec.model import INITIAL_SCALE, RMSNorm
 from mmrec.stream import IGNORE
 
 
@@ -24,8 +24,7 @@ class SecondToken(nn.Module):
         super().__init__()
         self.project = nn.Linear(dim, dim, bias=False)
         self.norm = RMSNorm(dim)
-        # The identity, which is that of the next token: it starts from what is known, and draws no random numbers.
-        nn.init.eye_(self.project.weight)
+        nn.init.normal_(self.project.weight, std=INITIAL_SCALE * dim**-0.5)  # as the model's matrices
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(self.project(hidden))
