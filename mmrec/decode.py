@@ -136,11 +136,8 @@ class ShortStep(MemoryStep):
         self.projected = torch.empty(4 * width)
         self.z, self.r, self.i, self.gate = self.projected.chunk(4)
         self.gates = self.projected[width:]
-        self.decay, self.scale, self.epsilon = (
-            torch.empty(width),
-            torch.empty(width),
-            torch.tensor(LRU_EPSILON),
-        )
+        self.decay, self.scale = torch.empty(width), torch.empty(width)
+        self.epsilon = torch.tensor(LRU_EPSILON)
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm(x)
