@@ -268,6 +268,8 @@ class TextCLI(LightningCLI):
         if not self.trainer.callback_metrics:
             raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
+        if not self.trainer.is_global_zero:
+            return  # every process has read the whole text
         print(
             f"{name} ({self.evaluation}, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
             f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "
@@ -277,6 +279,8 @@ class TextCLI(LightningCLI):
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write predictions.tsv into the run's folder: position, token, its text, and the nats that it cost."""
         parts: Any = self.trainer.predict(model, **kwargs)
+        if not self.trainer.is_global_zero:
+            return
         path = self.root / runs.LOGS / self.run / "predictions.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = self.datamodule.tokens.tokenizer

@@ -24,12 +24,13 @@ FSDP = ["--trainer.devices=2", "--trainer.strategy=sharded"]
 EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epochs=-1", "--trainer.max_steps=20"]
 
 
-def run(folder: Path, *args: object) -> None:
-    """Run a command in ``folder``, in processes of its own."""
+def run(folder: Path, *args: object) -> str:
+    """Run a command in ``folder``, in processes of its own, and return what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "mmrec", *map(str, args)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -84,3 +85,6 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert mmrec("generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be") == 0
+    # Both processes read all of the validation text, and one of them says what came of it.
+    assert run(tmp_path, "validate", "--run=whole", "--ckpt_path=last").count("validation (carried") == 1
+    assert run(tmp_path, "predict", "--run=whole", "--ckpt_path=last").count("predictions.tsv") == 1
