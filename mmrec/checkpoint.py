@@ -246,6 +246,12 @@ def check_same(checkpoint: dict[str, Any], net: MemoryLM, tokenizer: Tokenizer) 
         )
 
 
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of the model by the names that it has for them, without what only training needs."""
+    weights = checkpoint["state_dict"]
+    return {name.removeprefix("net."): weights[name] for name in weights if name.startswith("net.")}
+
+
 @dataclass(frozen=True)
 class Trained:
     """A model that a checkpoint holds, ready to read and write: nothing else is needed."""
@@ -266,8 +272,7 @@ def load_trained(path: Path) -> Trained:
     try:
         description = checkpoint[KEY]
         tokenizer = load_tokenizer(description["tokenizer"])
-        weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-        net = _model(Shape(**description["shape"]), tokenizer.vocab_size, weights)
+        net = _model(Shape(**description["shape"]), tokenizer.vocab_size, model_weights(checkpoint))
         return Trained(net.eval(), tokenizer, int(checkpoint["global_step"]))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
         raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error

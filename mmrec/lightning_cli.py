@@ -267,9 +267,9 @@ class TextCLI(LightningCLI):
     def _print_score(self, prefix: str, name: str) -> None:
         if not self.trainer.callback_metrics:
             raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
-        score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         if not self.trainer.is_global_zero:
             return  # every process has read the whole text
+        score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
             f"{name} ({self.evaluation}, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
             f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "

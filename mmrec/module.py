@@ -18,7 +18,7 @@ from mmrec.errors import UserError
 from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
-from mmrec.second_token import SecondToken, second_targets
+from mmrec.second_token import SecondToken, second_targets, second_weight
 from mmrec.sharded import shard
 from mmrec.stream import IGNORE, Batch
 from mmrec.tokenizers import Tokenizer, token_lengths
@@ -156,12 +156,8 @@ class TextModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         if self.second is None:
             return loss
-        return loss + self._second_weight() * self._mean_loss(self.second(hidden), second_targets(batch.targets))
-
-    def _second_weight(self) -> float:
-        if self._planned_steps is None:
-            return self.second_token
-        return self.second_token * max(0.0, 1 - self.global_step / self._planned_steps)
+        weight = second_weight(self.second_token, self.global_step, self._planned_steps)
+        return loss + weight * self._mean_loss(self.second(hidden), second_targets(batch.targets))
 
     def _mean_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return self._mean_over_processes(targets, _nats(self.net.head(hidden), targets, "sum"))
@@ -281,8 +277,7 @@ class TextModule(LightningModule):
     def begin_with(self, checkpoint: dict[str, Any]) -> None:
         """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
         checkpoints.check_same(checkpoint, self.net, self.tokenizer)
-        weights = checkpoint["state_dict"]
-        self.net.load_state_dict({k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")})
+        self.net.load_state_dict(checkpoints.model_weights(checkpoint))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the model's description, the carried memory, the random numbers."""

@@ -30,6 +30,14 @@ class SecondToken(nn.Module):
         return self.norm(self.project(hidden))
 
 
+def second_weight(share: float, step: int, planned_steps: int | None) -> float:
+    """Return the weight of the second token's loss at update ``step`` (from 0).
+
+    It falls in a straight line from ``share`` to 0 at ``planned_steps``; where that is None, it stays.
+    """
+    return share if planned_steps is None else share * max(0.0, 1 - step / planned_steps)
+
+
 def second_targets(targets: Tensor) -> Tensor:
     """Return the tokens after the targets [B, T], [B, T]; IGNORE at the last, whose successor is not known."""
     return F.pad(targets[:, 1:], (0, 1), value=IGNORE)

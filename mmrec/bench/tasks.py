@@ -26,7 +26,7 @@ from mmrec.decode import Decoder
 from mmrec.model import MemoryLM, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
 from mmrec.precision import FULL, MIXED
-from mmrec.second_token import SecondToken, second_targets
+from mmrec.second_token import SecondToken, second_targets, second_weight
 from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
 from mmrec.tokens import open_tokens
 
@@ -267,6 +267,7 @@ def learning(
     second_share = recipe.get("second_token", 0.0)
     second = SecondToken(model.shape.dim) if isinstance(model, MemoryLM) and second_share else None
     optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"], second)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = tokens // (rows * length)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
     stream = RowStream(data.train, rows, length, seed, interleave=INTERLEAVE)
@@ -300,7 +301,7 @@ def learning(
         began = time.monotonic()
         inputs, targets, state, group = batch(step)
         if isinstance(model, MemoryLM) and second is not None:
-            weight = second_share * (1 - step / steps)
+            weight = second_weight(second_share, step, steps)
             loss, state = loss_with_second(model, second, weight, inputs, targets, state, precision)
         else:
             loss, state = loss_of(model, inputs, targets, state, precision)
@@ -308,7 +309,7 @@ def learning(
             memories[group] = detached(state)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
         spent += time.monotonic() - began
