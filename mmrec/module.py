@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec import checkpoint as checkpoints
 from mmrec.dynamic import DynamicEvaluation
 from mmrec.errors import UserError
+from mmrec.losses import confidence, confidence_weight, nats
 from mmrec.metrics import TextScore
 from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
 from mmrec.optim import make_optimizer, warmup_cosine
@@ -41,6 +41,9 @@ class TextModule(LightningModule):
             epochs keeps all of it.
         second_token: weight of the loss on the token after the next (multi-token prediction), as a share of the next
             one's; it fades to 0 until the end of a run with a number of steps or epochs. 0 leaves it out.
+        confidence_penalty: share of the predictions' entropy that is taken off the loss in training, so that a small
+            text known by heart does not make them too sure; it rises from 0 until the end of a run with a number of
+            steps or epochs. 0 leaves it out.
         reset_at_documents: forget all at the start of each document, where the text is cut into such; else the
             memory is carried on from one to the next.
     """
@@ -58,6 +61,7 @@ class TextModule(LightningModule):
         warmup_steps: int = 100,
         final_lr_share: float = 0.05,
         second_token: float = 0.0,
+        confidence_penalty: float = 0.0,
         reset_at_documents: bool = False,
     ) -> None:
         super().__init__()
@@ -70,6 +74,7 @@ class TextModule(LightningModule):
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
         _check_range("second_token", second_token, 0, float("inf"))
+        _check_range("confidence_penalty", confidence_penalty, 0, 1)
         if not 0 <= final_lr_share <= 1:
             raise UserError(f"model.final_lr_share is {final_lr_share}; it must lie in 0..1")
         if reset_at_documents and tokenizer.separator is None:
@@ -79,6 +84,7 @@ class TextModule(LightningModule):
         self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
         self.second = SecondToken(shape.dim) if second_token else None
         self.second_token = second_token
+        self.confidence_penalty = confidence_penalty
         self.dropout = dropout
         self.optimizer = optimizer
         self.learning_rate = learning_rate
@@ -144,6 +150,7 @@ class TextModule(LightningModule):
             "warmup_steps": self.warmup_steps,
             "final_lr_share": self.final_lr_share,
             "second_token": self.second_token,
+            "confidence_penalty": self.confidence_penalty,
             "reset_at_documents": self.reset_at_documents,
             "parameters": self.net.parameter_count(),
         }
@@ -152,23 +159,29 @@ class TextModule(LightningModule):
         """Read one batch on from the carried memory and return its loss, in nats/token."""
         hidden, state = self._read(batch, self._carried.get(batch.group))
         self._carried[batch.group] = detach_state(state)
-        loss = self._mean_loss(hidden, batch.targets)
+        loss, learned = self._losses(hidden, batch.targets)
         self.log("train/loss", loss, prog_bar=True)
         if self.second is None:
-            return loss
+            return learned
         weight = second_weight(self.second_token, self.global_step, self._planned_steps)
-        return loss + weight * self._mean_loss(self.second(hidden), second_targets(batch.targets))
+        return learned + weight * self._losses(self.second(hidden), second_targets(batch.targets))[1]
 
-    def _mean_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return self._mean_over_processes(targets, _nats(self.net.head(hidden), targets, "sum"))
+    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, in nats/token, and what is learned from: the same, where confidence costs nothing."""
+        logits = self.net.head(hidden)
+        loss = self._mean_over_processes(targets, nats(logits, targets, "sum"))
+        if not self.confidence_penalty:
+            return loss, loss
+        weight = confidence_weight(self.confidence_penalty, self.global_step, self._planned_steps)
+        return loss, loss + weight * self._mean_over_processes(targets, confidence(logits, targets))
 
-    def _mean_over_processes(self, targets: Tensor, nats: Tensor) -> Tensor:
+    def _mean_over_processes(self, targets: Tensor, total: Tensor) -> Tensor:
         """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
         count = (targets != IGNORE).sum().clamp(min=1)  # the second token of a row of one is not scored
         if self.trainer.world_size > 1:
             distributed.all_reduce(count)
-            return nats / count * self.trainer.world_size
-        return nats / count
+            return total / count * self.trainer.world_size
+        return total / count
 
     def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         rows = len(batch.inputs)
@@ -208,19 +221,19 @@ class TextModule(LightningModule):
 
     def _score_batch(self, batch: Batch) -> Tensor:
         with torch.set_grad_enabled(self._dynamic is not None):
-            nats = self._nats(batch)
-            self.score.update(nats.detach(), self.token_lengths[batch.targets.flatten()])
+            each = self._nats(batch)
+            self.score.update(each.detach(), self.token_lengths[batch.targets.flatten()])
             if self._dynamic is not None:
-                self._dynamic.learn(nats.mean())
+                self._dynamic.learn(each.mean())
                 self._reading = detach_state(self._reading or [])
-        return nats.detach()
+        return each.detach()
 
     def _nats(self, batch: Batch) -> Tensor:
         # On a CPU scores are in full precision, so that one machine's compare with another's.
         with torch.autocast("cpu", enabled=False):
             hidden, self._reading = self._read(batch, self._reading)
             logits = self.net.head(hidden)
-        return _nats(logits, batch.targets, "none")
+        return nats(logits, batch.targets, "none")
 
     def on_validation_epoch_end(self) -> None:
         self._log_score("val")
@@ -349,12 +362,6 @@ class TextModule(LightningModule):
         ]
         if changed and self.trainer.training:
             rank_zero_info(f"Changed since the checkpoint, and in force from here on: {', '.join(changed)}")
-
-
-def _nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return minus the logarithm of the probability of each target; 0 for those that are not scored."""
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:

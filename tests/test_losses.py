@@ -1,0 +1,65 @@
+"""The price of confidence: what it is, that it is learned from, and that no figure counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import checkpoints, fit, last, losses
+from torch.distributions import Categorical
+
+from mmrec.checkpoint import load_trained
+from mmrec.losses import confidence, confidence_weight, nats
+from mmrec.model import reset_rows
+from mmrec.stream import IGNORE, RowStream
+from mmrec.tokens import open_tokens
+
+Command = Callable[..., int]
+
+
+def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
+    logits = 3 * torch.randn(2, 3, 5)
+    targets = torch.tensor([[1, 2, IGNORE], [4, IGNORE, 0]])
+    entropy = Categorical(logits=logits).entropy()
+    torch.testing.assert_close(confidence(logits, targets), -entropy[targets != IGNORE].sum())
+    assert confidence(logits.bfloat16(), targets).dtype == torch.float32
+    sure = torch.tensor([[[200.0, -200.0]]])
+    assert float(confidence(sure, targets[:1, :1])) == 0.0
+
+
+def test_its_weight_rises_to_the_end_of_the_plan() -> None:
+    assert [confidence_weight(0.4, step, 4) for step in (0, 1, 4, 9)] == [0, pytest.approx(0.1), 0.4, 0.4]
+    assert confidence_weight(0.4, 0, None) == 0.4
+
+
+def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> None:
+    # No rate, and an average of gradients that keeps the last alone: the optimizer's state tells it.
+    still = ["--model.learning_rate=0", "--model.dropout=0", "--model.optimizer=adamw", "--model.beta1=0"]
+    still += ["--trainer.gradient_clip_val=1e9", "--trainer.precision=32-true", "--data.interleave=1"]
+    still += ["--trainer.max_epochs=-1", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
+    for run, penalty in (("with", "0.8"), ("without", "0")):
+        assert mmrec(*fit(prepared, *still, f"--model.confidence_penalty={penalty}", f"--run={run}")) == 0
+    assert len(losses("with")) == 4
+    assert losses("with", "train/loss") == losses("without", "train/loss")
+    assert losses("with", "val/loss") == losses("without", "val/loss")
+
+    tokens, net = open_tokens(prepared), load_trained(checkpoints("with") / "last.ckpt").net
+    stream, state = RowStream(tokens.train, 2, 64), net.zero_state(2)
+    for number in range(4):
+        batch = stream.batch(number)
+        with torch.set_grad_enabled(number == 3):
+            logits, state = net(batch.inputs, reset_rows(state, batch.fresh))
+    count = (batch.targets != IGNORE).sum()
+    loss = (nats(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
+    (expected,) = torch.autograd.grad(loss, net.embedding.weight)
+
+    def kept(run: str) -> torch.Tensor:
+        states: Any = last(run)["optimizer_states"][0]["state"].values()
+        (gradient,) = (s["exp_avg"] for s in states if s["exp_avg"].shape == expected.shape)
+        return gradient
+
+    torch.testing.assert_close(kept("with"), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(kept("without"), expected, rtol=1e-2)
