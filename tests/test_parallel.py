@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = ["--trainer.devices=2", "--trainer.strategy=sharded"]
+LOSSES = ["--model.second_token=0.5", "--model.confidence_penalty=0.3"]
 EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epochs=-1", "--trainer.max_steps=20"]
 
 
@@ -42,7 +43,7 @@ def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
     ("optimizer", "options", "ways"),
     [
         ("muon", [], {"ddp": DDP}),
-        ("adamw", ["--trainer.gradient_clip_val=1.0", "--model.second_token=0.5"], {"ddp": DDP, "sharded": FSDP}),
+        ("adamw", ["--trainer.gradient_clip_val=1.0", *LOSSES], {"ddp": DDP, "sharded": FSDP}),
     ],
     ids=["muon", "adamw"],
 )

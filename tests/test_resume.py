@@ -30,6 +30,7 @@ EVERYTHING = [
     "--data.interleave=2",
     "--model.shape.memories=[short, long]",
     "--model.second_token=0.3",
+    "--model.confidence_penalty=0.2",
     "--last.every_n_train_steps=1",
 ]
 """Dropout, warm-up and early stopping come with the quick model: see helpers."""
