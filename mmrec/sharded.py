@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from mmrec.errors import UserError
 from mmrec.model import MemoryLM
 from mmrec.second_token import SecondToken
 
@@ -29,6 +31,13 @@ class Sharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                raise UserError(
+                    f"{type(callback).__name__} averages a model that is whole in each process: leave it out by "
+                    f"--trainer.callbacks null, or train without trainer/fsdp"
+                )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

@@ -89,3 +89,12 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     # Both processes read all of the validation text, and one of them says what came of it.
     assert run(tmp_path, "validate", "--run=whole", "--ckpt_path=last").count("validation (carried") == 1
     assert run(tmp_path, "predict", "--run=whole", "--ckpt_path=last").count("predictions.tsv") == 1
+
+
+def test_averages_of_weights_need_a_model_that_is_whole(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--run=a"]
+    assert mmrec(*fit(prepared, "--trainer.devices=1", "--trainer.strategy=sharded", *average)) == 2
+    assert "leave it out by --trainer.callbacks null" in capsys.readouterr().err
+    assert not Path("lightning_logs/a").exists()
