@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmrec.checkpoint import Trained, load_trained
-from mmrec.generate import continue_text
+from mmrec.generate import check_drawing, continue_text
 from mmrec.memory import Memory, load_memory, model_hash, save_memory
 from mmrec.reading import pieces, read_on
 from mmrec.runs import find_checkpoint
@@ -62,7 +62,12 @@ class MemoryLM:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Yield a text that goes on from the memory and ``prompt``, as it is written. The memory stays as it is."""
+        """Yield a text that goes on from the memory and ``prompt``, as it is written. The memory stays as it is.
+
+        Raises:
+            UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
+        """
+        check_drawing(length, temperature, top_k, top_p)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
         decoder = StreamDecoder(self._trained.tokenizer)
         drawn = continue_text(self._trained.net, tokens, length, temperature, top_k, top_p, seed, memory=self.memory)

@@ -126,6 +126,18 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def check_drawing(length: int, temperature: float, top_k: int, top_p: float, dashes: str = "") -> None:
+    """Raise UserError, with ``dashes`` before the option's name, where a text cannot be drawn so."""
+    for name, value, good, rule in (
+        ("length", length, length >= 0, "it must be at least 0"),
+        ("temperature", temperature, temperature >= 0, "it must be at least 0"),
+        ("top_k", top_k, top_k >= 0, "it must be at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "it must lie above 0 and be at most 1"),
+    ):
+        if not good:
+            raise UserError(f"{dashes}{name} is {value!r}; {rule}")
+
+
 def generate(
     checkpoint: CheckpointOptions,
     prompt: str | None = None,
@@ -153,16 +165,11 @@ def generate(
         prompt = "\n" if memory is None else ""
     elif prompt == "-":
         prompt = _standard_input()
-    for name, value, good, rule in (
-        ("prompt", prompt, bool(prompt) or memory is not None, "it must not be empty"),
-        ("prompt", prompt, is_unicode(prompt), "it must be UTF-8"),
-        ("length", length, length >= 0, "it must be at least 0"),
-        ("temperature", temperature, temperature >= 0, "it must be at least 0"),
-        ("top_k", top_k, top_k >= 0, "it must be at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "it must lie above 0 and be at most 1"),
-    ):
-        if not good:
-            raise UserError(f"--{name} is {value!r}; {rule}")
+    if not prompt and memory is None:
+        raise UserError("--prompt is ''; it must not be empty")
+    if not is_unicode(prompt):
+        raise UserError(f"--prompt is {prompt!r}; it must be UTF-8")
+    check_drawing(length, temperature, top_k, top_p, "--")
     trained = load_trained(checkpoint.path())
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
     before = None

@@ -163,6 +163,10 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
     assert other.generate(length=30, temperature=0) == written
     other.memory = Memory.empty(other._trained.net)
     assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
+    for wrong in ({"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}, {"length": -1}):
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"^{name} is "):
+            model.generate(**wrong)
 
 
 def test_a_byte_order_mark_is_not_read(mmrec: Command, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
