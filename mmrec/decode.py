@@ -1,14 +1,17 @@
 """One token after the other, fast: what :class:`mmrec.model.MemoryLM` computes, in buffers that are made once.
 
-The plain model makes some forty new tensors per layer and token, and at the size of a laptop's models that costs far
-more than the arithmetic. Here every operation writes into a buffer of its own. One text, float32, on a CPU; no
-matrix is copied, and a memory that has no fast step here takes the plain one.
+The plain model makes some forty new tensors per layer and token, and at the size of a laptop's models that costs
+far more than the arithmetic. Here every operation writes into a buffer of its own, and those on a few numbers are
+numpy's, in the same memory: a call of numpy takes a third of the time of one of torch. Products with matrices are
+torch's, and so is what numpy lacks. One text, float32, on a CPU; no matrix is copied, and a memory that has no fast
+step here takes the plain one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,26 +30,28 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(self, net: MemoryLM, state: State) -> None:
-        self.embedding = net.embedding.weight.detach()
+        self.embedding = net.embedding.weight.detach().numpy()
         self.head = net.head.weight.detach()
-        self.norm = Norm(net.norm)
         self.x = torch.empty(net.shape.dim)
+        self.stream = self.x.numpy()
+        self.norm = Norm(net.norm, self.stream)
         self.logits = torch.empty(len(self.head))
         self.steps: list[MemoryStep | FeedForwardStep] = []
         for block, (past, memory) in zip(net.blocks, state, strict=True):
             part = block.get_submodule("memory")
             kind = STEPS.get(type(part), PlainStep)
-            norm = Norm(block.get_submodule("memory_norm"))
+            norm = Norm(block.get_submodule("memory_norm"), self.stream)
             self.steps.append(kind(part, norm, (past.clone(), memory.clone())))
-            self.steps.append(FeedForwardStep(block.get_submodule("ffn"), Norm(block.get_submodule("ffn_norm"))))
+            norm = Norm(block.get_submodule("ffn_norm"), self.stream)
+            self.steps.append(FeedForwardStep(block.get_submodule("ffn"), norm))
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
         """Read ``token`` and return the logits of the next one [N], in a buffer that the next call overwrites."""
-        self.x.copy_(self.embedding[token])
+        np.copyto(self.stream, self.embedding[token])
         for step in self.steps:
             step(self.x)
-        normal, scale = self.norm(self.x)
+        normal, scale = self.norm()
         return torch.addmv(self.logits, self.head, normal, beta=0, alpha=scale, out=self.logits)
 
     def state(self) -> State:
@@ -58,17 +63,18 @@ class Decoder:
 
 
 class Norm:
-    """Root mean square normalization, with the scale left to the matrix product that follows."""
+    """Root mean square normalization of the stream [D], with the scale left to the matrix product that follows."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, stream: np.ndarray) -> None:
         assert isinstance(norm, RMSNorm)
-        self.weight = norm.weight.detach()
-        self.buffer, self.share = torch.empty_like(self.weight), 1 / len(self.weight)
+        self.stream, self.weight = stream, norm.weight.detach().numpy()
+        self.normal, self.share = torch.empty(len(stream)), 1 / len(stream)
+        self.weighted = self.normal.numpy()
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, float]:
-        """Return ``x * weight``, and the number that it is still to be multiplied by."""
-        torch.mul(x, self.weight, out=self.buffer)
-        return self.buffer, (torch.dot(x, x).item() * self.share + RMSNorm.EPSILON) ** -0.5
+    def __call__(self) -> tuple[Tensor, float]:
+        """Return the stream times the weight, and the number that it is still to be multiplied by."""
+        np.multiply(self.stream, self.weight, out=self.weighted)
+        return self.normal, (float(self.stream.dot(self.stream)) * self.share + RMSNorm.EPSILON) ** -0.5
 
 
 class Window:
@@ -77,16 +83,19 @@ class Window:
     def __init__(self, weight: Tensor, past: Tensor) -> None:
         width = weight.shape[1]
         self.seen = torch.cat([past[0], past.new_empty(1, past.shape[-1])])
-        self.taps = [weight.detach().T.roll(turn, dims=0).contiguous() for turn in range(width)]
-        self.products, self.sum = torch.empty_like(self.seen), torch.empty_like(self.seen[0])
-        self.rows = self.seen.unbind()
+        self.rows = self.seen.numpy()
+        self.taps = [weight.detach().T.roll(turn, dims=0).contiguous().numpy() for turn in range(width)]
+        self.products, self.ones = np.empty_like(self.rows), np.ones(width, dtype=np.float32)
+        self.sum = torch.empty_like(self.seen[0])
+        self.out = self.sum.numpy()
         self.next = width - 1  # where the next input goes; the ring begins after it
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.rows[self.next].copy_(x)
+    def __call__(self, x: np.ndarray) -> None:
+        """Read ``x`` [channels]; what the convolution makes of it is in ``sum``, and ``out``, until the next call."""
+        np.copyto(self.rows[self.next], x)
         self.next = (self.next + 1) % len(self.rows)
-        torch.mul(self.seen, self.taps[self.next], out=self.products)
-        return torch.sum(self.products, dim=0, out=self.sum)
+        np.multiply(self.rows, self.taps[self.next], out=self.products)
+        np.dot(self.ones, self.products, out=self.out)
 
     def past(self) -> Tensor:
         """Return the last C - 1 inputs, [1, C - 1, channels]."""
@@ -112,7 +121,7 @@ class PlainStep(MemoryStep):
         self.memory, self.norm, self.after = memory, norm, state
 
     def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm(x)
+        normal, scale = self.norm()
         y, self.after = self.memory((normal * scale)[None, None], self.after)
         x += y[0, 0]
 
@@ -130,26 +139,33 @@ class ShortStep(MemoryStep):
         width = len(memory.rate)
         zero = torch.zeros(width)
         self.bias = torch.cat([zero, memory.r_bias, memory.i_bias, zero]).detach()
-        self.rate = (-memory.SHARPNESS * F.softplus(memory.rate)).detach()
+        self.rate = (-memory.SHARPNESS * F.softplus(memory.rate)).detach().numpy()
         self.conv = Window(memory.conv.weight, state[0])
         self.memory = state[1][0]
+        self.remembered = self.memory.numpy()
         self.projected = torch.empty(4 * width)
-        self.z, self.r, self.i, self.gate = self.projected.chunk(4)
         self.gates = self.projected[width:]
-        self.decay, self.scale = torch.empty(width), torch.empty(width)
-        self.epsilon = torch.tensor(LRU_EPSILON)
+        self.z, self.r, self.i, self.gate = self.projected.numpy().reshape(4, width)
+        self.gated = self.projected[3 * width :]
+        self.lost, self.scale = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
 
     def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm(x)
+        normal, scale = self.norm()
         torch.addmv(self.bias, self.project, normal, alpha=scale, out=self.projected)
-        z = self.conv(self.z)
+        self.conv(self.z)
         self.gates.sigmoid_()
-        torch.mul(self.rate, self.r, out=self.decay)
-        torch.mul(self.decay, 2, out=self.scale).expm1_()
-        torch.sub(self.epsilon, self.scale, out=self.scale).sqrt_()
-        self.memory.mul_(self.decay.exp_()).addcmul_(self.scale.mul_(self.i), z)
-        torch.mul(self.memory, self.gate, out=self.gate)
-        x.addmv_(self.output, self.gate)
+        np.multiply(self.rate, self.r, out=self.lost)
+        np.multiply(self.lost, 2, out=self.scale)
+        np.expm1(self.scale, out=self.scale)
+        np.subtract(LRU_EPSILON, self.scale, out=self.scale)
+        np.sqrt(self.scale, out=self.scale)
+        np.exp(self.lost, out=self.lost)
+        np.multiply(self.remembered, self.lost, out=self.remembered)
+        np.multiply(self.scale, self.i, out=self.scale)
+        np.multiply(self.scale, self.conv.out, out=self.scale)
+        np.add(self.remembered, self.scale, out=self.remembered)
+        np.multiply(self.remembered, self.gate, out=self.gate)
+        x.addmv_(self.output, self.gated)
 
     def state(self) -> LayerState:
         return self.conv.past(), self.memory.unsqueeze(0)
@@ -168,46 +184,59 @@ class LongStep(MemoryStep):
         self.bias = torch.zeros(len(self.project))
         self.bias[3 * width : 3 * width + heads] = memory.decay_bias.detach()
         self.bias[3 * width + heads : 3 * width + 2 * heads] = memory.beta_bias.detach()
-        self.rate = -memory.log_rate.detach().exp()
+        self.rate = -memory.log_rate.detach().exp().numpy()
         self.conv = Window(memory.conv.weight, state[0])
         self.memory = state[1][0]
         self.projected = torch.empty(len(self.project))
-        self.qkv, self.decay, self.beta, self.low = self.projected.split(memory.splits)
-        mixed = self.conv.sum.view(3, heads, 1, size)
-        self.q, self.k, self.v = mixed
-        self.qk, self.squares = mixed[:2], torch.empty(2, heads, 1, size)
-        self.lengths = torch.empty(2, heads, 1, 1)
+        _, self.decay, self.beta, self.low = self.projected.split(memory.splits)
+        self.qkv = self.projected.numpy()[: 3 * width]
+        self.q, self.k, self.v = self.conv.sum.view(3, heads, 1, size)
+        self.qk = self.conv.out[: 2 * width].reshape(2 * heads, size)
+        self.squares, self.ones = np.empty_like(self.qk), np.ones(size, dtype=np.float32)
+        self.lengths = np.empty(2 * heads, dtype=np.float32)
         self.rates = torch.empty(heads)
         self.told, self.read = torch.empty(heads, 1, size), torch.empty(heads, 1, size)
         # Of the sum of squares instead of their mean, which takes longer to compute.
-        self.head_weight, self.epsilon = memory.norm.weight.detach() * size**0.5, RMSNorm.EPSILON * size
+        self.head_weight, self.epsilon = (memory.norm.weight.detach() * size**0.5).numpy(), RMSNorm.EPSILON * size
         # Views are made once, too: each costs as much as an operation.
-        self.per_head, self.strength, self.columns = self.rates.view(-1, 1, 1), self.beta.view(-1, 1, 1), self.k.mT
-        self.spoken = self.read.view(-1)
-        self.powers = torch.empty(heads, 1, 1)
+        self.faded, self.per_head, self.columns = self.rates.numpy(), self.rates.view(-1, 1, 1), self.k.mT
+        self.correction, self.strength = self.told.numpy()[:, 0], self.beta.numpy().reshape(-1, 1)
+        self.spoken = self.read.numpy()[:, 0]
+        self.powers = np.empty(heads, dtype=np.float32)
         self.opened = torch.empty(width)
+        self.gated = self.opened.numpy().reshape(heads, size)
 
     def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm(x)
+        normal, scale = self.norm()
         torch.addmv(self.bias, self.project, normal, alpha=scale, out=self.projected)
-        F.silu(self.conv(self.qkv), inplace=True)
-        torch.mul(self.qk, self.qk, out=self.squares)
-        torch.sum(self.squares, dim=-1, keepdim=True, out=self.lengths)
-        self.qk.mul_(self.lengths.add_(1e-6).rsqrt_())
-        torch.mul(F.softplus(self.decay), self.rate, out=self.rates)
-        self.rates.exp_()
+        self.conv(self.qkv)
+        F.silu(self.conv.sum, inplace=True)
+        np.multiply(self.qk, self.qk, out=self.squares)
+        np.dot(self.squares, self.ones, out=self.lengths)
+        self._normalize(self.qk, self.lengths, 1e-6)
+        np.multiply(F.softplus(self.decay).numpy(), self.rate, out=self.faded)
+        np.exp(self.faded, out=self.faded)
         self.memory.mul_(self.per_head)
         torch.baddbmm(self.v, self.k, self.memory, alpha=-1, out=self.told)
         self.beta.sigmoid_()
-        self.told.mul_(self.strength)
+        np.multiply(self.correction, self.strength, out=self.correction)
         self.memory.baddbmm_(self.columns, self.told, alpha=self.strongest)
         torch.bmm(self.q, self.memory, out=self.read)
-        torch.mul(self.read, self.read, out=self.told)
-        torch.sum(self.told, dim=-1, keepdim=True, out=self.powers)
-        self.read.mul_(self.powers.add_(self.epsilon).rsqrt_()).mul_(self.head_weight)
+        np.multiply(self.spoken, self.spoken, out=self.correction)
+        np.dot(self.correction, self.ones, out=self.powers)
+        self._normalize(self.spoken, self.powers, self.epsilon)
+        np.multiply(self.spoken, self.head_weight, out=self.spoken)
         torch.mv(self.gate, self.low, out=self.opened)
-        self.opened.sigmoid_().mul_(self.spoken)
+        self.opened.sigmoid_()
+        np.multiply(self.gated, self.spoken, out=self.gated)
         x.addmv_(self.output, self.opened)
+
+    @staticmethod
+    def _normalize(rows: np.ndarray, squares: np.ndarray, epsilon: float) -> None:
+        """Divide each of ``rows`` [R, S] by its length, whose square is in ``squares`` [R], in place."""
+        np.add(squares, epsilon, out=squares)
+        np.sqrt(squares, out=squares)
+        np.divide(rows, squares[:, None], out=rows)
 
     def state(self) -> LayerState:
         return self.conv.past(), self.memory.unsqueeze(0)
@@ -222,12 +251,13 @@ class FeedForwardStep:
         self.output = ffn.get_parameter("output.weight").detach()
         self.projected = torch.empty(len(self.project))
         self.value, self.gate = self.projected.chunk(2)
+        self.content, self.opening = self.value.numpy(), self.gate.numpy()
 
     def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm(x)
+        normal, scale = self.norm()
         torch.addmv(self.projected, self.project, normal, beta=0, alpha=scale, out=self.projected)
         F.silu(self.gate, inplace=True)
-        self.value.mul_(self.gate)
+        np.multiply(self.content, self.opening, out=self.content)
         x.addmv_(self.output, self.value)
 
 
