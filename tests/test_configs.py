@@ -44,6 +44,18 @@ def test_parameter_counts(name: str, vocab_size: int, least: float, most: float)
     assert least <= count(name, vocab_size) <= most
 
 
+def assert_holds(found: Any, given: Any) -> None:
+    """Assert that ``found`` is ``given``, its dicts with defaults added."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            assert_holds(found[key], value)
+    elif isinstance(given, list):
+        for one, other in zip(found, given, strict=True):
+            assert_holds(one, other)
+    else:
+        assert found == given
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_parsed(name: str, mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("fit", "--config", name, "--print_config") == 0
@@ -51,10 +63,7 @@ def test_every_config_is_parsed(name: str, mmrec: Command, capsys: pytest.Captur
     given = yaml.safe_load(CONFIGS[name].read_text())
     for group, values in given.items():
         if isinstance(values, dict):
-            for key, value in values.items():
-                found = shown[group][key]
-                expected = {k: found[k] for k in value} if isinstance(value, dict) else found
-                assert expected == value
+            assert_holds(shown[group], values)
 
 
 @pytest.mark.parametrize("name", ["tiny", "quickstart", "mini"])
