@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
@@ -27,21 +26,27 @@ def is_url(folder: Path | str) -> bool:
 class RemoteTokens:
     """Tokens of a remote file, indexed like the memory map of a local one.
 
+    The blocks used last are kept in a file without a name (in ``MMREC_CACHE``, or where temporary files go): its room
+    is free again when the process ends, however it ends.
+
     Args:
         url: of the file, on any file system that fsspec knows.
         size: its bytes.
         dtype: of its tokens.
-        cache: folder for the blocks, of this process alone.
-        cache_bytes: most bytes that are kept there; the block used longest ago goes first.
+        cache_bytes: most bytes that are kept on this machine; the block used longest ago goes first.
     """
 
-    def __init__(self, url: str, size: int, dtype: np.dtype, cache: Path, cache_bytes: int) -> None:
+    def __init__(self, url: str, size: int, dtype: np.dtype, cache_bytes: int) -> None:
         self.url = url
         self.dtype = dtype
         self._size = size
-        self._cache = cache
-        self._most = max(1, cache_bytes // BLOCK)
-        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
+        places = min(-(-size // BLOCK), max(1, cache_bytes // BLOCK))
+        self._file = tempfile.TemporaryFile(dir=os.environ.get("MMREC_CACHE"))  # noqa: SIM115 - open as long as this is
+        weakref.finalize(self, self._file.close)
+        self._file.truncate(places * BLOCK)
+        self._cached = np.memmap(self._file, dtype=dtype, mode="r", shape=(places, BLOCK // dtype.itemsize))
+        self._places: OrderedDict[int, int] = OrderedDict()
+        self._free = list(range(places))
 
     def __len__(self) -> int:
         return self._size // self.dtype.itemsize
@@ -59,21 +64,19 @@ class RemoteTokens:
         return found
 
     def _block(self, number: int) -> np.ndarray:
-        """Return a block, memory-mapped from the cache, fetched first where it is not there."""
-        if number in self._blocks:
-            self._blocks.move_to_end(number)
-            return self._blocks[number]
+        """Return a block as it lies in the cache, fetched first where it is not there; good until the next call."""
+        if number in self._places:
+            self._places.move_to_end(number)
+            return self._cached[self._places[number]]
         first = number * BLOCK
         data = fetch(self.url, first, min(first + BLOCK, self._size))
-        if len(self._blocks) >= self._most:
-            oldest, _ = self._blocks.popitem(last=False)
-            self._path(oldest).unlink()
-        self._path(number).write_bytes(data)
-        self._blocks[number] = np.memmap(self._path(number), dtype=self.dtype, mode="r")
-        return self._blocks[number]
-
-    def _path(self, number: int) -> Path:
-        return self._cache / f"{self.url.rpartition('/')[2]}.{number}"
+        if not self._free:
+            self._free.append(self._places.popitem(last=False)[1])
+        self._file.seek(self._free[-1] * BLOCK)
+        self._file.write(data)  # not through the memory map, where a full disk would kill the process
+        self._file.flush()
+        self._places[number] = self._free.pop()
+        return self._cached[self._places[number]]
 
 
 def fetch(url: str, first: int = 0, last: int | None = None) -> bytes:
@@ -100,18 +103,20 @@ def open_remote_tokens(url: str, cache_bytes: int) -> TokenFolder:
         url: of the folder.
         cache_bytes: most bytes of its tokens that are kept on this machine, by this process.
     """
-    cache = Path(tempfile.mkdtemp(prefix="mmrec-tokens-", dir=os.environ.get("MMREC_CACHE")))
     url = url.rstrip("/")
-    for name in (MANIFEST, "tokenizer.json"):
-        (cache / name).write_bytes(fetch(f"{url}/{name}"))
-    manifest: dict[str, Any] | None = read_manifest(cache)
-    if manifest is None:
-        raise UserError(f"{url}: holds no prepared tokens (no readable {MANIFEST})")
-    dtype, sizes = describe_tokens(manifest, cache)
-    tokenizer = tokenizer_of(cache, dtype)
+    with tempfile.TemporaryDirectory() as here:
+        folder = Path(here)
+        for name in (MANIFEST, "tokenizer.json"):
+            (folder / name).write_bytes(fetch(f"{url}/{name}"))
+        manifest: dict[str, Any] | None = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{url}: holds no prepared tokens (no readable {MANIFEST})")
+        try:
+            dtype, sizes = describe_tokens(manifest, folder)
+            tokenizer = tokenizer_of(folder, dtype)
+        except UserError as error:  # speaks of the copy
+            raise UserError(str(error).replace(here, url)) from None
     train, val = (
-        RemoteTokens(f"{url}/{part}.bin", sizes[f"{part}.bin"], dtype, cache, cache_bytes // 2)
-        for part in ("train", "val")
+        RemoteTokens(f"{url}/{part}.bin", sizes[f"{part}.bin"], dtype, cache_bytes // 2) for part in ("train", "val")
     )
-    weakref.finalize(train, shutil.rmtree, cache, ignore_errors=True)
     return TokenFolder(Path(url), manifest, tokenizer, train, val)  # type: ignore[arg-type]

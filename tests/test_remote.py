@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import numpy as np
@@ -24,7 +27,8 @@ Command = Callable[..., int]
 def url(prepared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The token folder ``prepared`` in a bucket, read in blocks of 512 bytes."""
     monkeypatch.setattr(remote, "BLOCK", 512)
-    monkeypatch.setenv("MMREC_CACHE", str(tmp_path))
+    monkeypatch.setenv("MMREC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
     bucket = fsspec.filesystem("memory")
     for path in prepared.iterdir():
         bucket.pipe(f"/bucket/tokens/{path.name}", path.read_bytes())
@@ -55,14 +59,39 @@ def test_the_stream_is_the_same(prepared: Path, url: str) -> None:
         assert torch.equal(a.inputs, b.inputs)
 
 
-def test_the_cache_is_bounded(prepared: Path, url: str, tmp_path: Path) -> None:
+def test_the_cache_is_bounded_and_leaves_nothing(url: str, tmp_path: Path) -> None:
     tokens = open_remote_tokens(url, 2048).train
     assert isinstance(tokens, RemoteTokens)
+    assert len(tokens) * tokens.dtype.itemsize > 4096
     tokens[0 : len(tokens)]
-    (cache,) = tmp_path.glob("mmrec-tokens-*")
-    assert sum(path.stat().st_size for path in cache.glob("*.bin.*")) <= 1024
-    del tokens
-    assert not list(tmp_path.glob("mmrec-tokens-*"))
+    assert os.fstat(tokens._file.fileno()).st_size == 1024
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_disk_that_was_full_for_a_while(prepared: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that could not be kept is fetched again, and the others stay what they are."""
+    here, there = open_tokens(prepared).train, open_remote_tokens(url, 2048).train
+    assert isinstance(there, RemoteTokens)
+    there[0:512]
+    file = there._file
+    monkeypatch.setattr(there, "_file", Full(file))
+    with pytest.raises(OSError, match="No space"):
+        there[512:1024]
+    monkeypatch.setattr(there, "_file", file)
+    for first in (256, 512, 0, 768):
+        np.testing.assert_array_equal(there[first : first + 256], here[first : first + 256])
+
+
+class Full:
+    """A file that takes half of what is written, then has no room."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.file = file.seek, file
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_training_learns_the_same(mmrec: Command, prepared: Path, url: str) -> None:
@@ -70,6 +99,12 @@ def test_training_learns_the_same(mmrec: Command, prepared: Path, url: str) -> N
     assert mmrec(*fit(Path("x"), f"--data.data_dir={url}", "--trainer.max_steps=8", "--run=there")) == 0
     here, there = (last(run)["state_dict"] for run in ("here", "there"))
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_damaged_folder_is_named_by_its_address(url: str) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/tokens/tokenizer.json", b"{")
+    with pytest.raises(UserError, match=r"^memory://bucket/tokens/tokenizer\.json: is damaged"):
+        open_remote_tokens(url, 4096)
 
 
 def test_a_file_that_was_cut_short(url: str) -> None:
