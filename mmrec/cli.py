@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mmrec import __version__
-from mmrec.errors import UserError, exit_status, nearest
+from mmrec.errors import UserError, exit_status, nearest, open_missing_streams
 from mmrec.parsing import Parser, call
 from mmrec.text_files import is_unicode
 
@@ -36,6 +36,7 @@ COMMANDS = OTHER_COMMANDS | LIGHTNING_COMMANDS
 
 def run() -> None:
     """Run the command that the process was started with, and exit."""
+    open_missing_streams()
     sys.exit(main(sys.argv[1:]))
 
 

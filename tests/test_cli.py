@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -250,6 +251,21 @@ def test_a_pipe_that_closes_and_ctrl_c_end_quietly(mmrec: Command, prepared: Pat
                 process.stdout.read()
             errors = process.stderr.read().decode()
         assert (process.returncode, errors.strip()) == (status, says)
+
+
+@pytest.mark.slow
+def test_a_process_without_standard_streams(prepared: Path, tmp_path: Path) -> None:
+    """What would have been printed is lost; what would have been saved is not."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for arguments, closed, status in (
+        (["fitt"], ">&-", 2),
+        (["fitt"], "2>&-", 2),
+        (fit(prepared, "--trainer.max_steps=4", "--run=a"), "<&- >&- 2>&-", 0),
+    ):
+        command = f"{shlex.join([sys.executable, '-m', 'mmrec', *arguments])} {closed}"
+        ended = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=False)
+        assert ended.returncode == status, command
+    assert load_trained(tmp_path / "lightning_logs" / "a" / "checkpoints" / "last.ckpt").step == 4
 
 
 # Bad input: one line, status 2, nothing changed
