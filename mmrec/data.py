@@ -12,10 +12,11 @@ from lightning.pytorch import LightningDataModule
 from mmrec.dynamic import DYNAMIC_LENGTH
 from mmrec.errors import UserError
 from mmrec.prepare import prepare
-from mmrec.remote import is_url, open_remote_tokens
+from mmrec.remote import open_remote_tokens
 from mmrec.stream import RowLoader, RowStream, TextLoader, WindowLoader
 from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens
+from mmrec.urls import is_url
 
 
 @dataclass(frozen=True)

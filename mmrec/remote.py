@@ -13,14 +13,10 @@ import numpy as np
 
 from mmrec.errors import UserError
 from mmrec.tokens import MANIFEST, TokenFolder, describe_tokens, read_manifest, tokenizer_of
+from mmrec.urls import filesystem, patiently, reaching
 
 BLOCK = 1 << 22
 """Bytes that are fetched at once."""
-
-
-def is_url(folder: Path | str) -> bool:
-    """Whether ``folder`` is on object storage, as s3://bucket/folder."""
-    return "://" in str(folder)
 
 
 class RemoteTokens:
@@ -69,7 +65,7 @@ class RemoteTokens:
             self._places.move_to_end(number)
             return self._cached[self._places[number]]
         first = number * BLOCK
-        data = fetch(self.url, first, min(first + BLOCK, self._size))
+        data = patiently(lambda: fetch(self.url, first, min(first + BLOCK, self._size)))
         if not self._free:
             self._free.append(self._places.popitem(last=False)[1])
         self._file.seek(self._free[-1] * BLOCK)
@@ -81,14 +77,9 @@ class RemoteTokens:
 
 def fetch(url: str, first: int = 0, last: int | None = None) -> bytes:
     """Return the bytes from ``first`` to ``last`` of a remote file; UserError where it cannot be reached."""
-    try:
-        from fsspec.core import url_to_fs
-
-        fs, name = url_to_fs(url)
+    fs, name = filesystem(url)
+    with reaching(url):
         data: bytes = fs.cat_file(name, start=first, end=last)
-    except Exception as error:  # every file system raises errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{url}: cannot be read: {reason[:200]}") from None
     if last is not None and len(data) != last - first:
         raise UserError(
             f"{url}: has {first + len(data):,} bytes, {last:,} are needed; it is not the file of its manifest"

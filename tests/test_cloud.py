@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from layouts import texts, tokens_of, write_json_lines
 
-from mmrec.large import records
+from mmrec import urls
 from mmrec.remote import open_remote_tokens
 from mmrec.tokens import open_tokens
 
@@ -92,6 +92,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
         address = f"http://127.0.0.1:{storage.server_address[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask Google itself of the bucket
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "test")
         thread = threading.Thread(target=storage.serve_forever, daemon=True)
@@ -142,10 +143,10 @@ def test_without_credentials_google_is_asked_as_anyone(
     def missing() -> None:
         raise DefaultCredentialsError("none")
 
-    records._google.cache_clear()
+    urls._google.cache_clear()
     monkeypatch.setattr(google.auth, "default", missing)
     bucket["a.txt"] = b"text"
-    fs, path = records.filesystem("gs://bucket/a.txt")
+    fs, path = urls.filesystem("gs://bucket/a.txt")
     assert fs.credentials.method == "anon"
     assert fs.cat_file(path) == b"text"
-    records._google.cache_clear()
+    urls._google.cache_clear()

@@ -21,8 +21,8 @@ from layouts import split_at_separator, texts, write_parquet
 from mmrec.errors import UserError
 from mmrec.large import download as module
 from mmrec.large.download import download
-from mmrec.large.records import filesystem, only_https
 from mmrec.tokens import open_tokens
+from mmrec.urls import filesystem, only_https
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")

@@ -107,6 +107,40 @@ def test_a_damaged_folder_is_named_by_its_address(url: str) -> None:
         open_remote_tokens(url, 4096)
 
 
+def test_an_outage_is_waited_for(
+    prepared: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training of weeks outlives two minutes without a network; a file that is not there is not waited for."""
+    bucket, pauses = fsspec.filesystem("memory"), list[float]()
+    cat_file, answers = bucket.cat_file, iter([ConnectionError("no route"), TimeoutError("later"), None])
+
+    def unsteady(path: str, **span: int) -> bytes:
+        if (error := next(answers)) is not None:
+            raise error
+        return cat_file(path, **span)
+
+    monkeypatch.setattr("time.sleep", pauses.append)
+    tokens = open_remote_tokens(url, 2048).train
+    monkeypatch.setattr(type(bucket), "cat_file", lambda _, path, **span: unsteady(path, **span))
+    np.testing.assert_array_equal(tokens[:100], open_tokens(prepared).train[:100])
+    assert pauses == [1, 2]
+    assert "mmrec: memory://bucket/tokens/train.bin: cannot be reached: later; trying again in 2 s" in (
+        capsys.readouterr().err
+    )
+
+    pauses.clear()
+    answers = iter([ConnectionError("no route")] * 100)
+    with pytest.raises(UserError, match="cannot be reached: no route"):
+        tokens[500:600]
+    assert 100 < sum(pauses) < 150
+
+    pauses.clear()
+    answers = iter([FileNotFoundError("train.bin")])
+    with pytest.raises(UserError, match=r"cannot be reached: train\.bin"):
+        tokens[500:600]
+    assert not pauses
+
+
 def test_a_file_that_was_cut_short(url: str) -> None:
     bucket = fsspec.filesystem("memory")
     bucket.pipe("/bucket/tokens/train.bin", bucket.cat("/bucket/tokens/train.bin")[:-100])
@@ -118,8 +152,8 @@ def test_a_file_that_was_cut_short(url: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.data_dir=memory://nothing/there"], "memory://nothing/there/manifest.json: cannot be read"),
-        (["--data.data_dir=s4://bucket/x"], "cannot be read"),
+        (["--data.data_dir=memory://nothing/there"], "memory://nothing/there/manifest.json: cannot be reached: "),
+        (["--data.data_dir=s4://bucket/x"], "s4://bucket/x/manifest.json: cannot be reached: Protocol not known: s4"),
         (["--data.cache_gb=0"], "data.cache_gb is 0.0; it must be more than 0"),
     ],
 )

@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mmrec.errors import UserError
-from mmrec.large.records import filesystem, module
+from mmrec.packages import module
+from mmrec.urls import filesystem, reaching, why
 
 BLOCK = 1 << 20
 ATTEMPTS = 5
@@ -41,10 +42,8 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     wanted = []
     for url in urls:
         fs, name = filesystem(url)
-        try:
+        with reaching(url):
             info = fs.info(name)
-        except Exception as error:  # every file system raises errors of its own
-            raise UserError(f"{url}: cannot be reached: {_line(error)}") from None
         if info.get("size") is None:
             raise UserError(f"{url}: the server does not say how long the file is; fetch it by hand into {folder}")
         inside = url.removeprefix(base).lstrip("/") if base and url.startswith(base) else url.rpartition("/")[2]
@@ -103,9 +102,9 @@ def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: 
         except OSError as error:
             if error.errno is not None and error.filename == str(part):
                 raise
-            problem = _line(error)
+            problem = why(error)
         except Exception as error:  # every file system raises errors of its own
-            problem = _line(error)
+            problem = why(error)
             if isinstance(error, ValueError) and by_ranges and "https" in fs.protocol:
                 by_ranges = False  # fsspec's word for a server that sends a file as a whole or not at all
                 continue
@@ -139,9 +138,3 @@ def _sha256(info: dict[str, Any]) -> str | None:
     lfs = info.get("lfs")
     value = getattr(lfs, "sha256", None) or (lfs.get("sha256") if isinstance(lfs, dict) else None)
     return str(value) if value else None
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error.__cause__, UserError):  # ours, in one that the file system made of it
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mmrec.errors import UserError
-from mmrec.large.records import module
 from mmrec.large.work import do_shard, read_json, stem
+from mmrec.packages import module
 
 ENGINES = ("local", "ray", "slurm")
 TASKS_OF_A_WORKER = 64

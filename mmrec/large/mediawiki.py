@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import IO
 from xml.etree import ElementTree
 
-from mmrec.large.records import Record, Rejected, decompressed, module, naming, open_raw, suffixes
+from mmrec.large.records import Record, Rejected, decompressed, naming, open_raw, suffixes
 from mmrec.large.shards import Shard
+from mmrec.packages import module
 
 ARTICLES = "0"
 """The namespace of articles; talk, files, templates and the rest have others."""

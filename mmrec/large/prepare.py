@@ -16,13 +16,14 @@ from mmrec.errors import UserError, nearest
 from mmrec.large.download import download
 from mmrec.large.engines import ENGINES, run_shards
 from mmrec.large.merge import Shards, counts_table, merge
-from mmrec.large.records import filesystem, is_remote, module
 from mmrec.large.shards import Shard
 from mmrec.large.sources import HUB, SOURCES, files_of, find_shards
 from mmrec.large.work import PLAN, documents, hash_of, read_json, write_json
+from mmrec.packages import module
 from mmrec.tokenizer_files import read_tokenizer
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from mmrec.tokens import TokenFolder, open_tokens, read_manifest
+from mmrec.urls import filesystem, is_url, reaching
 
 DEFAULT_SPLIT = 0.05
 LARGE_VOCABULARY = 32_768
@@ -138,9 +139,10 @@ def _downloaded(corpus: str, output_dir: Path) -> list[str]:
 
 
 def _size(path: str) -> int:
-    if is_remote(path):
+    if is_url(path):
         fs, inner = filesystem(path)
-        return int(fs.size(inner) or 0)
+        with reaching(path):
+            return int(fs.size(inner) or 0)
     return Path(path).stat().st_size
 
 

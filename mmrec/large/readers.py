@@ -17,12 +17,12 @@ from mmrec.large.records import (
     Rejected,
     check_expansion,
     decompressed,
-    module,
     naming,
     open_raw,
     open_shard,
 )
 from mmrec.large.shards import Shard
+from mmrec.packages import module
 
 PIECE = 1 << 20
 """Bytes of a text file that make one document, where the file is longer."""

@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from mmrec.errors import UserError
+from mmrec.packages import module
+from mmrec.urls import filesystem, is_url
 
 LONGEST = 1 << 25
 """Bytes of the longest record that is read; longer ones are set aside, so that memory stays bounded."""
@@ -44,62 +44,7 @@ Record = str | Rejected
 """The text of a document, or why there is none."""
 
 
-EXTRAS = {"ray": "ray", "s3fs": "cloud", "gcsfs": "cloud"}
-"""Of the package's extras, which brings a module, where it is not "prepare"."""
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-"""Modules through which fsspec reaches object storage."""
-
-
-def module(name: str) -> Any:
-    """Return an optional package; UserError says how to install it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        extra = EXTRAS.get(name, "prepare")
-        raise UserError(f"this needs the package {name}; pip install 'mmrec[{extra}]'") from None
-
-
-def is_remote(path: str) -> bool:
-    """Whether ``path`` is a URL, as s3://bucket/file."""
-    return "://" in path
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the URL's path in it; UserError where its package is missing."""
-    driver = DRIVERS.get(url.partition("://")[0])
-    if driver is not None:
-        module(driver)
-    options = only_https() if url.startswith("https://") else _google() if driver == "gcsfs" else {}
-    fs, path = module("fsspec.core").url_to_fs(url, **options)
-    return fs, str(path)
-
-
-@cache
-def _google() -> dict[str, Any]:
-    """Return options of gcsfs: where there are no credentials it asks as anyone.
-
-    By itself it would first try, again and again, a server that only Google's machines have.
-    """
-    try:
-        module("google.auth").default()
-    except module("google.auth.exceptions").DefaultCredentialsError:
-        return {"token": "anon"}
-    return {}
-
-
-def only_https() -> dict[str, Any]:
-    """Return options of fsspec's HTTP file system with which it does not follow a server to a plain connection."""
-    aiohttp = module("aiohttp")
-
-    async def check(session: Any, context: Any, redirect: Any) -> None:
-        target = str(redirect.response.headers.get("Location", ""))
-        if target.lower().startswith("http:"):
-            raise UserError(f"{redirect.url}: sends on to {target}, which is not https")
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(check)
-    return {"client_kwargs": {"trace_configs": [trace]}}
 
 
 def suffixes(path: str) -> list[str]:
@@ -111,7 +56,7 @@ def suffixes(path: str) -> list[str]:
 def open_raw(path: str) -> Iterator[IO[bytes]]:
     """Open a file of any file system that fsspec knows, as it is. UserError names it where that fails."""
     try:
-        if is_remote(path):
+        if is_url(path):
             fs, inside = filesystem(path)
             with fs.open(inside, "rb") as file:
                 yield file

@@ -10,9 +10,10 @@ from typing import Any
 
 from mmrec.errors import UserError
 from mmrec.large.mediawiki import is_multistream, split_dump
-from mmrec.large.records import filesystem, is_remote, suffixes
+from mmrec.large.records import suffixes
 from mmrec.large.shards import Shard
 from mmrec.text_files import files_below
+from mmrec.urls import filesystem, is_url, reaching
 
 FORMATS = {
     "txt": "text",
@@ -147,7 +148,7 @@ def _parts(file: str, kind: str, files: Sequence[str]) -> list[Shard]:
 
 
 def _is_folder(path: str) -> bool:
-    if is_remote(path):
+    if is_url(path):
         return bool(_remote(path, lambda fs, inner: fs.isdir(inner)))
     if not Path(path).exists():
         raise UserError(f"{path}: no such file or folder")
@@ -155,12 +156,12 @@ def _is_folder(path: str) -> bool:
 
 
 def _exists(path: str) -> bool:
-    return bool(_remote(path, lambda fs, inner: fs.exists(inner))) if is_remote(path) else Path(path).exists()
+    return bool(_remote(path, lambda fs, inner: fs.exists(inner))) if is_url(path) else Path(path).exists()
 
 
 def _files_below(path: str) -> list[str]:
     """Return the files of a folder and its subfolders, sorted; hidden ones are left out."""
-    if is_remote(path):
+    if is_url(path):
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
         return sorted(f"{scheme}://{name}" for name in found)
@@ -169,11 +170,6 @@ def _files_below(path: str) -> list[str]:
 
 def _remote(path: str, ask: Callable[..., Any]) -> Any:
     """Return what ``ask`` finds out on a remote file system; UserError where that cannot be reached."""
-    try:
-        fs, inner = filesystem(path)
+    fs, inner = filesystem(path)
+    with reaching(path):
         return ask(fs, inner)
-    except UserError:
-        raise
-    except Exception as error:  # every file system raises errors of its own
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be reached: {what[:200]}") from None
