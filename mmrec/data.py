@@ -98,6 +98,7 @@ class TextData(LightningDataModule):
         self.seed = seed
         self.evaluation = Evaluation()
         self._tokens: TokenFolder | None = None
+        self._rows: RowLoader | None = None
 
     @property
     def folder(self) -> Path:
@@ -160,9 +161,16 @@ class TextData(LightningDataModule):
             return batches
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
+    def setup(self, stage: str) -> None:
+        """Begin the text anew with each call of the trainer's."""
+        self._rows = None
+
     def train_dataloader(self) -> RowLoader:
-        overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        return RowLoader(self._stream(), self.batches_per_epoch() if overfit else None)
+        """Return the loader of this training: asked again (``reload_dataloaders_every_n_epochs``) it goes on."""
+        if self._rows is None:
+            overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
+            self._rows = RowLoader(self._stream(), self.batches_per_epoch() if overfit else None)
+        return self._rows
 
     def val_dataloader(self) -> TextLoader | WindowLoader:
         at_once = self.batch_size * self.seq_len

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import checkpoints, fit, last, losses
 from test_cli import Command
 
@@ -16,6 +17,13 @@ def test_short_epochs_are_all_of_one_length(mmrec: Command, prepared: Path) -> N
     assert mmrec(*fit(prepared, *SHORT, "--run=a", EVERY_STEP)) == 0
     assert list(losses("a", "val/loss")) == [29, 59, 89, 119]
     assert list(losses("a", "train/learning_rate").values())[-1] == pytest.approx(0.05 * 3e-3, rel=0.01)
+
+
+def test_loaders_that_are_asked_for_again_go_on(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*fit(prepared, *SHORT, "--run=a")) == 0
+    assert mmrec(*fit(prepared, *SHORT, "--run=b", "--trainer.reload_dataloaders_every_n_epochs=1")) == 0
+    one, other = (last(run)["state_dict"] for run in ("a", "b"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("epochs", [2, 3])
