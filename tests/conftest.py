@@ -25,6 +25,8 @@ SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 # What runs in the background ignores Ctrl-C, and so would the commands that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Google's client, wherever it is first imported, would ask Google about a bucket of the tests: for minutes.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
         address = f"http://127.0.0.1:{storage.server_address[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask Google itself of the bucket
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "test")
         thread = threading.Thread(target=storage.serve_forever, daemon=True)
