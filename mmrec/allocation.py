@@ -9,7 +9,7 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def keep_pages() -> bool:
+def keep_freed_pages() -> bool:
     """Let this process keep the pages that it frees; return whether that could be set.
 
     glibc gives tensors of more than 32 MiB pages of their own, and the system clears every one of them anew for each

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mmrec.checkpoint import Trained, load_trained
-from mmrec.generate import check_drawing, continue_text
-from mmrec.memory import Memory, load_memory, model_hash, save_memory
-from mmrec.reading import pieces, read_on
+from mmrec.checkpoint import LoadedModel, load_model
+from mmrec.generate import check_sampling, generate_tokens
+from mmrec.memory import SavedState, load_memory, model_hash, save_memory
+from mmrec.reading import iter_nll, pieces
 from mmrec.runs import find_checkpoint
 from mmrec.tokenizers import StreamDecoder
 
@@ -28,15 +28,15 @@ class MemoryLM:
         memory: what was read; assign one to go on from it.
     """
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: LoadedModel) -> None:
         self._trained = trained
         self._hash = model_hash(trained.net, trained.tokenizer)
-        self.memory = Memory.empty(trained.net)
+        self.memory = SavedState.empty(trained.net)
 
     @classmethod
     def load(cls, checkpoint: str = "best", run: str | None = None, root: Path | str = ".") -> MemoryLM:
         """Load a checkpoint: best, last, or the path of one or of a run's folder. UserError where there is none."""
-        return cls(load_trained(find_checkpoint(Path(root), run, str(checkpoint))))
+        return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
 
     def read(self, text: str) -> float:
         """Read ``text`` on from the memory, which is then what was read; return what it cost, in nats a token.
@@ -47,7 +47,7 @@ class MemoryLM:
         total, count, first = 0.0, 0, self.memory.position == 0
         for piece in pieces(io.StringIO(text, newline="")):
             tokens = self._trained.tokenizer.encode(piece)
-            for nats, memory in read_on(self._trained.net, tokens, self.memory):
+            for nats, memory in iter_nll(self._trained.net, tokens, self.memory):
                 self.memory = memory
                 total, count = total + float(nats.sum(dtype=torch.float64)), count + len(nats)
         scored = count - first
@@ -67,10 +67,12 @@ class MemoryLM:
         Raises:
             UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
         """
-        check_drawing(length, temperature, top_k, top_p)
+        check_sampling(length, temperature, top_k, top_p)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
         decoder = StreamDecoder(self._trained.tokenizer)
-        drawn = continue_text(self._trained.net, tokens, length, temperature, top_k, top_p, seed, memory=self.memory)
+        drawn = generate_tokens(
+            self._trained.net, tokens, length, temperature, top_k, top_p, seed, memory=self.memory
+        )
         for token in drawn:
             yield decoder.push(token)
         yield decoder.flush()

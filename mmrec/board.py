@@ -15,10 +15,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mmrec.generate import continue_text
-from mmrec.insight import look_inside
-from mmrec.metrics import ScoreByPosition
-from mmrec.module import TextModule
+from mmrec.generate import generate_tokens
+from mmrec.insight import layer_statistics
+from mmrec.metrics import MetricsByPosition
+from mmrec.module import RecurrentLMModule
 from mmrec.stream import Batch
 
 POSITION, HALF_LIFE, STATE, GATE = "val_loss_by_position", "val_half_life", "val_state_norm", "val_gate"
@@ -42,7 +42,7 @@ CHARTS = {
 """Curves that belong into one chart, on the page's tab "Custom scalars"; tags are regular expressions."""
 
 
-class Board(TensorBoardLogger):
+class TensorBoardRunLogger(TensorBoardLogger):
     """Lightning's logger of ``ROOT/RUN``, with both losses in one chart and without the staircase of epochs.
 
     Args:
@@ -57,13 +57,13 @@ class Board(TensorBoardLogger):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
-def _shown(trainer: Trainer, pl_module: LightningModule) -> Board | None:
+def _shown(trainer: Trainer, pl_module: LightningModule) -> TensorBoardRunLogger | None:
     """Return the page that this process shows things on after a validation, if it does."""
     board = trainer.logger
-    if trainer.sanity_checking or not isinstance(board, Board) or not trainer.is_global_zero:
+    if trainer.sanity_checking or not isinstance(board, TensorBoardRunLogger) or not trainer.is_global_zero:
         return None
     # A model cut over processes runs only in all of them at once.
-    return None if isinstance(pl_module, TextModule) and pl_module.cut else board
+    return None if isinstance(pl_module, RecurrentLMModule) and pl_module.is_sharded else board
 
 
 def _start_of_validation(trainer: Trainer, length: int, device: torch.device) -> Tensor:
@@ -105,7 +105,7 @@ class Charts(Callback):
     """Lays out the charts of :data:`CHARTS` when training starts."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.logger, Board) and trainer.is_global_zero:
+        if isinstance(trainer.logger, TensorBoardRunLogger) and trainer.is_global_zero:
             _outlive(trainer.logger.experiment)
             trainer.logger.experiment.add_custom_scalars(CHARTS)
 
@@ -114,7 +114,7 @@ class LossByPosition(Callback):
     """Logs the loss of each validation by position in the text, in the bands of ``mmrec score``."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._score = ScoreByPosition()
+        self._score = MetricsByPosition()
         self._position = 1  # the first token is not scored
 
     def on_validation_batch_end(
@@ -126,13 +126,17 @@ class LossByPosition(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         nats = outputs["nats"]
         self._score.update(nats, pl_module.token_lengths[batch.targets.flatten()], self._position)
         self._position += len(nats)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.logger, Board) and trainer.is_global_zero and not trainer.sanity_checking:
+        if (
+            isinstance(trainer.logger, TensorBoardRunLogger)
+            and trainer.is_global_zero
+            and not trainer.sanity_checking
+        ):
             losses = {
                 f"{POSITION}/from_{start}": float(score.compute()["loss"])
                 for start, score in self._score.compute().items()
@@ -140,7 +144,7 @@ class LossByPosition(Callback):
             trainer.logger.log_metrics(losses, _step(trainer))
 
 
-class Insight(Callback):
+class MemoryStatistics(Callback):
     """Logs after each validation how long the memories last, what they hold, and how far their gates open.
 
     Measured on the first tokens of the validation text; a hundredth of the time that the validation takes.
@@ -154,10 +158,10 @@ class Insight(Callback):
         board = _shown(trainer, pl_module)
         if board is None:
             return
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         step, figures = _step(trainer), {}
         tokens = _start_of_validation(trainer, self.LENGTH, pl_module.device)
-        for number, layer in enumerate(look_inside(pl_module.net, tokens)):
+        for number, layer in enumerate(layer_statistics(pl_module.net, tokens)):
             name = f"layer{number}_{layer.kind}"
             figures[f"{HALF_LIFE}/{name}"] = float(layer.half_lives.median())
             figures[f"{STATE}/{name}"] = layer.state_norm
@@ -184,11 +188,11 @@ class TextSample(Callback):
         board = _shown(trainer, pl_module)
         if board is None:
             return
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         training = pl_module.net.training
         pl_module.net.eval()
         prompt = _start_of_validation(trainer, 1, pl_module.device)
-        text = pl_module.tokenizer.decode(continue_text(pl_module.net, prompt, self.LENGTH))
+        text = pl_module.tokenizer.decode(generate_tokens(pl_module.net, prompt, self.LENGTH))
         pl_module.net.train(training)
         # Indented by four: TensorBoard reads Markdown, and shows such lines as they are.
         shown = "\n".join("    " + line for line in text.splitlines())
@@ -220,10 +224,10 @@ class FinalScore(Callback):
     """Logs the hyper-parameters with the best validation loss, for TensorBoard's table of runs."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         saved = trainer.checkpoint_callbacks
         best = next((c.best_model_score for c in saved if c.monitor == "val/loss"), None)  # type: ignore[attr-defined]
-        if isinstance(trainer.logger, Board) and best is not None:
+        if isinstance(trainer.logger, TensorBoardRunLogger) and best is not None:
             data = trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
             trainer.logger.log_hyperparams(
                 pl_module.hyperparameters() | data, {"val/best_loss": float(best)}, trainer.global_step

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from mmrec.checkpoint import read_checkpoint, write_checkpoint
 from mmrec.errors import UserError
-from mmrec.model import MemoryLM
-from mmrec.module import TextModule
+from mmrec.model import RecurrentLM
+from mmrec.module import RecurrentLMModule
 from mmrec.runs import BEST, LAST, PREVIOUS
 from mmrec.slurm import REQUEUE_SIGNAL, requeue, requeues
 from mmrec.stream import Batch
@@ -60,7 +60,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return {"pytorch-lightning_version": lightning.__version__} | read_checkpoint(Path(path), map_location)
 
 
-class Stopped(Exception):
+class StoppedBySignal(Exception):
     """Training was stopped by a signal, at the end of an update and after saving.
 
     Args:
@@ -182,7 +182,7 @@ class LastCheckpoint(ModelCheckpoint):
         if stop:
             if stop == REQUEUE_SIGNAL and trainer.is_global_zero:
                 requeue()
-            raise Stopped(stop, self.path)
+            raise StoppedBySignal(stop, self.path)
 
     def _agreed_signal(self, trainer: Trainer) -> int:
         """Return the signal that one of the processes has been sent, or 0: all must stop after the same update."""
@@ -217,7 +217,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._before = {}
 
 
-class Patience(EarlyStopping):
+class ResumableEarlyStopping(EarlyStopping):
     """Early stopping whose patience is the one asked for now, not the one a resumed checkpoint remembers."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ class GradientGuard(Callback):
         self.skipped = 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):
@@ -258,7 +258,7 @@ class GradientGuard(Callback):
             rank_zero_info(f"{what}; update left out, {self.skipped} so far")
             for parameter in pl_module.parameters():
                 parameter.grad = None
-            pl_module.forget()
+            pl_module.reset_carried_state()
         if self.if_not_finite == "skip":
             pl_module.log("train/skipped_updates", float(self.skipped))
 
@@ -310,24 +310,24 @@ class Summary(Callback):
     """Prints where the parameters are, and the size of what is remembered of a text."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, TextModule)
+        assert isinstance(pl_module, RecurrentLMModule)
         if stage == "fit":
             rank_zero_info(summary_table(pl_module.net))
 
 
-def summary_table(net: MemoryLM) -> str:
+def summary_table(net: RecurrentLM) -> str:
     """Return the model as a table: its parts, their parameters, and the numbers in the state of one text."""
-    kinds = net.kinds()
+    layer_types = net.layer_types()
     state = [sum(tensor.numel() for tensor in layer) for layer in net.zero_state(1, torch.device("meta"))]
     layers = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
     total = net.parameter_count()
     rows = [("part", "parameters", "memory of a text")]
     rows.append(("embedding, output, norm", f"{total - sum(layers):,}", ""))
-    for kind in dict.fromkeys(kinds):
-        members = [i for i, other in enumerate(kinds) if other == kind]
+    for kind in dict.fromkeys(layer_types):
+        members = [i for i, other in enumerate(layer_types) if other == kind]
         parameters, numbers = sum(layers[i] for i in members), sum(state[i] for i in members)
         rows.append((f"{len(members)} x {kind} memory layer", f"{parameters:,}", f"{numbers:,} numbers"))
-    remembered = net.state_count()
+    remembered = net.state_size()
     size = f"{remembered:,} numbers ({remembered * 4 / 1024:.0f} kB), however long it is"
     rows.append(("in all", f"{total:,}", size))
     return "\n".join(f"{name:<24}{parameters:>14}   {memory}".rstrip() for name, parameters, memory in rows)

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import torch
 
 from mmrec.errors import UserError, one_line
-from mmrec.model import MemoryLM, Shape
+from mmrec.migrations import VERSION, migrate
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 from mmrec.weights import SUFFIX, read_weights
 
@@ -23,7 +24,6 @@ KEY = "mmrec"
 """Under this key: format version, shape and tokenizer; plain values, so that ``weights_only`` loads them."""
 PROGRESS_KEY = "mmrec_progress"
 """Under this key: what only a resumed training needs."""
-VERSION = 1
 END, END_SIZE = b"PK\5\6", 22
 """How the record at the end of a zip archive begins, and its bytes before the comment (APPNOTE 4.3.16)."""
 SEAL = b"mmrec sha256 "
@@ -129,7 +129,7 @@ def _comment(file: BinaryIO, size: int) -> bytes | None:
     return comment if length == len(comment) else None
 
 
-def check_seal(path: Path) -> None:
+def verify_checksum(path: Path) -> None:
     """Raise UserError where the bytes of ``path`` are not those that were sealed, or are no plain archive.
 
     A file without a seal, as ``torch.save`` writes it, is only looked at for entries that no checkpoint has:
@@ -182,7 +182,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
         if path.is_dir():
             checkpoint = _read_shards(path, described_only=mmap)
         else:
-            check_seal(path)
+            verify_checksum(path)
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UserError as error:
         if path.is_dir():
@@ -193,10 +193,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
         raise UserError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UserError(f"{path}: is not a checkpoint of mmrec")
-    version = checkpoint[KEY].get("version")
-    if version != VERSION:
-        raise UserError(f"{path}: checkpoint format version {version}; this program reads {VERSION}")
-    return checkpoint
+    try:
+        return migrate(checkpoint, KEY, PROGRESS_KEY)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _read_shards(folder: Path, described_only: bool) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _read_shards(folder: Path, described_only: bool) -> dict[str, Any]:
     return checkpoint | read_weights(folder)
 
 
-def whole_checkpoint(path: Path) -> Path:
+def find_intact_checkpoint(path: Path) -> Path:
     """Return ``path``, or the previous checkpoint beside it where ``path`` is a damaged ``last.ckpt``, saying so."""
     previous = path.with_name("previous.ckpt")
     try:
@@ -224,16 +224,16 @@ def whole_checkpoint(path: Path) -> Path:
     return path
 
 
-def describe(net: MemoryLM, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe(net: RecurrentLM, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what a checkpoint says of its model, for :data:`KEY`."""
-    return {"version": VERSION, "shape": net.shape.as_dict(), "tokenizer": tokenizer.state()}
+    return {"version": VERSION, "shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
 
 
-def check_same(checkpoint: dict[str, Any], net: MemoryLM, tokenizer: Tokenizer) -> None:
+def check_compatible(checkpoint: dict[str, Any], net: RecurrentLM, tokenizer: Tokenizer) -> None:
     """Raise UserError where the checkpoint is of another architecture or tokenizer, saying what differs."""
     if KEY not in checkpoint:
         raise UserError("the checkpoint is not one of mmrec")
-    saved, here = checkpoint[KEY]["shape"], net.shape.as_dict()
+    saved, here = checkpoint[KEY]["shape"], net.config.as_dict()
     sides = {name: (saved.get(name, False), here.get(name, False)) for name in here | saved}
     differ = [f"{name} {there} there, {ours} here" for name, (there, ours) in sides.items() if there != ours]
     if differ:
@@ -253,37 +253,37 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model that a checkpoint holds, ready to read and write: nothing else is needed."""
 
-    net: MemoryLM
+    net: RecurrentLM
     tokenizer: Tokenizer
     step: int
 
 
-def load_trained(path: Path) -> Trained:
+def load_model(path: Path) -> LoadedModel:
     """Return the model of the checkpoint or the safetensors file at ``path``, in evaluation mode on the CPU.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = whole_checkpoint(path)
+    path = find_intact_checkpoint(path)
     checkpoint = read_checkpoint(path)
     try:
         description = checkpoint[KEY]
         tokenizer = load_tokenizer(description["tokenizer"])
-        net = _model(Shape(**description["shape"]), tokenizer.vocab_size, model_weights(checkpoint))
-        return Trained(net.eval(), tokenizer, int(checkpoint["global_step"]))
+        net = _model(ModelConfig.from_dict(description["shape"]), tokenizer.vocab_size, model_weights(checkpoint))
+        return LoadedModel(net.eval(), tokenizer, int(checkpoint["global_step"]))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
         raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
 
 
-def _model(shape: Shape, vocab_size: int, weights: dict[str, Any]) -> MemoryLM:
-    """Return a model with ``weights``, which needs no more memory than they do, whatever the shape says."""
-    if shape.layers > len(weights):
-        raise ValueError(f"{shape.layers} layers, {len(weights)} weights")
+def _model(config: ModelConfig, vocab_size: int, weights: dict[str, Any]) -> RecurrentLM:
+    """Return a model with ``weights``, which needs no more memory than they do, whatever the config says."""
+    if config.layers > len(weights):
+        raise ValueError(f"{config.layers} layers, {len(weights)} weights")
     with torch.device("meta"):
-        net = MemoryLM(shape, vocab_size)
+        net = RecurrentLM(config, vocab_size)
     net.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     net.tie()
     return net

@@ -13,7 +13,7 @@ from mmrec.dynamic import DYNAMIC_LENGTH
 from mmrec.errors import UserError
 from mmrec.prepare import prepare
 from mmrec.remote import open_remote_tokens
-from mmrec.stream import RowLoader, RowStream, TextLoader, WindowLoader
+from mmrec.stream import SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
 from mmrec.tokenizers import Tokenizer
 from mmrec.tokens import TokenFolder, open_tokens
 from mmrec.urls import is_url
@@ -43,7 +43,7 @@ class Evaluation:
         return "dynamic" if self.dynamic else "carried"
 
 
-class TextData(LightningDataModule):
+class TextDataModule(LightningDataModule):
     """Token streams of one corpus.
 
     Args:
@@ -98,7 +98,7 @@ class TextData(LightningDataModule):
         self.seed = seed
         self.evaluation = Evaluation()
         self._tokens: TokenFolder | None = None
-        self._rows: RowLoader | None = None
+        self._rows: TrainLoader | None = None
 
     @property
     def folder(self) -> Path:
@@ -130,10 +130,10 @@ class TextData(LightningDataModule):
             if not self.folder.exists():
                 prepare(self.corpus, output_dir=self.folder)
 
-    def _stream(self) -> RowStream:
+    def _stream(self) -> SegmentSampler:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return RowStream(
+        return SegmentSampler(
             self.tokens.train,
             self.batch_size,
             self.seq_len,
@@ -165,21 +165,23 @@ class TextData(LightningDataModule):
         """Begin the text anew with each call of the trainer's."""
         self._rows = None
 
-    def train_dataloader(self) -> RowLoader:
+    def train_dataloader(self) -> TrainLoader:
         """Return the loader of this training: asked again (``reload_dataloaders_every_n_epochs``) it goes on."""
         if self._rows is None:
             overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
-            self._rows = RowLoader(self._stream(), self.batches_per_epoch() if overfit else None)
+            self._rows = TrainLoader(self._stream(), self.batches_per_epoch() if overfit else None)
         return self._rows
 
-    def val_dataloader(self) -> TextLoader | WindowLoader:
+    def val_dataloader(self) -> StatefulEvalLoader | WindowedEvalLoader:
         at_once = self.batch_size * self.seq_len
         if self.evaluation.window is not None:
-            return WindowLoader(self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window))
-        return TextLoader(self.tokens.val, DYNAMIC_LENGTH if self.evaluation.dynamic else at_once)
+            return WindowedEvalLoader(
+                self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window)
+            )
+        return StatefulEvalLoader(self.tokens.val, DYNAMIC_LENGTH if self.evaluation.dynamic else at_once)
 
-    def test_dataloader(self) -> TextLoader | WindowLoader:
+    def test_dataloader(self) -> StatefulEvalLoader | WindowedEvalLoader:
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> TextLoader:
-        return TextLoader(self.tokens.val, self.batch_size * self.seq_len)
+    def predict_dataloader(self) -> StatefulEvalLoader:
+        return StatefulEvalLoader(self.tokens.val, self.batch_size * self.seq_len)

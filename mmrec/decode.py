@@ -1,4 +1,4 @@
-"""One token after the other, fast: what :class:`mmrec.model.MemoryLM` computes, in buffers that are made once.
+"""One token after the other, fast: what :class:`mmrec.model.RecurrentLM` computes, in buffers that are made once.
 
 The plain model makes some forty new tensors per layer and token, and at the size of a laptop's models that costs
 far more than the arithmetic. Here every operation writes into a buffer of its own, and those on a few numbers are
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import LayerState, LongMemory, Memory, MemoryLM, RMSNorm, ShortMemory, State
+from mmrec.model import RGLRU, GatedDeltaNet, LayerState, RecurrentLayer, RecurrentLM, RMSNorm, State
 from mmrec.ops.reference import LRU_EPSILON
 
 
@@ -25,14 +25,14 @@ class Decoder:
 
     Args:
         net: the model, in float32 on a CPU, in evaluation mode.
-        state: of one text, as :meth:`MemoryLM.forward` returns it. It is not changed.
+        state: of one text, as :meth:`RecurrentLM.forward` returns it. It is not changed.
     """
 
     @torch.inference_mode()
-    def __init__(self, net: MemoryLM, state: State) -> None:
+    def __init__(self, net: RecurrentLM, state: State) -> None:
         self.embedding = net.embedding.weight.detach().numpy()
         self.head = net.head.weight.detach()
-        self.x = torch.empty(net.shape.dim)
+        self.x = torch.empty(net.config.dim)
         self.stream = self.x.numpy()
         self.norm = Norm(net.norm, self.stream)
         self.logits = torch.empty(len(self.head))
@@ -117,7 +117,7 @@ class PlainStep(MemoryStep):
     """Any memory, as the model computes it."""
 
     def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, Memory)
+        assert isinstance(memory, RecurrentLayer)
         self.memory, self.norm, self.after = memory, norm, state
 
     def __call__(self, x: Tensor) -> None:
@@ -130,16 +130,16 @@ class PlainStep(MemoryStep):
 
 
 class ShortStep(MemoryStep):
-    """:class:`mmrec.model.ShortMemory`."""
+    """:class:`mmrec.model.RGLRU`."""
 
     def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, ShortMemory)
+        assert isinstance(memory, RGLRU)
         self.norm = norm
         self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
         width = len(memory.rate)
         zero = torch.zeros(width)
         self.bias = torch.cat([zero, memory.r_bias, memory.i_bias, zero]).detach()
-        self.rate = (-memory.SHARPNESS * F.softplus(memory.rate)).detach().numpy()
+        self.rate = (-memory.DECAY_SCALE * F.softplus(memory.rate)).detach().numpy()
         self.conv = Window(memory.conv.weight, state[0])
         self.memory = state[1][0]
         self.remembered = self.memory.numpy()
@@ -172,10 +172,10 @@ class ShortStep(MemoryStep):
 
 
 class LongStep(MemoryStep):
-    """:class:`mmrec.model.LongMemory`."""
+    """:class:`mmrec.model.GatedDeltaNet`."""
 
     def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, LongMemory)
+        assert isinstance(memory, GatedDeltaNet)
         self.norm = norm
         self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
         self.gate = memory.gate.weight.detach()
@@ -261,4 +261,4 @@ class FeedForwardStep:
         x.addmv_(self.output, self.value)
 
 
-STEPS: dict[type[nn.Module], type[ShortStep] | type[LongStep]] = {ShortMemory: ShortStep, LongMemory: LongStep}
+STEPS: dict[type[nn.Module], type[ShortStep] | type[LongStep]] = {RGLRU: ShortStep, GatedDeltaNet: LongStep}

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmrec.checkpoint import load_trained
+from mmrec.checkpoint import load_model
 from mmrec.decode import Decoder
 from mmrec.errors import UserError
-from mmrec.memory import Memory, load_memory, model_hash
-from mmrec.model import MemoryLM, State
+from mmrec.memory import SavedState, load_memory, model_hash
+from mmrec.model import RecurrentLM, State
 from mmrec.runs import CheckpointOptions
 from mmrec.text_files import is_unicode
 from mmrec.tokenizers import StreamDecoder
@@ -25,7 +25,7 @@ COLDEST = 1e-6
 """A temperature below it leaves no chance to any but the most likely token, and divides by what may round to 0."""
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:
+def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> Tensor:
     """Draw the next token of each row.
 
     Args:
@@ -55,38 +55,38 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, random:
 
 
 @torch.inference_mode()
-def read(net: MemoryLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+def read(net: RecurrentLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
     """Read ``tokens`` [B, T], T at least 1; return the logits after the last one [B, N] and the state."""
     for part in tokens.split(READ_CHUNK, dim=1):
         logits, state = net(part, state)
     return logits[:, -1], state
 
 
-def continue_text(
-    net: MemoryLM,
+def generate_tokens(
+    net: RecurrentLM,
     prompt: Tensor,
     length: int,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    memory: Memory | None = None,
+    memory: SavedState | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens of :func:`draw_text`, whose arguments these are."""
-    for token, _ in draw_text(net, prompt, length, temperature, top_k, top_p, seed, memory):
+    """Yield the tokens of :func:`generate_with_logits`, whose arguments these are."""
+    for token, _ in generate_with_logits(net, prompt, length, temperature, top_k, top_p, seed, memory):
         yield token
 
 
 @torch.inference_mode()
-def draw_text(
-    net: MemoryLM,
+def generate_with_logits(
+    net: RecurrentLM,
     prompt: Tensor,
     length: int,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    memory: Memory | None = None,
+    memory: SavedState | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield ``length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens.
 
@@ -96,20 +96,20 @@ def draw_text(
         net: the model.
         prompt: tokens; may be none where there is a memory to go on from.
         length: number of tokens.
-        temperature: as for :func:`choose`, like top_k and top_p.
+        temperature: as for :func:`sample_token`, like top_k and top_p.
         top_k: see there.
         top_p: see there.
         seed: of the draws.
         memory: what was read before the prompt; nothing if None.
     """
     random = torch.Generator(device=prompt.device).manual_seed(seed)
-    before = memory or Memory.empty(net)
+    before = memory or SavedState.empty(net)
     logits, state = before.logits[None], before.state
     if len(prompt):
         logits, state = read(net, prompt[None], state)
     decoder = Decoder(net, state) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
     for remaining in range(length, 0, -1):
-        token = int(choose(logits, temperature, top_k, top_p, random))
+        token = int(sample_token(logits, temperature, top_k, top_p, random))
         yield token, logits[0]
         if remaining > 1 and decoder is not None:
             logits = decoder.step(token)[None]
@@ -126,7 +126,7 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def check_drawing(length: int, temperature: float, top_k: int, top_p: float, dashes: str = "") -> None:
+def check_sampling(length: int, temperature: float, top_k: int, top_p: float, dashes: str = "") -> None:
     """Raise UserError, with ``dashes`` before the option's name, where a text cannot be drawn so."""
     for name, value, good, rule in (
         ("length", length, length >= 0, "it must be at least 0"),
@@ -169,15 +169,15 @@ def generate(
         raise UserError("--prompt is ''; it must not be empty")
     if not is_unicode(prompt):
         raise UserError(f"--prompt is {prompt!r}; it must be UTF-8")
-    check_drawing(length, temperature, top_k, top_p, "--")
-    trained = load_trained(checkpoint.path())
+    check_sampling(length, temperature, top_k, top_p, "--")
+    trained = load_model(checkpoint.path())
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
     before = None
     if memory is not None:
         before = load_memory(memory, trained.net, model_hash(trained.net, trained.tokenizer))
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(prompt)
-    for token in continue_text(trained.net, tokens, length, temperature, top_k, top_p, seed, before):
+    for token in generate_tokens(trained.net, tokens, length, temperature, top_k, top_p, seed, before):
         sys.stdout.write(decoder.push(token))
         sys.stdout.flush()
     sys.stdout.write(decoder.flush() + "\n")

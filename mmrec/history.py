@@ -20,14 +20,14 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from mmrec import __version__
 from mmrec.errors import one_line
-from mmrec.module import TextModule
+from mmrec.module import RecurrentLMModule
 from mmrec.runs import HISTORY
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Of a processor, as Linux names them: those that the arithmetic depends on."""
 
 
-class History(Callback):
+class RunLog(Callback):
     """Adds a line of JSON to ``history.jsonl`` in the run's folder at every start and every end of training.
 
     A start without an end after it is a run that is still going, or was killed.
@@ -46,7 +46,7 @@ class History(Callback):
         if trainer.is_global_zero:
             self._open = True
             place = {"devices": _devices(trainer), "precision": str(trainer.precision)}
-            assert isinstance(pl_module, TextModule)
+            assert isinstance(pl_module, RecurrentLMModule)
             chosen = pl_module.hyperparameters() | trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
             here = environment() | place
             self._note("start", trainer, arguments=self.arguments, hyperparameters=chosen, environment=here)

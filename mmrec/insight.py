@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import LongMemory, MemoryLM, ShortMemory
+from mmrec.model import RGLRU, GatedDeltaNet, RecurrentLM
 
 
 @dataclass(frozen=True)
-class LayerInsight:
+class LayerStatistics:
     """What a layer did while it read a text.
 
     Attributes:
@@ -33,7 +33,7 @@ class LayerInsight:
 
 
 @torch.no_grad()
-def look_inside(net: MemoryLM, tokens: Tensor) -> list[LayerInsight]:
+def layer_statistics(net: RecurrentLM, tokens: Tensor) -> list[LayerStatistics]:
     """Read tokens [T] from an empty memory, and return what each layer did. Draws no random numbers.
 
     The model is left as it was: in training or evaluation mode, without hooks.
@@ -54,10 +54,12 @@ def look_inside(net: MemoryLM, tokens: Tensor) -> list[LayerInsight]:
         for hook in hooks:
             hook.remove()
     found = []
-    for kind, memory, inputs, (_, remembered) in zip(net.kinds(), memories, projected, state, strict=True):
+    for kind, memory, inputs, (_, remembered) in zip(net.layer_types(), memories, projected, state, strict=True):
         decay, gates = GATES[kind](memory, inputs)
         half_lives = math.log(2) / decay.mean(0).clamp_min(1e-12)
-        found.append(LayerInsight(kind, half_lives, _norm(remembered), {name: _norm(x) for name, x in gates.items()}))
+        found.append(
+            LayerStatistics(kind, half_lives, _norm(remembered), {name: _norm(x) for name, x in gates.items()})
+        )
     return found
 
 
@@ -66,15 +68,15 @@ def _norm(x: Tensor) -> float:
 
 
 def _short(memory: nn.Module, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    assert isinstance(memory, ShortMemory)
+    assert isinstance(memory, RGLRU)
     _, r, i, gate = inputs.chunk(4, dim=-1)
     forget = (r + memory.r_bias).sigmoid()
     gates = {"forget": forget, "input": (i + memory.i_bias).sigmoid(), "output": gate.sigmoid()}
-    return memory.SHARPNESS * F.softplus(memory.rate) * forget, gates
+    return memory.DECAY_SCALE * F.softplus(memory.rate) * forget, gates
 
 
 def _long(memory: nn.Module, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    assert isinstance(memory, LongMemory)
+    assert isinstance(memory, GatedDeltaNet)
     _, decay, beta, low = inputs.split(memory.splits, dim=-1)
     write = (beta + memory.beta_bias).sigmoid()
     gates = {"write": write, "output": memory.gate(low.to(memory.gate.weight.dtype)).sigmoid()}

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,25 +20,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from mmrec import runs, slurm
-from mmrec.allocation import keep_pages
-from mmrec.board import Board, Charts, FinalScore, Insight, LossByPosition, TextSample
+from mmrec.allocation import keep_freed_pages
+from mmrec.board import Charts, FinalScore, LossByPosition, MemoryStatistics, TensorBoardRunLogger, TextSample
 from mmrec.callbacks import (
     BestCheckpoint,
     DurableCheckpointIO,
     GradientGuard,
     LastCheckpoint,
     LearningRate,
-    Patience,
     ProgressBar,
-    Stopped,
+    ResumableEarlyStopping,
+    StoppedBySignal,
     Summary,
     Throughput,
 )
-from mmrec.checkpoint import KEY, PROGRESS_KEY, read_checkpoint, whole_checkpoint
-from mmrec.data import Evaluation, TextData
+from mmrec.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
+from mmrec.data import Evaluation, TextDataModule
 from mmrec.errors import UserError, one_line
-from mmrec.history import History
-from mmrec.module import TextModule
+from mmrec.history import RunLog
+from mmrec.model import ModelConfig
+from mmrec.module import RecurrentLMModule
 from mmrec.parsing import given, parse_error, resolve_configs
 from mmrec.precision import native_precision
 
@@ -60,7 +62,7 @@ TRAINER_DEFAULTS = {
 }
 
 
-class TextArgumentParser(LightningArgumentParser):
+class TrainingArgumentParser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -94,8 +96,8 @@ class SaveRunConfig(SaveConfigCallback):
             raise UserError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-class TextCLI(LightningCLI):
-    """LightningCLI for :class:`TextModule` and :class:`TextData`, with runs that have a name and a folder.
+class TrainingCLI(LightningCLI):
+    """LightningCLI for :class:`RecurrentLMModule` and :class:`TextDataModule`, for runs with a name and a folder.
 
     Args:
         held: what is let go of when the command ends: the lock of the run.
@@ -104,11 +106,11 @@ class TextCLI(LightningCLI):
 
     def __init__(self, held: ExitStack, **kwargs: Any) -> None:
         self.held = held
-        super().__init__(TextModule, TextData, **kwargs)
+        super().__init__(RecurrentLMModule, TextDataModule, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lightning.pytorch"])
-        parser = TextArgumentParser(**kwargs)
+        parser = TrainingArgumentParser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="config file, or name of a shipped one; they stack"
         )
@@ -131,7 +133,7 @@ class TextCLI(LightningCLI):
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
-        parser.add_lightning_class_args(Patience, "early_stopping")
+        parser.add_lightning_class_args(ResumableEarlyStopping, "early_stopping")
         parser.add_lightning_class_args(GradientGuard, "gradients")
         parser.set_defaults({f"best.{key}": value for key, value in BEST_DEFAULTS.items()})
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
@@ -173,12 +175,14 @@ class TextCLI(LightningCLI):
         self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
         self.damaged: Path | None = None
         if self.ckpt is not None:
-            asked, self.ckpt = self.ckpt, whole_checkpoint(self.ckpt)  # what is none is refused before all else
+            asked, self.ckpt = self.ckpt, find_intact_checkpoint(self.ckpt)  # what is none is refused before all else
             if fit and PROGRESS_KEY not in read_checkpoint(self.ckpt, mmap=True):
                 raise UserError(
                     f"{self.ckpt}: holds a model, but no training to go on with; begin one with its weights by "
                     f"--init_from"
                 )
+            if fit:
+                _refuse_old_shards(self.ckpt)
             self.damaged = asked.absolute() if self.ckpt != asked else None
             own = runs.run_of(self.root, self.ckpt)
             self.run = asked_for or own or name or runs.new_run(self.root)
@@ -190,7 +194,7 @@ class TextCLI(LightningCLI):
         else:
             raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
         init = config.get("init_from") if fit and self.ckpt is None else None
-        self.initial = _whole_model(self.root, init) if init else None
+        self.initial = _find_intact_model(self.root, init) if init else None
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
 
     def _refuse_to_replace(self, run: str) -> None:
@@ -202,7 +206,7 @@ class TextCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.initial is not None:
-            self.model.begin_with(read_checkpoint(self.initial))
+            self.model.load_weights(read_checkpoint(self.initial))
             rank_zero_info(f"Beginning with the weights of {self.initial}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -213,7 +217,7 @@ class TextCLI(LightningCLI):
             self._get(self.config_init, name).dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
         self.save_config_kwargs = {"folder": folder}
         if config["logger"] in (None, True):
-            config["logger"] = Board(self.root / runs.LOGS, self.run) if fit else False
+            config["logger"] = TensorBoardRunLogger(self.root / runs.LOGS, self.run) if fit else False
         added: list[Callback] = []
         if self.evaluation.dynamic:
             config["inference_mode"] = False  # tensors made in it can never be learned from
@@ -221,7 +225,7 @@ class TextCLI(LightningCLI):
             added.append(ProgressBar())
         if fit:
             added += [Summary(), LearningRate(), Throughput(), Charts()]
-            added += [LossByPosition(), Insight(), TextSample(), FinalScore(), History(folder, sys.argv[1:])]
+            added += [LossByPosition(), MemoryStatistics(), TextSample(), FinalScore(), RunLog(folder, sys.argv[1:])]
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
             go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
@@ -326,14 +330,26 @@ def _refused_by_lightning(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
-def _whole_model(root: Path, which: str) -> Path:
+def _find_intact_model(root: Path, which: str) -> Path:
     """Return the path of the checkpoint ``which``, of whatever run; UserError where there is none."""
-    return whole_checkpoint(runs.find_checkpoint(root, None, which))
+    return find_intact_checkpoint(runs.find_checkpoint(root, None, which))
 
 
-def _shape(path: Path) -> str:
-    """Return the option that makes a model of the shape of the checkpoint ``path``."""
-    return f"--model.shape={json.dumps(read_checkpoint(path, mmap=True)[KEY]['shape'])}"
+def _config_option(path: Path) -> str:
+    """Return the option that makes a model of the architecture of the checkpoint ``path``."""
+    config = ModelConfig.from_dict(read_checkpoint(path, mmap=True)[KEY]["shape"])
+    return f"--model.config={json.dumps(asdict(config))}"
+
+
+def _refuse_old_shards(path: Path) -> None:
+    """Refuse to resume shards with a module of another name: each process reads them by the names of today."""
+    checkpoint = read_checkpoint(path, mmap=True)
+    options = checkpoint[PROGRESS_KEY]["hyperparameters"]
+    if path.is_dir() and checkpoint[KEY]["written_as"] == 1 and options.get("mtp_loss_weight"):
+        raise UserError(
+            f"{path}: is in shards of format version 1 with multi-token prediction, from which training cannot go "
+            f"on; begin a run with its weights by --init_from"
+        )
 
 
 def _is_first() -> bool:
@@ -352,26 +368,26 @@ def run_lightning(command: str, args: list[str]) -> None:
     """Run ``command`` with ``args``.
 
     A run that is taken up again, or evaluated, brings its own config where the arguments name none; another model
-    brings its shape.
+    brings its architecture.
     """
     args = resolve_configs(args)
     which, name = given(args, "ckpt_path"), given(args, "run")
     init = given(args, "init_from") if command == "fit" and not which else None
     no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
-    shaped = any(arg.startswith("--model.shape") for arg in args)
+    configured = any(arg.startswith("--model.config") for arg in args)
     if (which or init) and "--help" not in args and "-h" not in args:
         root = Path(given(args, "trainer.default_root_dir") or ".")
-        path = runs.find_checkpoint(root, name, which) if which else _whole_model(root, str(init))
+        path = runs.find_checkpoint(root, name, which) if which else _find_intact_model(root, str(init))
         saved = path.parent.parent / runs.CONFIG
         in_run = path.parent.name == runs.CHECKPOINTS and saved.is_file()
         if which and in_run and no_config:
             # The name in the config may be one that the folder had before, or that it has in another root.
             args = ["--config", str(saved), f"--run={runs.run_of(root, path) or 'null'}", *args]
-        elif (init or not in_run) and not shaped:  # a model has the shape that it has
-            args = [*args, _shape(path)]
+        elif (init or not in_run) and not configured:  # a model has the architecture that it has
+            args = [*args, _config_option(path)]
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
-    keep_pages()
+    keep_freed_pages()
     _quiet()
     before = sys.argv
     # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.
@@ -379,7 +395,7 @@ def run_lightning(command: str, args: list[str]) -> None:
     sys.argv = [str(program) if program.exists() else before[0], command, *args]
     try:
         with ExitStack() as held:
-            TextCLI(
+            TrainingCLI(
                 held,
                 save_config_callback=SaveRunConfig,
                 auto_configure_optimizers=False,
@@ -390,7 +406,7 @@ def run_lightning(command: str, args: list[str]) -> None:
         if not _refused_by_lightning(error):
             raise
         raise UserError(one_line(error)) from error
-    except Stopped as stop:
+    except StoppedBySignal as stop:
         run = stop.path.parent.parent.name
         print(f"\nStopped and saved. Go on with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)
         sys.exit(128 + stop.number)

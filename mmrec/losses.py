@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmrec.stream import IGNORE
 
 
-def nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def token_nll(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Return minus the logarithm of the probability of each target; 0 for those that are not scored.
 
     Args:

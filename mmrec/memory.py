@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from mmrec.errors import UserError
-from mmrec.model import MemoryLM, State
-from mmrec.sealed import Kind, read_said, read_sealed, tensor_bytes, write_sealed
+from mmrec.model import RecurrentLM, State
+from mmrec.sealed import Kind, read_checksummed, read_metadata, tensor_bytes, write_checksummed
 from mmrec.tokenizers import Tokenizer
 
 KIND = Kind("mmrec-memory", "1", "memory", "read the text again")
 
 
 @dataclass(frozen=True)
-class Memory:
+class SavedState:
     """The state after a text, and what the model expects next.
 
     Attributes:
-        state: of one text, as :meth:`MemoryLM.forward` returns it.
+        state: of one text, as :meth:`RecurrentLM.forward` returns it.
         logits: [N], of the next token; zeros before the first.
         position: tokens that were read.
     """
@@ -34,21 +34,21 @@ class Memory:
     position: int
 
     @classmethod
-    def empty(cls, net: MemoryLM) -> Memory:
+    def empty(cls, net: RecurrentLM) -> SavedState:
         """Return the memory of a model that has read nothing."""
         return cls(net.zero_state(1), torch.zeros(net.head.weight.shape[0]), 0)
 
 
-def model_hash(net: MemoryLM, tokenizer: Tokenizer) -> str:
+def model_hash(net: RecurrentLM, tokenizer: Tokenizer) -> str:
     """Return a sha256 that tells models apart: of shape, tokenizer and every weight."""
-    digest = hashlib.sha256(json.dumps([net.shape.as_dict(), tokenizer.digest()], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([net.config.as_dict(), tokenizer.digest()], sort_keys=True).encode())
     for name, weight in sorted(net.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor_bytes(weight.detach()))
     return digest.hexdigest()
 
 
-def save_memory(path: Path, memory: Memory, model: str) -> None:
+def save_memory(path: Path, memory: SavedState, model: str) -> None:
     """Write a memory: whole, or not at all.
 
     Args:
@@ -56,25 +56,25 @@ def save_memory(path: Path, memory: Memory, model: str) -> None:
         memory: of one text.
         model: hash of the model, of :func:`model_hash`.
     """
-    write_sealed(path, KIND, _tensors(memory), {"model": model, "position": str(memory.position)})
+    write_checksummed(path, KIND, _tensors(memory), {"model": model, "position": str(memory.position)})
 
 
-def load_memory(path: Path, net: MemoryLM, model: str) -> Memory:
+def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
     """Read a memory that ``net``, whose hash is ``model``, has saved.
 
     Raises:
         UserError: the file is missing or damaged, or is of another model.
     """
-    tensors, said = read_sealed(path, KIND)
-    if said.get("model") != model:
+    tensors, metadata = read_checksummed(path, KIND)
+    if metadata.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
-    empty = _tensors(Memory.empty(net))
+    empty = _tensors(SavedState.empty(net))
     if {name: (x.shape, x.dtype) for name, x in tensors.items()} != {n: (x.shape, x.dtype) for n, x in empty.items()}:
         raise UserError(f"{path}: does not hold what a memory of this model does")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: holds numbers that are not finite")
     state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
-    return Memory(state, tensors["logits"], _position(path, said))
+    return SavedState(state, tensors["logits"], _position(path, metadata))
 
 
 def memory_header(path: Path) -> tuple[str, int]:
@@ -83,18 +83,18 @@ def memory_header(path: Path) -> tuple[str, int]:
     Raises:
         UserError: the file is missing, or is not a memory.
     """
-    said = read_said(path, KIND)
-    return said.get("model", ""), _position(path, said)
+    metadata = read_metadata(path, KIND)
+    return metadata.get("model", ""), _position(path, metadata)
 
 
-def _position(path: Path, said: dict[str, str]) -> int:
-    position = said.get("position", "")
+def _position(path: Path, metadata: dict[str, str]) -> int:
+    position = metadata.get("position", "")
     if not re.fullmatch(r"[0-9]{1,18}", position):
         raise UserError(f"{path}: does not say how many tokens were read")
     return int(position)
 
 
-def _tensors(memory: Memory) -> dict[str, Tensor]:
+def _tensors(memory: SavedState) -> dict[str, Tensor]:
     """Return the numbers of a memory by their names in the file."""
     tensors = {"logits": memory.logits.contiguous()}
     for number, (past, inner) in enumerate(memory.state):

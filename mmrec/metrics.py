@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class TextScore(Metric):
+class TextMetrics(Metric):
     """Loss, perplexity and bits per byte of a text; in any number of updates the figures are the same.
 
     Sums are float64, so that a text of 10^9 tokens loses nothing. The figures are of the scored tokens alone.
@@ -51,7 +51,7 @@ class TextScore(Metric):
         }
 
 
-class ScoreByPosition:
+class MetricsByPosition:
     """The scores of a text in bands of position: the first 1,024 tokens, then those to 2,047, to 4,095, and so on.
 
     A model that uses its memory gets better from band to band, or at least not worse.
@@ -60,7 +60,7 @@ class ScoreByPosition:
     FIRST = 1024
 
     def __init__(self) -> None:
-        self._bands: list[TextScore] = []
+        self._bands: list[TextMetrics] = []
 
     def update(self, nats: Tensor, lengths: Tensor, position: int) -> None:
         """Add scored tokens that follow each other.
@@ -76,11 +76,11 @@ class ScoreByPosition:
             part = slice(done, (self.FIRST << number) - position)
             while len(self._bands) <= number:
                 # Of this process alone: each reads the whole text, and not all of them ask for the figures.
-                self._bands.append(TextScore(sync_on_compute=False).to(nats.device))
+                self._bands.append(TextMetrics(sync_on_compute=False).to(nats.device))
             self._bands[number].update(nats[part], lengths[part])
             done = part.stop
 
-    def compute(self) -> dict[int, TextScore]:
+    def compute(self) -> dict[int, TextMetrics]:
         """Return the score of each band with tokens in it, by the position that the band begins at."""
         starts = [0, *(self.FIRST << number for number in range(len(self._bands)))]
         return {start: band for start, band in zip(starts, self._bands, strict=False) if band.tokens}

@@ -14,21 +14,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmrec import checkpoint as checkpoints
 from mmrec.dynamic import DynamicEvaluation
 from mmrec.errors import UserError
-from mmrec.losses import confidence, confidence_weight, nats
-from mmrec.metrics import TextScore
-from mmrec.model import MemoryLM, Shape, State, detach_state, reset_rows
+from mmrec.losses import confidence, confidence_weight, token_nll
+from mmrec.metrics import TextMetrics
+from mmrec.model import ModelConfig, RecurrentLM, State, detach_state, reset_state_rows
 from mmrec.optim import make_optimizer, warmup_cosine
-from mmrec.second_token import SecondToken, second_targets, second_weight
+from mmrec.second_token import MTPHead, mtp_targets, mtp_weight
 from mmrec.sharded import shard
 from mmrec.stream import IGNORE, Batch
 from mmrec.tokenizers import Tokenizer, token_lengths
 
 
-class TextModule(LightningModule):
-    """Trains a :class:`mmrec.model.MemoryLM` with the memory carried from batch to batch.
+class RecurrentLMModule(LightningModule):
+    """Trains a :class:`mmrec.model.RecurrentLM` with the memory carried from batch to batch.
 
     Args:
-        shape: the architecture of the model.
+        config: the architecture of the model.
         tokenizer: the tokenizer of the data, from which it is filled in; kept in every checkpoint.
         dropout: share of activations dropped in training.
         optimizer: "muon" (with AdamW for all that is not a layer's matrix) or "adamw".
@@ -37,10 +37,10 @@ class TextModule(LightningModule):
         beta1: AdamW's average of the gradient.
         beta2: AdamW's average of the squared gradient.
         warmup_steps: updates over which the rate rises linearly.
-        final_lr_share: share of the rate that is left at the end of the cosine; a run without a number of steps or
+        min_lr_ratio: share of the rate that is left at the end of the cosine; a run without a number of steps or
             epochs keeps all of it.
-        second_token: weight of the loss on the token after the next (multi-token prediction), as a share of the next
-            one's; it fades to 0 until the end of a run with a number of steps or epochs. 0 leaves it out.
+        mtp_loss_weight: weight of the loss on the token after the next (multi-token prediction), as a share of the
+            next one's; it fades to 0 until the end of a run with a number of steps or epochs. 0 leaves it out.
         confidence_penalty: share of the predictions' entropy that is taken off the loss in training, so that a small
             text known by heart does not make them too sure; it rises from 0 until the end of a run with a number of
             steps or epochs. 0 leaves it out.
@@ -50,7 +50,7 @@ class TextModule(LightningModule):
 
     def __init__(
         self,
-        shape: Shape = Shape(),  # noqa: B008 -- immutable
+        config: ModelConfig = ModelConfig(),  # noqa: B008 -- immutable
         tokenizer: Tokenizer | None = None,
         dropout: float = 0.0,
         optimizer: Literal["muon", "adamw"] = "muon",
@@ -59,8 +59,8 @@ class TextModule(LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.99,
         warmup_steps: int = 100,
-        final_lr_share: float = 0.05,
-        second_token: float = 0.0,
+        min_lr_ratio: float = 0.05,
+        mtp_loss_weight: float = 0.0,
         confidence_penalty: float = 0.0,
         reset_at_documents: bool = False,
     ) -> None:
@@ -73,17 +73,17 @@ class TextModule(LightningModule):
         _check_range("learning_rate", learning_rate, 0, float("inf"))
         _check_range("weight_decay", weight_decay, 0, float("inf"))
         _check_range("warmup_steps", warmup_steps, 0, float("inf"))
-        _check_range("second_token", second_token, 0, float("inf"))
+        _check_range("mtp_loss_weight", mtp_loss_weight, 0, float("inf"))
         _check_range("confidence_penalty", confidence_penalty, 0, 1)
-        if not 0 <= final_lr_share <= 1:
-            raise UserError(f"model.final_lr_share is {final_lr_share}; it must lie in 0..1")
+        if not 0 <= min_lr_ratio <= 1:
+            raise UserError(f"model.min_lr_ratio is {min_lr_ratio}; it must lie in 0..1")
         if reset_at_documents and tokenizer.separator is None:
             raise UserError("model.reset_at_documents needs text that is cut into documents, as a large corpus is")
         self.tokenizer = tokenizer
         self.reset_at_documents = reset_at_documents
-        self.net = MemoryLM(shape, self.tokenizer.vocab_size, dropout)
-        self.second = SecondToken(shape.dim) if second_token else None
-        self.second_token = second_token
+        self.net = RecurrentLM(config, self.tokenizer.vocab_size, dropout)
+        self.mtp_head = MTPHead(config.dim) if mtp_loss_weight else None
+        self.mtp_loss_weight = mtp_loss_weight
         self.confidence_penalty = confidence_penalty
         self.dropout = dropout
         self.optimizer = optimizer
@@ -91,28 +91,28 @@ class TextModule(LightningModule):
         self.weight_decay = weight_decay
         self.betas = (beta1, beta2)
         self.warmup_steps = warmup_steps
-        self.final_lr_share = final_lr_share
-        self.score = TextScore()
+        self.min_lr_ratio = min_lr_ratio
+        self.score = TextMetrics()
         self.score.persistent(False)
         lengths = torch.from_numpy(token_lengths(self.tokenizer))
         self.token_lengths: Tensor
         self.register_buffer("token_lengths", lengths, persistent=False)
-        self._cut = False
+        self._is_sharded = False
         self._carried: dict[int, State] = {}
         """What each group of rows has read."""
         self._random: dict[str, Tensor] = {}
         self._dynamic: DynamicEvaluation | None = None
 
     @property
-    def cut(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether this process holds only a part of each weight."""
-        return self._cut
+        return self._is_sharded
 
     def configure_model(self) -> None:
         """Cut the model over the processes, where the strategy is to do so."""
-        if self.device_mesh is not None and not self._cut:
-            shard(self.net, self.second, self.device_mesh["data_parallel"])
-            self._cut = True
+        if self.device_mesh is not None and not self._is_sharded:
+            shard(self.net, self.mtp_head, self.device_mesh["data_parallel"])
+            self._is_sharded = True
 
     # Training
 
@@ -148,8 +148,8 @@ class TextModule(LightningModule):
             "beta1": self.betas[0],
             "beta2": self.betas[1],
             "warmup_steps": self.warmup_steps,
-            "final_lr_share": self.final_lr_share,
-            "second_token": self.second_token,
+            "min_lr_ratio": self.min_lr_ratio,
+            "mtp_loss_weight": self.mtp_loss_weight,
             "confidence_penalty": self.confidence_penalty,
             "reset_at_documents": self.reset_at_documents,
             "parameters": self.net.parameter_count(),
@@ -161,15 +161,15 @@ class TextModule(LightningModule):
         self._carried[batch.group] = detach_state(state)
         loss, learned = self._losses(hidden, batch.targets)
         self.log("train/loss", loss, prog_bar=True)
-        if self.second is None:
+        if self.mtp_head is None:
             return learned
-        weight = second_weight(self.second_token, self.global_step, self._planned_steps)
-        return learned + weight * self._losses(self.second(hidden), second_targets(batch.targets))[1]
+        weight = mtp_weight(self.mtp_loss_weight, self.global_step, self._planned_steps)
+        return learned + weight * self._losses(self.mtp_head(hidden), mtp_targets(batch.targets))[1]
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and what is learned from: the same, where confidence costs nothing."""
         logits = self.net.head(hidden)
-        loss = self._mean_over_processes(targets, nats(logits, targets, "sum"))
+        loss = self._mean_over_processes(targets, token_nll(logits, targets, "sum"))
         if not self.confidence_penalty:
             return loss, loss
         weight = confidence_weight(self.confidence_penalty, self.global_step, self._planned_steps)
@@ -186,14 +186,14 @@ class TextModule(LightningModule):
     def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         rows = len(batch.inputs)
         if state is None or len(state[0][0]) != rows:
-            # Memories are kept in float32 where the weights are in half of it.
+            # StateStore are kept in float32 where the weights are in half of it.
             dtype = torch.promote_types(self.net.embedding.weight.dtype, torch.float32)
             state = self.net.zero_state(rows, self.device, dtype)
         separator = self.tokenizer.separator if self.reset_at_documents else None
         starts = None if separator is None else batch.inputs == separator
-        return self.net.hidden(batch.inputs, reset_rows(state, batch.fresh), starts)
+        return self.net.hidden(batch.inputs, reset_state_rows(state, batch.reset_mask), starts)
 
-    def forget(self) -> None:
+    def reset_carried_state(self) -> None:
         """Drop what was read, which a number that is not finite may have reached."""
         self._carried = {}
 
@@ -233,7 +233,7 @@ class TextModule(LightningModule):
         with torch.autocast("cpu", enabled=False):
             hidden, self._reading = self._read(batch, self._reading)
             logits = self.net.head(hidden)
-        return nats(logits, batch.targets, "none")
+        return token_nll(logits, batch.targets, "none")
 
     def on_validation_epoch_end(self) -> None:
         self._log_score("val")
@@ -260,13 +260,13 @@ class TextModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(
-            self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas, self.second
+            self.net, self.optimizer, self.learning_rate, self.weight_decay, self.betas, self.mtp_head
         )
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._planned_steps = total = self.total_steps()
 
         def share(step: int) -> float:
-            return warmup_cosine(step, self.warmup_steps, total, self.final_lr_share)
+            return warmup_cosine(step, self.warmup_steps, total, self.min_lr_ratio)
 
         scheduler = LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -287,9 +287,9 @@ class TextModule(LightningModule):
 
     # Checkpoints
 
-    def begin_with(self, checkpoint: dict[str, Any]) -> None:
+    def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
-        checkpoints.check_same(checkpoint, self.net, self.tokenizer)
+        checkpoints.check_compatible(checkpoint, self.net, self.tokenizer)
         self.net.load_state_dict(checkpoints.model_weights(checkpoint))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -310,7 +310,7 @@ class TextModule(LightningModule):
 
     def _leave_training_out(self, checkpoint: dict[str, Any]) -> None:
         """Make the weights in ``checkpoint`` those that this module has, where only training needs more or less."""
-        prefix, weights = "second.", checkpoint.get("state_dict", {})
+        prefix, weights = "mtp_head.", checkpoint.get("state_dict", {})
         for name in [name for name in weights if name.startswith(prefix)]:
             del weights[name]
         weights.update({name: value for name, value in self.state_dict().items() if name.startswith(prefix)})
@@ -330,7 +330,7 @@ class TextModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
-        checkpoints.check_same(checkpoint, self.net, self.tokenizer)
+        checkpoints.check_compatible(checkpoint, self.net, self.tokenizer)
         progress = checkpoint.get(checkpoints.PROGRESS_KEY)
         if not self.trainer.training:
             self._leave_training_out(checkpoint)
@@ -344,11 +344,11 @@ class TextModule(LightningModule):
                 f"the checkpoint was trained by {before['optimizer']}, whose state {self.optimizer} cannot go on "
                 f"with; keep model.optimizer, or begin a run with the weights by --init_from"
             )
-        second_before = before.get("second_token", 0.0)  # older checkpoints are without
-        if self.trainer.training and bool(second_before) != bool(self.second_token):
+        second_before = before.get("mtp_loss_weight", 0.0)  # older checkpoints are without
+        if self.trainer.training and bool(second_before) != bool(self.mtp_loss_weight):
             raise UserError(
-                f"the checkpoint was trained with model.second_token {second_before:g}, and cannot go on with "
-                f"{self.second_token:g}; keep it, or begin a run with the weights by --init_from"
+                f"the checkpoint was trained with model.mtp_loss_weight {second_before:g}, and cannot go on with "
+                f"{self.mtp_loss_weight:g}; keep it, or begin a run with the weights by --init_from"
             )
         carried = progress["carried"]
         # Older checkpoints have one group alone, or None where nothing has been read.

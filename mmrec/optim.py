@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
-from mmrec.model import MemoryLM
-from mmrec.second_token import SecondToken
+from mmrec.model import RecurrentLM
+from mmrec.second_token import MTPHead
 
 
-class Combined(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers that step as one, so that schedules, clipping and checkpoints see a single one.
 
     The parameter groups are those of the members, the same objects: setting a rate here sets it there.
@@ -46,7 +46,7 @@ class Combined(Optimizer):
 
 
 def split_parameters(
-    model: MemoryLM, second: SecondToken | None = None
+    model: RecurrentLM, second: MTPHead | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return the matrices of the layers, the embeddings, and the rest (norms, decays, biases, convolutions)."""
     matrices: list[Tensor] = []
@@ -64,12 +64,12 @@ def split_parameters(
 
 
 def make_optimizer(
-    model: MemoryLM,
+    model: RecurrentLM,
     name: str,
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
-    second: SecondToken | None = None,
+    second: MTPHead | None = None,
 ) -> Optimizer:
     """Return the optimizer ``name``, "muon" or "adamw".
 
@@ -83,13 +83,13 @@ def make_optimizer(
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})
         return AdamW(by_adamw, lr=learning_rate, betas=betas)
     muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Combined([muon, AdamW(by_adamw, lr=learning_rate, betas=betas)])
+    return CombinedOptimizer([muon, AdamW(by_adamw, lr=learning_rate, betas=betas)])
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, final_share: float) -> float:
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, min_lr_ratio: float) -> float:
     """Return the share of the learning rate for update ``step`` (from 0).
 
-    Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``final_share`` at ``total_steps``; where that
+    Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``min_lr_ratio`` at ``total_steps``; where that
     is None, because nobody knows when training ends, it stays at 1.
     """
     if step < warmup_steps:
@@ -97,4 +97,4 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, final_s
     if total_steps is None:
         return 1.0
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mmrec.checkpoint import Trained, load_trained
+from mmrec.checkpoint import LoadedModel, load_model
 from mmrec.errors import UserError
-from mmrec.memory import Memory, load_memory, model_hash, save_memory
-from mmrec.metrics import ScoreByPosition, TextScore
-from mmrec.model import MemoryLM
+from mmrec.memory import SavedState, load_memory, model_hash, save_memory
+from mmrec.metrics import MetricsByPosition, TextMetrics
+from mmrec.model import RecurrentLM
 from mmrec.runs import CheckpointOptions
 from mmrec.text_files import is_unicode
 from mmrec.tokenizers import PIECE, last_cut, token_lengths
@@ -49,7 +49,9 @@ def pieces(file: IO[str], size: int = PIECE) -> Iterator[str]:
 
 
 @torch.inference_mode()
-def expect_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Memory]]:
+def iter_logits(
+    net: RecurrentLM, tokens: np.ndarray, memory: SavedState
+) -> Iterator[tuple[Tensor, Tensor, SavedState]]:
     """Read tokens [T] on from ``memory``, a chunk at a time.
 
     Yields:
@@ -60,19 +62,19 @@ def expect_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tup
         part = torch.from_numpy(tokens[first : first + CHUNK].astype(np.int64))
         logits, state = net(part[None], memory.state)
         expected = torch.cat([memory.logits[None], logits[0, :-1]])
-        memory = Memory(state, logits[0, -1].clone(), memory.position + len(part))
+        memory = SavedState(state, logits[0, -1].clone(), memory.position + len(part))
         yield expected.float(), part, memory
 
 
 @torch.inference_mode()
-def read_on(net: MemoryLM, tokens: np.ndarray, memory: Memory) -> Iterator[tuple[Tensor, Memory]]:
+def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
     """Read tokens [T] on from ``memory``, a chunk at a time.
 
     Yields:
         What each token of the chunk cost [n], in nats, given all before it (0 for the very first token of a text,
         which nothing could predict); and the memory after the chunk.
     """
-    for expected, part, after in expect_on(net, tokens, memory):
+    for expected, part, after in iter_logits(net, tokens, memory):
         nats = F.cross_entropy(expected, part, reduction="none")
         if after.position == len(part):  # nothing was read before it
             nats[0] = 0
@@ -95,7 +97,7 @@ def opened(path: str) -> Iterator[tuple[IO[str], int | None]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def tokens_of(trained: Trained, path: str) -> Iterator[np.ndarray]:
+def tokens_of(trained: LoadedModel, path: str) -> Iterator[np.ndarray]:
     """Yield the tokens of a file piece by piece, with a progress bar; UserError where it is no UTF-8 text."""
     with (
         opened(path) as (file, size),
@@ -115,10 +117,14 @@ def tokens_of(trained: Trained, path: str) -> Iterator[np.ndarray]:
             raise UserError(f"{path}: is empty")
 
 
-def _start(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[Trained, str, Memory]:
-    trained = load_trained(checkpoint.path())
+def _start(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
+    trained = load_model(checkpoint.path())
     model = model_hash(trained.net, trained.tokenizer)
-    return trained, model, Memory.empty(trained.net) if memory is None else load_memory(memory, trained.net, model)
+    return (
+        trained,
+        model,
+        SavedState.empty(trained.net) if memory is None else load_memory(memory, trained.net, model),
+    )
 
 
 def read(
@@ -139,7 +145,7 @@ def read(
         raise UserError(f"{save}: cannot be written: there is no folder {save.parent}")
     trained, model, reached = _start(checkpoint, memory)
     for tokens in tokens_of(trained, file):
-        for _, after in read_on(trained.net, tokens, reached):
+        for _, after in iter_nll(trained.net, tokens, reached):
             reached = after
     save_memory(save, reached, model)
     print(f"{save}: {reached.position:,} tokens read, {save.stat().st_size:,} bytes")
@@ -162,13 +168,13 @@ def score(
     trained, _, reached = _start(checkpoint, memory)
     begin = reached.position
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
-    total, bands = TextScore(), ScoreByPosition()
+    total, bands = TextMetrics(), MetricsByPosition()
     with open(surprise, "w", encoding="utf-8") if surprise is not None else io.StringIO() as table:
         if surprise is not None:
             table.write("position\ttext\tnats\n")
         for tokens in tokens_of(trained, file):
             done = 0
-            for nats, after in read_on(trained.net, tokens, reached):
+            for nats, after in iter_nll(trained.net, tokens, reached):
                 reached = after
                 part = tokens[done : done + len(nats)].astype(np.int64)
                 done += len(nats)
@@ -187,7 +193,7 @@ def score(
         print(_line(f"  from token {begin + start:,}", within))
 
 
-def _line(name: str, score: TextScore) -> str:
+def _line(name: str, score: TextMetrics) -> str:
     figures = {key: float(value) for key, value in score.compute().items()}
     return (
         f"{name}: {figures['loss']:.4f} nats/token, {figures['nats_per_char']:.4f} nats/char, "

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmrec.errors import UserError
 from mmrec.tokens import MANIFEST, TokenFolder, describe_tokens, read_manifest, tokenizer_of
-from mmrec.urls import filesystem, patiently, reaching
+from mmrec.urls import filesystem, reaching, retry
 
 BLOCK = 1 << 22
 """Bytes that are fetched at once."""
@@ -65,7 +65,7 @@ class RemoteTokens:
             self._places.move_to_end(number)
             return self._cached[self._places[number]]
         first = number * BLOCK
-        data = patiently(lambda: fetch(self.url, first, min(first + BLOCK, self._size)))
+        data = retry(lambda: fetch(self.url, first, min(first + BLOCK, self._size)))
         if not self._free:
             self._free.append(self._places.popitem(last=False)[1])
         self._file.seek(self._free[-1] * BLOCK)

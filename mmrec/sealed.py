@@ -32,10 +32,10 @@ class Kind:
     remedy: str
 
 
-def write_sealed(path: Path, kind: Kind, tensors: dict[str, Tensor], said: dict[str, str]) -> None:
-    """Write tensors, contiguous and none of them shared, and what is ``said`` of them: whole, or not at all."""
-    said = {"format": kind.format, "version": kind.version, **said}
-    data = save(tensors, said | {"sha256": _digest(tensors, said)})
+def write_checksummed(path: Path, kind: Kind, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, contiguous and none of them shared, and ``metadata`` of them: whole, or not at all."""
+    metadata = {"format": kind.format, "version": kind.version, **metadata}
+    data = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -48,21 +48,21 @@ def write_sealed(path: Path, kind: Kind, tensors: dict[str, Tensor], said: dict[
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def read_sealed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what :func:`write_sealed` wrote; UserError where it is missing, damaged, or of another kind."""
-    said, tensors = _open(path, kind, with_tensors=True)
-    digest = said.pop("sha256", None)
+def read_checksummed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another kind."""
+    metadata, tensors = _open(path, kind, with_tensors=True)
+    digest = metadata.pop("sha256", None)
     try:
-        whole = digest == _digest(tensors, said)
+        whole = digest == _digest(tensors, metadata)
     except TypeError:  # numbers of a kind that is never written
         whole = False
     if not whole:
         raise UserError(f"{path}: is damaged (wrong sha256); {kind.remedy}")
-    return tensors, said
+    return tensors, metadata
 
 
-def read_said(path: Path, kind: Kind) -> dict[str, str]:
-    """Return what is said of the tensors, which are neither read nor checked; raises as :func:`read_sealed`."""
+def read_metadata(path: Path, kind: Kind) -> dict[str, str]:
+    """Return the metadata of the tensors, which are neither read nor checked; raises as :func:`read_checksummed`."""
     return _open(path, kind, with_tensors=False)[0]
 
 
@@ -71,17 +71,17 @@ def _open(path: Path, kind: Kind, with_tensors: bool) -> tuple[dict[str, str], d
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            said = dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: is not a readable {kind.title} ({str(error)[:100]})") from None
-    if said.get("format") != kind.format:
+    if metadata.get("format") != kind.format:
         raise UserError(f"{path}: is not a {kind.title} of mmrec")
-    version = said.get("version")
+    version = metadata.get("version")
     if version != kind.version:
         raise UserError(f"{path}: {kind.title} format version {version}; this program reads {kind.version}")
-    return said, tensors
+    return metadata, tensors
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -90,8 +90,8 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
 
 
-def _digest(tensors: dict[str, Tensor], said: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}".encode())
         digest.update(tensor_bytes(tensors[name]))

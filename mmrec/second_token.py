@@ -9,7 +9,7 @@ from mmrec.model import INITIAL_SCALE, RMSNorm
 from mmrec.stream import IGNORE
 
 
-class SecondToken(nn.Module):
+class MTPHead(nn.Module):
     """Turns what a model predicts the next token from, [B, T, D], into what it predicts the one after that from.
 
     After Gloeckle et al. 2024 ("Better & Faster Large Language Models via Multi-token Prediction"), with the output
@@ -30,7 +30,7 @@ class SecondToken(nn.Module):
         return self.norm(self.project(hidden))
 
 
-def second_weight(share: float, step: int, planned_steps: int | None) -> float:
+def mtp_weight(share: float, step: int, planned_steps: int | None) -> float:
     """Return the weight of the second token's loss at update ``step`` (from 0).
 
     It falls in a straight line from ``share`` to 0 at ``planned_steps``; where that is None, it stays.
@@ -38,6 +38,6 @@ def second_weight(share: float, step: int, planned_steps: int | None) -> float:
     return share if planned_steps is None else share * max(0.0, 1 - step / planned_steps)
 
 
-def second_targets(targets: Tensor) -> Tensor:
+def mtp_targets(targets: Tensor) -> Tensor:
     """Return the tokens after the targets [B, T], [B, T]; IGNORE at the last, whose successor is not known."""
     return F.pad(targets[:, 1:], (0, 1), value=IGNORE)

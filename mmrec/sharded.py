@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mmrec.errors import UserError
-from mmrec.model import MemoryLM
-from mmrec.second_token import SecondToken
+from mmrec.model import RecurrentLM
+from mmrec.second_token import MTPHead
 
 
-class Sharded(ModelParallelStrategy):
+class FullyShardedStrategy(ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2) over the processes of all machines.
 
     Lightning's own default would cut the matrices of a machine's processes instead.
@@ -61,10 +61,10 @@ class Sharded(ModelParallelStrategy):
         self.barrier()
 
 
-StrategyRegistry.register("sharded", Sharded, description="a model cut over all processes (FSDP2)")
+StrategyRegistry.register("sharded", FullyShardedStrategy, description="a model cut over all processes (FSDP2)")
 
 
-def shard(net: MemoryLM, second: SecondToken | None, mesh: DeviceMesh) -> None:
+def shard(net: RecurrentLM, second: MTPHead | None, mesh: DeviceMesh) -> None:
     """Cut the weights, layer by layer, over the processes of ``mesh``; a layer is whole while it runs."""
     blocks: nn.ModuleList = net.blocks
     for block in blocks:

@@ -29,18 +29,18 @@ class Batch(NamedTuple):
     Attributes:
         inputs: [B, T], int64.
         targets: [B, T], int64: the token that follows each input, or :data:`IGNORE`.
-        fresh: [B], bool: rows that start from the zero state instead of what was read before.
+        reset_mask: [B], bool: rows that start from the zero state instead of what was read before.
         group: whose memories the rows go on with: those that the last batch of this group left.
     """
 
     inputs: Tensor
     targets: Tensor
-    fresh: Tensor
+    reset_mask: Tensor
     group: int = 0
 
 
 @dataclass(frozen=True)
-class RowStream:
+class SegmentSampler:
     """Training batches by number.
 
     Args:
@@ -125,9 +125,9 @@ class RowStream:
         window = self.tokens[(position + offset) % total].astype(np.int64)
         targets = np.where(position[:, 1:] <= end[:, None], window[:, 1:], IGNORE)
         random = np.random.default_rng((self.seed, epoch, 2, turn)).random(self.rows)[row]
-        fresh = (random < self.reset_probability) & (step == 0)
+        reset_mask = (random < self.reset_probability) & (step == 0)
         inputs = torch.from_numpy(window[:, :-1].copy())
-        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(fresh), group)
+        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(reset_mask), group)
 
     def identity(self) -> dict[str, int]:
         """Return what decides which tokens a batch holds: the same on every process, and however many there are."""
@@ -141,8 +141,8 @@ class RowStream:
         }
 
 
-class RowLoader:
-    """Iterates over the batches of a :class:`RowStream`, as many as an epoch has; resumable by an integer.
+class TrainLoader:
+    """Iterates over the batches of a :class:`SegmentSampler`, as many as an epoch has; resumable by an integer.
 
     Each iteration goes on where the one before was left, wherever that is: an epoch of the trainer may be shorter
     (``limit_train_batches``), and does not end where one of the text does.
@@ -152,7 +152,7 @@ class RowLoader:
         repeat: number of batches, the first ones, that are read again and again; all of the text if None.
     """
 
-    def __init__(self, stream: RowStream, repeat: int | None = None) -> None:
+    def __init__(self, stream: SegmentSampler, repeat: int | None = None) -> None:
         self.stream = stream
         self.repeat = repeat
         self.position = 0
@@ -191,7 +191,7 @@ class RowLoader:
         self.position = epoch * len(self) + within
 
 
-class TextLoader:
+class StatefulEvalLoader:
     """Reads a text once from its start, in one row whose state is carried: nothing left out at the end.
 
     The first token has nothing before it and is not scored; every other one is, exactly once.
@@ -212,11 +212,11 @@ class TextLoader:
             yield Batch(window[:, :-1], window[:, 1:], torch.tensor([start == 0]))
 
 
-class WindowLoader:
+class WindowedEvalLoader:
     """Reads a text in windows that each start from the zero state: nanoGPT's protocol.
 
-    A token is predicted from what stands before it in its window alone. As with :class:`TextLoader`, every token but
-    the first is scored exactly once; the last window is as long as the text allows.
+    A token is predicted from what stands before it in its window alone. As with :class:`StatefulEvalLoader`, every
+    token but the first is scored exactly once; the last window is as long as the text allows.
     """
 
     def __init__(self, tokens: np.ndarray, window: int, rows: int) -> None:

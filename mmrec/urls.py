@@ -18,7 +18,7 @@ T = TypeVar("T")
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 """Modules through which fsspec reaches object storage."""
 PAUSES = (1, 2, 4, 8, 16, 30, 30, 30)
-"""Seconds between the attempts of :func:`patiently`."""
+"""Seconds between the attempts of :func:`retry`."""
 
 
 class Unreachable(UserError):
@@ -70,7 +70,7 @@ def why(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def patiently(ask: Callable[[], T]) -> T:
+def retry(ask: Callable[[], T]) -> T:
     """Return what ``ask`` does, asked again for two minutes while it raises :class:`Unreachable`."""
     for pause in PAUSES:
         try:

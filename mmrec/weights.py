@@ -9,21 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from mmrec.errors import UserError
-from mmrec.model import MemoryLM
-from mmrec.sealed import Kind, read_sealed, write_sealed
+from mmrec.model import RecurrentLM
+from mmrec.sealed import Kind, read_checksummed, write_checksummed
 from mmrec.tokenizers import Tokenizer
 
 SUFFIX = ".safetensors"
 KIND = Kind("mmrec-model", "1", "model file", "export it again")
 
 
-def save_weights(path: Path, net: MemoryLM, tokenizer: Tokenizer, step: int) -> None:
+def save_weights(path: Path, net: RecurrentLM, tokenizer: Tokenizer, step: int) -> None:
     """Write a model of ``step`` updates; a tied output layer is the embedding, and stands there once."""
     weights = {name: weight.detach().contiguous() for name, weight in net.state_dict().items()}
-    if net.shape.tie_embeddings:
+    if net.config.tie_embeddings:
         del weights["head.weight"]
-    said = {"shape": json.dumps(net.shape.as_dict()), "tokenizer": json.dumps(tokenizer.state()), "step": str(step)}
-    write_sealed(path, KIND, weights, said)
+    described = {"shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
+    metadata = {name: json.dumps(value) for name, value in described.items()} | {"step": str(step)}
+    write_checksummed(path, KIND, weights, metadata)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
@@ -32,10 +33,10 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     Raises:
         UserError: the file is missing, damaged, or holds something else.
     """
-    weights, said = read_sealed(path, KIND)
+    weights, metadata = read_checksummed(path, KIND)
     try:
-        description = {key: json.loads(said[key]) for key in ("shape", "tokenizer")}
-        step = int(said["step"])
+        description = {key: json.loads(metadata[key]) for key in ("shape", "tokenizer")}
+        step = int(metadata["step"])
         if description["shape"].get("tie_embeddings"):
             weights["head.weight"] = weights["embedding.weight"]
     except (LookupError, ValueError, AttributeError):

@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from serving import Client
 
-    from mmrec.checkpoint import Trained
+    from mmrec.checkpoint import LoadedModel
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -121,11 +121,11 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_model(small_root: Path) -> Trained:
+def small_model(small_root: Path) -> LoadedModel:
     """The model of that run."""
-    from mmrec.checkpoint import load_trained
+    from mmrec.checkpoint import load_model
 
-    return load_trained(small_root / "lightning_logs/a/checkpoints/best.ckpt")
+    return load_model(small_root / "lightning_logs/a/checkpoints/best.ckpt")
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def memories(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(small_model: Trained, memories: Path) -> Iterator[Client]:
+def client(small_model: LoadedModel, memories: Path) -> Iterator[Client]:
     """Asks a server of that model."""
     from serving import make_service, running
 

@@ -11,10 +11,10 @@ import torch
 from helpers import checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
-from mmrec.checkpoint import load_trained
-from mmrec.losses import confidence, confidence_weight, nats
-from mmrec.model import reset_rows
-from mmrec.stream import IGNORE, RowStream
+from mmrec.checkpoint import load_model
+from mmrec.losses import confidence, confidence_weight, token_nll
+from mmrec.model import reset_state_rows
+from mmrec.stream import IGNORE, SegmentSampler
 from mmrec.tokens import open_tokens
 
 Command = Callable[..., int]
@@ -46,14 +46,14 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
     assert losses("with", "train/loss") == losses("without", "train/loss")
     assert losses("with", "val/loss") == losses("without", "val/loss")
 
-    tokens, net = open_tokens(prepared), load_trained(checkpoints("with") / "last.ckpt").net
-    stream, state = RowStream(tokens.train, 2, 64), net.zero_state(2)
+    tokens, net = open_tokens(prepared), load_model(checkpoints("with") / "last.ckpt").net
+    stream, state = SegmentSampler(tokens.train, 2, 64), net.zero_state(2)
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
-            logits, state = net(batch.inputs, reset_rows(state, batch.fresh))
+            logits, state = net(batch.inputs, reset_state_rows(state, batch.reset_mask))
     count = (batch.targets != IGNORE).sum()
-    loss = (nats(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
+    loss = (token_nll(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
     (expected,) = torch.autograd.grad(loss, net.embedding.weight)
 
     def kept(run: str) -> torch.Tensor:

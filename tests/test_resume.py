@@ -28,8 +28,8 @@ EVERYTHING = [
     "--data.seq_len=150",
     "--data.segment_len=300",
     "--data.interleave=2",
-    "--model.shape.memories=[short, long]",
-    "--model.second_token=0.3",
+    "--model.config.layer_types=[short, long]",
+    "--model.mtp_loss_weight=0.3",
     "--model.confidence_penalty=0.2",
     "--last.every_n_train_steps=1",
 ]

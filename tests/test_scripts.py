@@ -149,7 +149,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def quickstart(checkout: Path, mirror: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    quick = ["--model.shape={dim: 16, layers: 2, heads: 2, ffn_dim: 24}", "--trainer.limit_val_batches=2"]
+    quick = ["--model.config={dim: 16, layers: 2, heads: 2, ffn_dim: 24}", "--trainer.limit_val_batches=2"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MMREC_MIRROR": str(mirror)}
     return subprocess.run(
         [str(checkout / "scripts" / "quickstart"), *quick, "--data.seq_len=64", *more],

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mmrec.bench.check import check_ops
-from mmrec.bench.peers import PEERS
+from mmrec.bench.peers import BASELINES
 from mmrec.bench.plot import plot
 from mmrec.bench.tasks import RACES
 from mmrec.errors import UserError, nearest
@@ -66,7 +66,7 @@ def bench(
     Raises:
         UserError: a name is unknown, a package is missing, or an op differs from its reference.
     """
-    for kind, given, known in (("measure", measures, MEASURES), ("peer", peers, PEERS)):
+    for kind, given, known in (("measure", measures, MEASURES), ("peer", peers, BASELINES)):
         for name in given:
             if name not in known:
                 raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}{nearest(name, known)}")

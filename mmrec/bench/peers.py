@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.errors import UserError, nearest
-from mmrec.model import MemoryLM, Shape
+from mmrec.model import ModelConfig, RecurrentLM
 
 
 class GPT(nn.Module):
@@ -153,7 +153,7 @@ class Wrapped(nn.Module):
 
 
 def _mmrec(vocab_size: int, length: int) -> nn.Module:
-    return MemoryLM(Shape(memories=("short", "long", "short", "short"), ffn_dim=304), vocab_size)
+    return RecurrentLM(ModelConfig(layer_types=("short", "long", "short", "short"), ffn_dim=304), vocab_size)
 
 
 def mingru(vocab_size: int, dim: int, layers: int) -> nn.Module:
@@ -202,7 +202,7 @@ def _rwkv(vocab_size: int, length: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """One model to compare.
 
     Attributes:
@@ -216,16 +216,16 @@ class Peer:
     package: str | None = None
 
 
-PEERS: dict[str, Peer] = {
-    "mmrec": Peer("this program's model", _mmrec),
-    "gpt": Peer("nanoGPT's shape, torch's scaled_dot_product_attention", GPT),
-    "lstm": Peer("torch.nn.LSTM, 2 layers", lambda vocab_size, _: LSTM(vocab_size, 221)),
-    "mingru": Peer("minGRU-pytorch's minLM", lambda vocab_size, _: mingru(vocab_size, 124, 4), "minGRU_pytorch"),
-    "titans": Peer("titans-pytorch's MemoryAsContextTransformer", _titans, "titans_pytorch"),
-    "xlstm": Peer("xlstm's xLSTMLarge, its kernels in torch", _xlstm, "xlstm"),
-    "mamba": Peer("HF Mamba, its CPU path", lambda vocab_size, _: mamba(vocab_size, 168, 4), "transformers"),
-    "mamba2": Peer("HF Mamba-2, its CPU path", lambda vocab_size, _: mamba2(vocab_size, 168, 4), "transformers"),
-    "rwkv": Peer("HF RWKV-4, its CPU path", _rwkv, "transformers"),
+BASELINES: dict[str, Baseline] = {
+    "mmrec": Baseline("this program's model", _mmrec),
+    "gpt": Baseline("nanoGPT's shape, torch's scaled_dot_product_attention", GPT),
+    "lstm": Baseline("torch.nn.LSTM, 2 layers", lambda vocab_size, _: LSTM(vocab_size, 221)),
+    "mingru": Baseline("minGRU-pytorch's minLM", lambda vocab_size, _: mingru(vocab_size, 124, 4), "minGRU_pytorch"),
+    "titans": Baseline("titans-pytorch's MemoryAsContextTransformer", _titans, "titans_pytorch"),
+    "xlstm": Baseline("xlstm's xLSTMLarge, its kernels in torch", _xlstm, "xlstm"),
+    "mamba": Baseline("HF Mamba, its CPU path", lambda vocab_size, _: mamba(vocab_size, 168, 4), "transformers"),
+    "mamba2": Baseline("HF Mamba-2, its CPU path", lambda vocab_size, _: mamba2(vocab_size, 168, 4), "transformers"),
+    "rwkv": Baseline("HF RWKV-4, its CPU path", _rwkv, "transformers"),
 }
 
 
@@ -235,16 +235,16 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if table is not None else 0)
 
 
-def check_peer(name: str) -> Peer:
+def check_baseline(name: str) -> Baseline:
     """Return the peer ``name``; UserError where there is none, or its package is missing."""
-    if name not in PEERS:
-        raise UserError(f"no peer {name!r}; known: {', '.join(PEERS)}{nearest(name, PEERS)}")
-    peer = PEERS[name]
+    if name not in BASELINES:
+        raise UserError(f"no peer {name!r}; known: {', '.join(BASELINES)}{nearest(name, BASELINES)}")
+    peer = BASELINES[name]
     if peer.package is not None and find_spec(peer.package) is None:
         raise UserError(f"the peer {name} needs a package that is not installed; pip install 'mmrec[bench]'")
     return peer
 
 
-def make_peer(name: str, vocab_size: int, length: int) -> nn.Module:
+def make_baseline(name: str, vocab_size: int, length: int) -> nn.Module:
     """Return the peer ``name`` for texts of up to ``length`` tokens."""
-    return check_peer(name).build(vocab_size, length)
+    return check_baseline(name).build(vocab_size, length)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from mmrec.bench.peers import GPT
 from mmrec.bench.tasks import RECIPES, loss_of, optimizer_of
-from mmrec.checkpoint import load_trained
+from mmrec.checkpoint import load_model
 from mmrec.errors import UserError
 from mmrec.evals.report import print_table, save, save_plot
-from mmrec.model import MemoryLM
+from mmrec.model import RecurrentLM
 from mmrec.optim import warmup_cosine
 from mmrec.precision import native_precision
 from mmrec.runs import CheckpointOptions
@@ -78,7 +78,7 @@ def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], span
     found = []
     for position in tqdm(positions, desc="positions", disable=not sys.stderr.isatty()):
         starts, length = (blocks, BLOCK) if position <= APART else (begins, BLOCK * BLOCKS)
-        state = net.zero_state(len(starts)) if isinstance(net, MemoryLM) else None
+        state = net.zero_state(len(starts)) if isinstance(net, RecurrentLM) else None
         found.append(cost(net, text, starts, position, length, state).double().view(spans, -1).mean(1).numpy())
     return np.stack(found)
 
@@ -129,7 +129,7 @@ def length(
     Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
-    trained = load_trained(checkpoint.path())
+    trained = load_model(checkpoint.path())
     data = open_tokens_for(data_dir, trained.tokenizer)
     places = sorted(set(positions))
     if not places or places[0] < 1:

@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from mmrec.errors import UserError
-from mmrec.large.work import do_shard, read_json, stem
+from mmrec.large.work import read_json, stem, tokenize_shard
 from mmrec.packages import module
 
-ENGINES = ("local", "ray", "slurm")
+EXECUTORS = ("local", "ray", "slurm")
 TASKS_OF_A_WORKER = 64
 """Of this machine, where there are more shards: enough that all workers end at about the same time."""
 
@@ -40,7 +40,7 @@ class Tokenize:
 
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         for number in range(rank, self.shards, world_size):
-            do_shard(Path(self.work), number)
+            tokenize_shard(Path(self.work), number)
 
 
 def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict[str, str]) -> bool:
@@ -49,7 +49,7 @@ def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict
     Args:
         work: the work folder, with its plan and tokenizer.
         shards: number of shards.
-        engine: one of :data:`ENGINES`.
+        engine: one of :data:`EXECUTORS`.
         workers: tasks at once.
         options: of Slurm: partition, time, and what else sbatch takes.
 

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from mmrec.errors import UserError, nearest
 from mmrec.large.download import download
-from mmrec.large.engines import ENGINES, run_shards
+from mmrec.large.engines import EXECUTORS, run_shards
 from mmrec.large.merge import Shards, counts_table, merge
 from mmrec.large.shards import Shard
 from mmrec.large.sources import HUB, SOURCES, files_of, find_shards
@@ -65,8 +65,8 @@ def prepare_large(
     Returns:
         The token folder, or None where Slurm has yet to do the work.
     """
-    if engine not in ENGINES:
-        raise UserError(f"unknown --engine {engine!r}; known: {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    if engine not in EXECUTORS:
+        raise UserError(f"unknown --engine {engine!r}; known: {', '.join(EXECUTORS)}{nearest(engine, EXECUTORS)}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
     module("datatrove")

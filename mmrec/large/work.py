@@ -64,7 +64,7 @@ def hash_of(data: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype="<u8")
 
 
-def do_shard(work: Path, number: int) -> None:
+def tokenize_shard(work: Path, number: int) -> None:
     """Do shard ``number`` of the plan in ``work``, if it is not done yet.
 
     What a user can act on is left as a file for the one who asked, ``000012.failed``: an engine would only

@@ -21,14 +21,14 @@ LOG2E = math.log2(math.e)
 
 
 def rg_lru(
-    r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, fresh: Tensor | None = None, chunk: int = 32
+    r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, reset_mask: Tensor | None = None, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Chunked form of :func:`mmrec.ops.reference.rg_lru`; ``chunk`` is in tokens."""
     dtype = state.dtype
     r, i, z, rate = r.to(dtype), i.to(dtype), z.to(dtype), rate.to(dtype)
     if z.shape[1] == 1:  # for writing text: a chunk would be of padding
-        return reference.rg_lru(r, i, z, rate, state, fresh)
-    outputs: Tensor = _RGLRU.apply(r, i, z, rate, state, fresh, chunk)
+        return reference.rg_lru(r, i, z, rate, state, reset_mask)
+    outputs: Tensor = _RGLRU.apply(r, i, z, rate, state, reset_mask, chunk)
     # The state is a copy: a view would keep the whole sequence in memory, and in checkpoints.
     return outputs, outputs[:, -1].clone()
 
@@ -38,29 +38,29 @@ class _RGLRU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, fresh: Tensor | None, chunk: int
+        ctx: Any, r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, reset_mask: Tensor | None, chunk: int
     ) -> Tensor:
         r, i = r.sigmoid(), i.sigmoid()
         root = torch.mul(r, -2 * rate).expm1_().neg_().add_(LRU_EPSILON)
         inverse = root.rsqrt()  # and from it the root: torch's sqrt takes six times as long
         root.mul_(inverse)
         kept = torch.mul(r, -LOG2E * rate).exp2_()
-        decay = kept if fresh is None else kept.masked_fill(fresh.unsqueeze(-1), 0)
+        decay = kept if reset_mask is None else kept.masked_fill(reset_mask.unsqueeze(-1), 0)
         outputs = _scan(decay, torch.mul(root, i).mul_(z), state, chunk)
-        ctx.save_for_backward(r, i, z, rate, state, fresh, kept, root, inverse, decay, outputs)
+        ctx.save_for_backward(r, i, z, rate, state, reset_mask, kept, root, inverse, decay, outputs)
         ctx.chunk = chunk
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        r, i, z, rate, state, fresh, kept, root, inverse, decay, outputs = ctx.saved_tensors
+        r, i, z, rate, state, reset_mask, kept, root, inverse, decay, outputs = ctx.saved_tensors
         # The gradient runs the same recurrence from the end: d_t = grad_t + decay_{t+1} d_{t+1}.
         later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
         flow = _scan(later, grad, torch.zeros_like(state), ctx.chunk, backwards=True)
         to_decay = torch.cat([state.unsqueeze(1), outputs[:, :-1]], dim=1).mul_(flow)
-        if fresh is not None:
-            to_decay.masked_fill_(fresh.unsqueeze(-1), 0)
+        if reset_mask is not None:
+            to_decay.masked_fill_(reset_mask.unsqueeze(-1), 0)
         to_state = decay[:, 0] * flow[:, 0]
         to_inputs = flow * root  # of what the input gate lets in
         to_z, to_i = to_inputs * i, to_inputs.mul_(z)

@@ -23,11 +23,11 @@ def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return y, after.to(past.dtype)
 
 
-def causal_conv_of_documents(x: Tensor, past: Tensor, weight: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`causal_conv` that sees nothing from before the last token where ``fresh`` [B, T] (bool) is true."""
+def causal_conv_of_documents(x: Tensor, past: Tensor, weight: Tensor, reset_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv` that sees nothing from before the last token where ``reset_mask`` [B, T] (bool) is true."""
     length, kept = x.shape[1], weight.shape[1] - 1
     everything = torch.cat([past.to(x.dtype), x], dim=1)
-    document = F.pad(fresh.cumsum(1), (kept, 0))
+    document = F.pad(reset_mask.cumsum(1), (kept, 0))
     y = x * weight[:, -1]
     for back in range(1, kept + 1):
         seen = slice(kept - back, kept - back + length)

@@ -14,7 +14,7 @@ LRU_EPSILON = 1e-8
 
 
 def rg_lru(
-    r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, fresh: Tensor | None = None
+    r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, reset_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The short memory: ``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) z_t``, ``a_t = exp(-rate sigmoid(r_t))``.
 
@@ -27,7 +27,7 @@ def rg_lru(
         z: [B, T, D], the inputs.
         rate: [D], not negative: the decay of an open gate, in nats a token.
         state: [B, D], the memory before the first token.
-        fresh: [B, T], bool: tokens before which all is forgotten; none if left out.
+        reset_mask: [B, T], bool: tokens before which all is forgotten; none if left out.
 
     Returns:
         The memory after each token [B, T, D] and after the last one [B, D].
@@ -36,7 +36,7 @@ def rg_lru(
     log_decay = -rate * r.sigmoid()
     # 1 - a^2 by expm1: exact where a is close to 1; the epsilon keeps the root's gradient finite.
     inputs = (LRU_EPSILON - torch.expm1(2 * log_decay)).sqrt() * i.sigmoid() * z
-    decay = log_decay.exp() if fresh is None else log_decay.exp().masked_fill(fresh.unsqueeze(-1), 0)
+    decay = log_decay.exp() if reset_mask is None else log_decay.exp().masked_fill(reset_mask.unsqueeze(-1), 0)
     for t in range(z.shape[1]):
         state = decay[:, t] * state + inputs[:, t]
         outputs.append(state)
