@@ -13,8 +13,8 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmrec.errors import UserError, exit_status
-from mmrec.prepare import prepare
+from mmrec.core.errors import UserError, exit_status
+from mmrec.data.prepare import prepare
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run with ``args`` and return the exit status, as :func:`mmrec.errors.exit_status`."""
+    """Run with ``args`` and return the exit status, as :func:`mmrec.core.errors.exit_status`."""
 
     def command() -> None:
         given = _parser().parse_args(args)

@@ -14,8 +14,8 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmrec import cli
-from mmrec.errors import UserError, exit_status
-from mmrec.runs import new_run
+from mmrec.checkpoints.runs import new_run
+from mmrec.core.errors import UserError, exit_status
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from serving import Client
 
-    from mmrec.checkpoint import LoadedModel
+    from mmrec.checkpoints.checkpoint import LoadedModel
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -80,7 +80,7 @@ def text() -> str:
 @pytest.fixture
 def prepared(tmp_path: Path, text: str) -> Path:
     """A token folder of ``text``, by characters, with a fifth for validation."""
-    from mmrec.prepare import prepare
+    from mmrec.data.prepare import prepare
 
     source = tmp_path / "text.txt"
     source.write_text(text, encoding="utf-8")
@@ -123,7 +123,7 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_model(small_root: Path) -> LoadedModel:
     """The model of that run."""
-    from mmrec.checkpoint import load_model
+    from mmrec.checkpoints.checkpoint import load_model
 
     return load_model(small_root / "lightning_logs/a/checkpoints/best.ckpt")
 

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from layouts import WIKI, page, record_of, tar_of, write_parquet
 from test_checkpoint import SHAPE, content
 
-from mmrec.checkpoint import load_model, write_checkpoint
-from mmrec.errors import UserError
-from mmrec.large.records import Rejected
-from mmrec.large.shards import Shard
-from mmrec.large.sources import reader_of
-from mmrec.large.work import documents as documents_of
-from mmrec.memory import SavedState, load_memory, save_memory
+from mmrec.checkpoints.checkpoint import load_model, write_checkpoint
+from mmrec.checkpoints.checksummed import _digest as digest_of
+from mmrec.checkpoints.state_file import SavedState, load_memory, save_memory
+from mmrec.core.errors import UserError
+from mmrec.data.pipeline.records import Rejected
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.sources import reader_of
+from mmrec.data.pipeline.tokenize_shard import documents as documents_of
+from mmrec.data.store import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 from mmrec.model import RecurrentLM
-from mmrec.sealed import _digest as digest_of
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 
 zstd = pytest.importorskip("backports.zstd")
 SMALL = ("train.txt", "val.txt", *NEEDED)

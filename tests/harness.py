@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from conftest import REPOSITORY
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.memory import SavedState
-from mmrec.reading import iter_nll
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.inference.scoring import iter_nll
 
 CHOICES = 40
 

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from mmrec.allocation import keep_freed_pages
+from mmrec.core.allocation import keep_freed_pages
 if sys.argv[1] == "keep":
     assert keep_freed_pages()
 torch.set_num_threads(1)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmrec.baselines.models import BASELINES, GPT, LSTM, make_baseline, size
 from mmrec.bench import tasks
 from mmrec.bench.check import check_ops
 from mmrec.bench.compare import Runner, at_time, ratios, time_to
-from mmrec.bench.peers import BASELINES, GPT, LSTM, make_baseline, size
 from mmrec.bench.tasks import learning
-from mmrec.ops import chunked
+from mmrec.model.ops import chunked
 
 
 def test_gpt_is_gpt2() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers import assert_same_training, fit, last, losses
 
-from mmrec import board
-from mmrec.board import MemoryStatistics, samples_table
-from mmrec.checkpoint import load_model
-from mmrec.insight import layer_statistics
-from mmrec.tokens import open_tokens
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.store import open_tokens
+from mmrec.model.statistics import layer_statistics
+from mmrec.training.callbacks import tensorboard as board
+from mmrec.training.callbacks.tensorboard import MemoryStatistics, samples_table
 
 Command = Callable[..., int]
 

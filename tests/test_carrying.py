@@ -9,10 +9,10 @@ import pytest
 import torch
 from helpers import fit, last
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import SegmentSampler
+from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows
-from mmrec.stream import SegmentSampler
-from mmrec.tokens import open_tokens
 
 
 @pytest.mark.parametrize("interleave", [1, 3])

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import Figure
 
-from mmrec import runs
-from mmrec.checkpoint import (
+from mmrec.checkpoints import runs
+from mmrec.checkpoints.checkpoint import (
     KEY,
     PROGRESS_KEY,
     VERSION,
@@ -26,7 +26,7 @@ from mmrec.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import CharacterTokenizer, Tokenizer
 

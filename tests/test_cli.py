@@ -19,9 +19,9 @@ from conftest import REPOSITORY, Figure
 from helpers import assert_same_training, fit, last, losses
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from mmrec.checkpoint import load_model
-from mmrec.module import RecurrentLMModule
-from mmrec.stream import Batch
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import Batch
+from mmrec.training.module import RecurrentLMModule
 
 Command = Callable[..., int]
 
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole = [*options, "--trainer.max_epochs=2", "--model.config.layer_types=[short, long]"]
     assert mmrec(*fit(prepared, *whole, "--run=whole")) == 0
 
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     batches = stop = 0
     before = LastCheckpoint.on_train_batch_end
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_again_and_again(
     command = ["--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.val_check_interval=25"]
     assert mmrec(*fit(prepared, *command, "--run=whole")) == 0
 
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     left, before = 0, LastCheckpoint.on_train_batch_end
 

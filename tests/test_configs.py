@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
+from mmrec.core.options import find_config, shipped_configs
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.parsing import find_config, shipped_configs
 
 Command = Callable[..., int]
 

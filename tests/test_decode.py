@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmrec.decode import STEPS, Decoder
 from mmrec.model import RGLRU, ModelConfig, RecurrentLM
+from mmrec.model.decode import STEPS, Decoder
 
 
 def trained(config: ModelConfig, tokens: int = 11) -> RecurrentLM:

@@ -11,8 +11,8 @@ import torch
 from helpers import fit
 from torch.nn import functional as F
 
-from mmrec.dynamic import DynamicEvaluation
 from mmrec.model import ModelConfig, RecurrentLM, detach_state
+from mmrec.training.dynamic import DynamicEvaluation
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from helpers import fit
 
-from mmrec.bench.peers import GPT
-from mmrec.checkpoint import LoadedModel, load_model
+from mmrec.baselines.models import GPT
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.data.batches import IGNORE
+from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed
 from mmrec.evals.length import by_position, cost, train_gpt
 from mmrec.evals.models import BASELINES, OURS, Asked, layer_parameters, make_model
@@ -23,8 +25,6 @@ from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.tasks import MQAR, PERMUTATIONS, S5, Copy, Induction, KeyValue, Parity, Passkey, Task
 from mmrec.evals.training import Recipe, level_of, teach
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.stream import IGNORE
-from mmrec.tokens import open_tokens
 
 Command = Callable[..., int]
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=16)

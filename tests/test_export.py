@@ -15,13 +15,13 @@ import torch
 from helpers import checkpoints
 
 from mmrec import MemoryLM as API
-from mmrec.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
+from mmrec.checkpoints.state_file import model_hash
+from mmrec.checkpoints.weights import save_weights
+from mmrec.core.errors import UserError
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.memory import model_hash
 from mmrec.model import MemoryLM, ModelConfig
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
-from mmrec.weights import save_weights
 
 Command = Callable[..., int]
 TEXT = "Iğdır'da ılık bir İNCE yağmur 🙂👩‍👩‍👧 e\u0301 <|pad|> the the\r\n\n\n  then\t\u00a0\u2028\ufeff\0 end\n"

@@ -17,8 +17,8 @@ from conftest import REPOSITORY
 from test_export import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.generate import generate_tokens
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.inference.generate import generate_tokens
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, Tokenizer
 

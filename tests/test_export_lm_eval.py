@@ -9,7 +9,7 @@ import pytest
 from harness import Harness
 from helpers import checkpoints, fit
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoints.checkpoint import load_model
 
 Command = Callable[..., int]
 

@@ -13,11 +13,11 @@ import torch
 from conftest import REPOSITORY, make_text
 from test_export import made
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.generate import generate_tokens
-from mmrec.memory import SavedState, model_hash, save_memory
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState, model_hash, save_memory
+from mmrec.inference.generate import generate_tokens
+from mmrec.inference.scoring import iter_nll
 from mmrec.model import ModelConfig
-from mmrec.reading import iter_nll
 from mmrec.tokenizers import CharacterTokenizer
 
 SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True)

@@ -24,13 +24,13 @@ from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
 
 from mmrec.cli import main
-from mmrec.corpora.base import Document
-from mmrec.corpora.shakespeare_plays import speeches
-from mmrec.errors import UserError
-from mmrec.parsing import find_config, shipped_configs
-from mmrec.prepare import SEPARATOR, split_documents
-from mmrec.stream import IGNORE, SegmentSampler, TrainLoader
-from mmrec.text_files import check_encoding, decode_text
+from mmrec.core.errors import UserError
+from mmrec.core.options import find_config, shipped_configs
+from mmrec.core.text_files import check_encoding, decode_text
+from mmrec.data.batches import IGNORE, SegmentSampler, TrainLoader
+from mmrec.data.corpora.base import Document
+from mmrec.data.corpora.shakespeare_plays import speeches
+from mmrec.data.prepare import SEPARATOR, split_documents
 from mmrec.tokenizers import (
     BPETokenizer,
     ByteTokenizer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrec import generate
-from mmrec.generate import generate_tokens, read, sample_token
+from mmrec.inference import generate
+from mmrec.inference.generate import generate_tokens, read, sample_token
 from mmrec.model import ModelConfig, RecurrentLM
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)

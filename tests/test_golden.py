@@ -12,7 +12,7 @@ from conftest import Figure, make_text
 from helpers import fit, last, losses
 from victim import start
 
-from mmrec.checkpoint import VERSION, load_model
+from mmrec.checkpoints.checkpoint import VERSION, load_model
 
 Command = Callable[..., int]
 
@@ -75,7 +75,7 @@ def test_the_course_of_a_training(prepared: Path, tmp_path: Path, figure: Figure
 
 if __name__ == "__main__":  # make the data anew: in an empty folder
     from mmrec.cli import main
-    from mmrec.prepare import prepare
+    from mmrec.data.prepare import prepare
 
     Path("text.txt").write_text(make_text())
     prepare(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters")

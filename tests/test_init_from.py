@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import QUICK, checkpoints, fit
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoints.checkpoint import load_model
 
 Command = Callable[..., int]
 SETTINGS = [option for option in QUICK if not option.startswith("--model.config")]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mmrec.insight import layer_statistics
 from mmrec.model import RGLRU, GatedDeltaNet, ModelConfig, RecurrentLM
+from mmrec.model.statistics import layer_statistics
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 

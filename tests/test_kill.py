@@ -19,8 +19,8 @@ from conftest import FIGURES, Figure
 from helpers import assert_same_training, checkpoints, fit, last
 from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions, start
 
-from mmrec.checkpoint import find_intact_checkpoint, read_checkpoint
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
+from mmrec.core.errors import UserError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
-from mmrec.large import work
-from mmrec.large.merge import Shards
-from mmrec.large.records import Rejected
-from mmrec.large.shards import Shard
-from mmrec.large.sources import SOURCES
-from mmrec.large.work import documents, hash_of
-from mmrec.tokens import TokenFolder, open_tokens
+from mmrec.data.pipeline import work
+from mmrec.data.pipeline.merge import Shards
+from mmrec.data.pipeline.records import Rejected
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.sources import SOURCES
+from mmrec.data.pipeline.tokenize_shard import documents, hash_of
+from mmrec.data.store import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -91,8 +91,8 @@ def test_the_result_does_not_depend_on_the_workers(
     options = ["--drop_duplicates", "--val_split", "0.3"]
     assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
     # Threads that copy side by side, and pieces so small that most documents are cut by them.
-    monkeypatch.setattr("mmrec.large.merge.BYTES_AT_ONCE", 101)
-    monkeypatch.setattr("mmrec.large.merge.AT_ONCE", 20)
+    monkeypatch.setattr("mmrec.data.pipeline.merge.BYTES_AT_ONCE", 101)
+    monkeypatch.setattr("mmrec.data.pipeline.merge.AT_ONCE", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
@@ -122,7 +122,7 @@ def test_a_worker_reads_the_plan_once(mmrec: Command, tmp_path: Path, monkeypatc
 def test_more_files_than_tasks(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "texts")
     with monkeypatch.context() as patched:
-        patched.setattr("mmrec.large.engines.TASKS_OF_A_WORKER", 2)
+        patched.setattr("mmrec.data.pipeline.executors.TASKS_OF_A_WORKER", 2)
         assert mmrec("prepare", str(folder), "--output_dir", "few", "--workers", "1") == 0
     assert mmrec("prepare", str(folder), "--output_dir", "many", "--workers", "1") == 0
     assert tokens_of(Path("few")) == tokens_of(Path("many"))
@@ -144,7 +144,7 @@ def test_names_that_are_not_utf_8(mmrec: Command, tmp_path: Path) -> None:
 def test_tokens_that_are_gone_before_they_are_put_together(
     mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mmrec.large.prepare as preparing
+    import mmrec.data.pipeline.plan as preparing
 
     write_json_lines(tmp_path / "a.jsonl", texts())
     real = preparing.merge

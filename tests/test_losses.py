@@ -11,11 +11,11 @@ import torch
 from helpers import checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
-from mmrec.checkpoint import load_model
-from mmrec.losses import confidence, confidence_weight, token_nll
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows
-from mmrec.stream import IGNORE, SegmentSampler
-from mmrec.tokens import open_tokens
+from mmrec.training.losses import confidence, confidence_weight, token_nll
 
 Command = Callable[..., int]
 

@@ -20,11 +20,11 @@ import torch
 from conftest import REPOSITORY
 
 from mmrec import MemoryLM
-from mmrec.errors import UserError
-from mmrec.memory import SavedState, load_memory, model_hash, save_memory
+from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
+from mmrec.core.errors import UserError
+from mmrec.inference.scoring import iter_nll, pieces
 from mmrec.model import ModelConfig
 from mmrec.model import RecurrentLM as Net
-from mmrec.reading import iter_nll, pieces
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
 Command = Callable[..., int]

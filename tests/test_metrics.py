@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmrec.metrics import MetricsByPosition, TextMetrics
+from mmrec.inference.metrics import MetricsByPosition, TextMetrics
 
 
 def test_the_figures_are_those_of_the_definitions() -> None:

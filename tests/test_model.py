@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.model import GatedDeltaNet, ModelConfig, RecurrentLM, State, reset_state_rows
-from mmrec.ops import chunked, reference
+from mmrec.model.ops import chunked, reference
 
 VOCABULARY = 11
 SMALL = ModelConfig(dim=16, layers=3, layer_types=("short", "long"), heads=2, ffn_dim=24)

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.optim import CombinedOptimizer, make_optimizer, split_parameters, warmup_cosine
+from mmrec.training.optim import CombinedOptimizer, make_optimizer, split_parameters, warmup_cosine
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 

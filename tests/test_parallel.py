@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY
 from helpers import fit, last
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoints.checkpoint import load_model
 
 Command = Callable[..., int]
 

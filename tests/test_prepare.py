@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import SHAKESPEARE
 
-from mmrec.corpora.base import Document
-from mmrec.errors import UserError
-from mmrec.prepare import default_split, prepare, split_documents
-from mmrec.tokens import MANIFEST, open_tokens, verify_tokens
+from mmrec.core.errors import UserError
+from mmrec.data.corpora.base import Document
+from mmrec.data.prepare import default_split, prepare, split_documents
+from mmrec.data.store import MANIFEST, open_tokens, verify_tokens
 
 
 @pytest.fixture

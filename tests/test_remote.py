@@ -14,11 +14,11 @@ import pytest
 import torch
 from helpers import fit, last
 
-from mmrec import remote
-from mmrec.errors import UserError
-from mmrec.remote import RemoteTokens, open_remote_tokens
-from mmrec.stream import SegmentSampler, StatefulEvalLoader
-from mmrec.tokens import open_tokens
+from mmrec.core.errors import UserError
+from mmrec.data.batches import SegmentSampler, StatefulEvalLoader
+from mmrec.data.remote_store import RemoteTokens, open_remote_tokens
+from mmrec.data.store import open_tokens
+from mmrec.training.datamodule import remote_store as remote
 
 Command = Callable[..., int]
 

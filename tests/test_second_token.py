@@ -11,11 +11,11 @@ import torch
 from helpers import checkpoints, fit, last
 from torch.nn import functional as F
 
-from mmrec.checkpoint import load_model
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows
-from mmrec.second_token import MTPHead, mtp_targets
-from mmrec.stream import IGNORE, SegmentSampler
-from mmrec.tokens import open_tokens
+from mmrec.training.mtp import MTPHead, mtp_targets
 
 Command = Callable[..., int]
 

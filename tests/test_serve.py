@@ -15,10 +15,10 @@ from conftest import make_text
 from safetensors.torch import save
 from serving import Client, make_service
 
-from mmrec.checkpoint import LoadedModel
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import KIND, SavedState, load_memory, model_hash, save_memory
 from mmrec.cli import main
-from mmrec.generate import generate_tokens
-from mmrec.memory import KIND, SavedState, load_memory, model_hash, save_memory
+from mmrec.inference.generate import generate_tokens
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 from mmrec.serve.service import Finished, Piece, Service

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from serving import LIMITS, Client, make_service, running
 from torch import Tensor
 
-from mmrec.checkpoint import LoadedModel
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.inference.scoring import CHUNK
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.reading import CHUNK
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import as_logprobs, rows_of, token_names
 from mmrec.serve.protocol import CompletionRequest

@@ -23,8 +23,8 @@ import pytest
 from conftest import REPOSITORY
 from serving import KEY, LIMITS, Client, make_service, running
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.core.errors import UserError
 from mmrec.serve.command import listen
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 

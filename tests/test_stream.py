@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec.errors import UserError
-from mmrec.stream import IGNORE, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
+from mmrec.core.errors import UserError
+from mmrec.data.batches import IGNORE, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
 
 
 def stream(total: int, rows: int, length: int, **options: int | float) -> SegmentSampler:

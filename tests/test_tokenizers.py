@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.tokenizers import (
     TOKENIZERS,
     BPETokenizer,

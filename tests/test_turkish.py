@@ -17,9 +17,9 @@ from conftest import REPOSITORY
 from helpers import fit
 
 from mmrec import MemoryLM
-from mmrec.reading import pieces
+from mmrec.data.store import open_tokens
+from mmrec.inference.scoring import pieces
 from mmrec.tokenizers import TOKENIZERS, StreamDecoder, Tokenizer, make_tokenizer
-from mmrec.tokens import open_tokens
 
 Command = Callable[..., int]
 

@@ -24,7 +24,7 @@ STAGES = ("write", "seal", "fsync", "link", "rename", "folder")
 
 def server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmrec.lightning_cli", "torch.utils.tensorboard", "victim"])
+    context.set_forkserver_preload(["mmrec.training.cli", "torch.utils.tensorboard", "victim"])
     return context
 
 
@@ -62,7 +62,7 @@ def die(moment: Moment) -> None:
 
 
 def _after_step(count: int, action: Callable[[], object]) -> None:
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     steps, before = 0, LastCheckpoint.on_train_batch_end
 
@@ -77,7 +77,7 @@ def _after_step(count: int, action: Callable[[], object]) -> None:
 
 
 def _inside_save(stage: str, count: int, share: float) -> None:
-    from mmrec import checkpoint
+    from mmrec.checkpoints import checkpoint
 
     saves = 0
     save = checkpoint.torch.save

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrec.checkpoint import LoadedModel, load_model
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.core.errors import UserError
+from mmrec.data.batches import WindowedEvalLoader
+from mmrec.data.store import open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
-from mmrec.memory import SavedState
-from mmrec.reading import iter_nll, tokens_of
-from mmrec.runs import CheckpointOptions
-from mmrec.stream import WindowedEvalLoader
-from mmrec.tokens import open_tokens_for
+from mmrec.inference.scoring import iter_nll, tokens_of
 
 ROWS = 32
 """Windows that are read side by side."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrec.allocation import keep_freed_pages
-from mmrec.errors import UserError
+from mmrec.core.allocation import keep_freed_pages
+from mmrec.core.errors import UserError
 from mmrec.evals.models import check_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.report import print_table, save, save_plot

@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mmrec.bench.peers import GPT
-from mmrec.bench.tasks import RECIPES, loss_of, optimizer_of
-from mmrec.checkpoint import load_model
-from mmrec.errors import UserError
+from mmrec.baselines.models import GPT
+from mmrec.baselines.training import RECIPES, loss_of, optimizer_of
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.core.errors import UserError
+from mmrec.core.precision import native_precision
+from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.model import RecurrentLM
-from mmrec.optim import warmup_cosine
-from mmrec.precision import native_precision
-from mmrec.runs import CheckpointOptions
-from mmrec.tokens import TokenFolder, open_tokens_for
+from mmrec.training.optim import warmup_cosine
 
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.bench.peers import GPT, LSTM, check_baseline, mamba2, mingru
-from mmrec.errors import UserError, nearest
+from mmrec.baselines.models import GPT, LSTM, check_baseline, mamba2, mingru
+from mmrec.core.errors import UserError, nearest
+from mmrec.data.batches import IGNORE
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.stream import IGNORE
 
 OURS: dict[str, dict[str, Any]] = {"mmrec": {}, "mmrec-negative": {"negative_eigenvalues": True}}
 """The variants of our model: what each changes of a config."""

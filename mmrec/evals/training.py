@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mmrec.bench.peers import GPT, LSTM
-from mmrec.bench.tasks import optimizer_of, start
+from mmrec.baselines.models import GPT, LSTM
+from mmrec.baselines.training import optimizer_of, start
+from mmrec.core.precision import MIXED, native_precision
 from mmrec.evals.models import Asked, layer_parameters, make_model
 from mmrec.evals.tasks import Task
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.optim import warmup_cosine
-from mmrec.precision import MIXED, native_precision
+from mmrec.training.optim import warmup_cosine
 
 CHUNK = 4096
 """Tokens of a row that are read at a time in a test; beyond that only models with a state go on."""

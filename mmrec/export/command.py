@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from mmrec.checkpoint import LoadedModel, load_model
-from mmrec.errors import UserError
-from mmrec.runs import CheckpointOptions
-from mmrec.tokens import staged
-from mmrec.weights import save_weights
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.weights import save_weights
+from mmrec.core.errors import UserError
+from mmrec.data.store import staged
 
 Format = Literal["hf", "safetensors", "onnx"]
 OURS = re.compile(

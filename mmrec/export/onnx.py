@@ -13,8 +13,8 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
+from mmrec.checkpoints.state_file import model_hash
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.memory import model_hash
 from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 

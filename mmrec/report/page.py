@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmrec import __version__
-from mmrec.errors import UserError
+from mmrec.checkpoints.runs import find_folder
+from mmrec.core.errors import UserError
 from mmrec.report.charts import Line, line_chart, spread_chart
 from mmrec.report.run import Curve, Run, read_run
-from mmrec.runs import find_folder
 
 Rows = list[tuple[str, str]]
 

@@ -12,9 +12,9 @@ from types import FrameType
 
 import uvicorn
 
-from mmrec.checkpoint import load_model
-from mmrec.errors import UserError
-from mmrec.runs import CHECKPOINTS, CheckpointOptions
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
+from mmrec.core.errors import UserError
 from mmrec.serve.app import create_app
 from mmrec.serve.limits import DEFAULT, Limits
 from mmrec.serve.memories import StateStore

@@ -1,4 +1,4 @@
-"""Named memories: files of :mod:`mmrec.memory` in one folder, bounded in number and size."""
+"""Named memories: files of :mod:`mmrec.checkpoints.state_file` in one folder, bounded in number and size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.errors import UserError
-from mmrec.memory import SavedState, load_memory, memory_header, model_hash, save_memory
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState, load_memory, memory_header, model_hash, save_memory
+from mmrec.core.errors import UserError
 from mmrec.serve.limits import Limits
 from mmrec.serve.protocol import ApiError
 

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mmrec.errors import one_line
+from mmrec.core.errors import one_line
 from mmrec.serve.limits import Limits
 
 MOST_STOPS, LONGEST_STOP = 4, 64

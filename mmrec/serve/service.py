@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoint import LoadedModel
-from mmrec.errors import UserError
-from mmrec.generate import generate_with_logits
-from mmrec.memory import SavedState
-from mmrec.metrics import TextMetrics
-from mmrec.reading import iter_logits, iter_nll
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.core.errors import UserError
+from mmrec.inference.generate import generate_with_logits
+from mmrec.inference.metrics import TextMetrics
+from mmrec.inference.scoring import iter_logits, iter_nll
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, Row, as_logprobs, rows_of, token_names
 from mmrec.serve.memories import StateStore
