@@ -20,7 +20,7 @@ from mmrec.checkpoints.state_file import model_hash
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.model import MemoryLM, ModelConfig
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
 
 Command = Callable[..., int]
@@ -38,7 +38,7 @@ SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24)
 def made(tokenizer: Tokenizer, config: ModelConfig = SHAPE) -> LoadedModel:
     """Return a model whose next token is clear: its weights are large."""
     torch.manual_seed(0)
-    net = MemoryLM(config, tokenizer.vocab_size).eval()
+    net = RecurrentLM(config, tokenizer.vocab_size).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(3)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
-from mmrec.data.pipeline import work
+from mmrec.data.pipeline import tokenize_shard as work
 from mmrec.data.pipeline.merge import Shards
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard

@@ -15,10 +15,10 @@ import torch
 from helpers import fit, last
 
 from mmrec.core.errors import UserError
+from mmrec.data import remote_store as remote
 from mmrec.data.batches import SegmentSampler, StatefulEvalLoader
 from mmrec.data.remote_store import RemoteTokens, open_remote_tokens
 from mmrec.data.store import open_tokens
-from mmrec.training.datamodule import remote_store as remote
 
 Command = Callable[..., int]
 

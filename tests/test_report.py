@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_before_any_validation(
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 143
     assert mmrec("report", "a") == 0
     page = check(Path("report.html").read_text(encoding="utf-8"))
-    assert "StoppedBySignal by SIGTERM." in page.text
+    assert "Stopped by SIGTERM." in page.text
     assert "No validation has been reached" in page.text
     assert "last.ckpt" in page.text
     monkeypatch.undo()

@@ -46,7 +46,7 @@ def migrate(checkpoint: dict[str, Any], key: str, progress_key: str) -> dict[str
     version = checkpoint[key].get("version")
     checkpoint[key]["written_as"] = version
     while version != VERSION:
-        if version not in MIGRATIONS:
+        if not isinstance(version, int) or version not in MIGRATIONS:
             raise UserError(f"checkpoint format version {version}; this program reads 1 to {VERSION}")
         MIGRATIONS[version](checkpoint, key, progress_key)
         version = checkpoint[key]["version"]

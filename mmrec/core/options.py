@@ -41,14 +41,16 @@ def call(function: Callable[..., object], parser: Parser, args: list[str]) -> No
     """Call ``function`` with what ``args`` say: options that its signature and docstring describe.
 
     Args:
-        function: a parameter whose type is a dataclass gets an instance of it, each field an option of its own.
+        function: a parameter without a default whose type is a dataclass gets an instance of it, each field an option
+            of its own; one with a default stays a group, its fields options with the group's name before them.
         parser: may have some of the parameters already, where their names are not all there is to say.
         args: what was typed.
     """
-    types = {name: hint for name, hint in get_type_hints(function).items() if is_dataclass(hint)}
-    groups = {name: cast("type[DataclassInstance]", hint) for name, hint in types.items() if name != "return"}
+    parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
+    needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    groups = {name: cast("type[DataclassInstance]", hints[name]) for name in needed if is_dataclass(hints[name])}
     known = {action.dest for action in parser._actions}
-    parser.add_function_arguments(function, skip={*groups, *(known & {*inspect.signature(function).parameters})})
+    parser.add_function_arguments(function, skip={*groups, *(known & {*parameters})})
     for group in groups.values():
         parser.add_class_arguments(group, skip={*(known & {f.name for f in fields(group)})})
     values = vars(parser.instantiate_classes(parser.parse_args(args)))
