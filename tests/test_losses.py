@@ -14,8 +14,9 @@ from torch.distributions import Categorical
 from mmrec.checkpoints.checkpoint import load_model
 from mmrec.data.batches import IGNORE, SegmentSampler
 from mmrec.data.store import open_tokens
+from mmrec.inference.metrics import token_nll
 from mmrec.model import reset_state_rows
-from mmrec.training.losses import confidence, confidence_weight, token_nll
+from mmrec.training.losses import confidence, confidence_weight
 
 Command = Callable[..., int]
 

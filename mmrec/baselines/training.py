@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from mmrec.baselines.models import GPT
 from mmrec.core.precision import FULL, MIXED
-from mmrec.data.batches import IGNORE
+from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets
 from mmrec.training.optim import make_optimizer
@@ -55,12 +54,7 @@ def loss_of(
     """Return the mean loss in nats/token, and the state after the last token."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
         logits, state = model(inputs, state)
-    return mean_nats(logits, targets), state
-
-
-def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over the targets that are scored, in nats/token."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+    return token_nll(logits, targets, "mean"), state
 
 
 def loss_with_second(
@@ -70,7 +64,7 @@ def loss_with_second(
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
         hidden, state = model.hidden(inputs, state)
         logits, ahead = model.head(hidden), model.head(second(hidden))
-    return mean_nats(logits, targets) + weight * mean_nats(ahead, mtp_targets(targets)), state
+    return token_nll(logits, targets, "mean") + weight * token_nll(ahead, mtp_targets(targets), "mean"), state
 
 
 def optimizer_of(

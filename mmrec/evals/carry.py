@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
@@ -18,6 +17,7 @@ from mmrec.core.errors import UserError
 from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
+from mmrec.inference.metrics import token_nll
 from mmrec.inference.scoring import iter_nll, tokens_of
 
 ROWS = 32
@@ -36,7 +36,7 @@ def windowed(trained: LoadedModel, text: np.ndarray, window: int) -> Tensor:
     parts = []
     for inputs, targets, *_ in WindowedEvalLoader(text, window, ROWS):
         logits, _ = trained.net(inputs, trained.net.zero_state(len(inputs)))
-        parts.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none"))
+        parts.append(token_nll(logits, targets))
     return torch.cat(parts).double()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.precision import native_precision
 from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
+from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM
 from mmrec.training.optim import warmup_cosine
 
@@ -55,9 +55,7 @@ def cost(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, leng
         logits, state = net(rows[:, :-1], state)
         wanted = max(0, -1 - first)  # what is predicted here lies before what is scored
         if wanted < logits.shape[1]:
-            predicted, targets = logits[:, wanted:].flatten(0, 1).float(), rows[:, 1 + wanted :].flatten()
-            nats = F.cross_entropy(predicted, targets, reduction="none")
-            scored.append(nats.view(len(rows), -1))
+            scored.append(token_nll(logits[:, wanted:], rows[:, 1 + wanted :]).view(len(rows), -1))
     return torch.cat(scored, dim=1)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmrec.baselines.models import GPT, LSTM, check_baseline, mamba2, mingru
 from mmrec.core.errors import UserError, nearest
 from mmrec.data.batches import IGNORE
+from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 
 OURS: dict[str, dict[str, Any]] = {"mmrec": {}, "mmrec-negative": {"negative_eigenvalues": True}}
@@ -108,4 +108,4 @@ class Asked(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, state: object) -> Tensor:
         """Return the mean loss of the answers, in nats."""
         logits, answers, _ = self(tokens, targets, state)
-        return F.cross_entropy(logits, answers)
+        return token_nll(logits, answers, "mean")

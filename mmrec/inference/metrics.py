@@ -7,7 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
+
+from mmrec.data.batches import IGNORE
+
+
+def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
+    """Negative log-likelihood of each target, in nats; 0 for those that are not scored.
+
+    Args:
+        logits: [..., N]; computed with in float32 where they are in half of it.
+        targets: [...], int64: a token, or :data:`mmrec.data.batches.IGNORE`.
+        reduction: "none" for one number a target, [M] with the leading dimensions flattened; "sum", or "mean" over
+            the targets that are scored, for a scalar.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 class TextMetrics(Metric):

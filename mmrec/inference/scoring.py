@@ -12,7 +12,6 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
@@ -20,7 +19,7 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_unicode
-from mmrec.inference.metrics import MetricsByPosition, TextMetrics
+from mmrec.inference.metrics import MetricsByPosition, TextMetrics, token_nll
 from mmrec.model import RecurrentLM
 from mmrec.tokenizers import PIECE, last_cut, token_lengths
 
@@ -71,14 +70,14 @@ def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterat
     """Read tokens [T] on from ``memory``, a chunk at a time.
 
     Yields:
-        What each token of the chunk cost [n], in nats, given all before it (0 for the very first token of a text,
-        which nothing could predict); and the memory after the chunk.
+        The negative log-likelihood of each token of the chunk [n], in nats, given all before it (0 for the very first
+        token of a text, which nothing could predict); and the memory after the chunk.
     """
-    for expected, part, after in iter_logits(net, tokens, memory):
-        nats = F.cross_entropy(expected, part, reduction="none")
+    for logits, part, after in iter_logits(net, tokens, memory):
+        nll = token_nll(logits, part)
         if after.position == len(part):  # nothing was read before it
-            nats[0] = 0
-        yield nats, after
+            nll[0] = 0
+        yield nll, after
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What predictions cost: the nats of the tokens that came, and, in training, what confidence adds."""
+"""The confidence penalty of training; the loss of the tokens is :func:`mmrec.inference.metrics.token_nll`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmrec.data.batches import IGNORE
-
-
-def token_nll(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return minus the logarithm of the probability of each target; 0 for those that are not scored.
-
-    Args:
-        logits: [B, T, N]; computed with in float32 where they are in half of it.
-        targets: [B, T], int64: a token, or :data:`mmrec.data.batches.IGNORE`.
-        reduction: "none" for [B * T], "sum" for a scalar.
-    """
-    return F.cross_entropy(_rows(logits), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 def confidence(logits: Tensor, targets: Tensor) -> Tensor:

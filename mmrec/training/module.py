@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmrec.checkpoints import checkpoint as checkpoints
 from mmrec.core.errors import UserError
 from mmrec.data.batches import IGNORE, Batch
-from mmrec.inference.metrics import TextMetrics
+from mmrec.inference.metrics import TextMetrics, token_nll
 from mmrec.model import ModelConfig, RecurrentLM, State, detach_state, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.dynamic import DynamicEvaluation
-from mmrec.training.losses import confidence, confidence_weight, token_nll
+from mmrec.training.losses import confidence, confidence_weight
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import make_optimizer, warmup_cosine
 from mmrec.training.strategy import shard
