@@ -3,8 +3,8 @@
 Every layer holds one memory, short (a number per channel) or long (a matrix per head), followed by a gated
 feed-forward network. What has been read is in the state alone; it goes in and out of every call explicitly.
 
-Legend of shapes: B rows, T tokens, D model width, E memory width, H heads, K = V = E / H, F feed-forward
-width, C = convolution width, N vocabulary size.
+Legend of shapes: B rows, T tokens, D model width, H heads, K = V = D / H, F feed-forward width, C convolution
+width, N vocabulary size. docs/model.md has the equations.
 """
 
 from __future__ import annotations
@@ -133,8 +133,11 @@ class RecurrentLayer(nn.Module, ABC):
 class RGLRU(RecurrentLayer):
     """Gated linear recurrence: D numbers that fade at learned, input-dependent rates.
 
-    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4),
-    :func:`mmrec.model.ops.reference.rg_lru` with the rate ``8 softplus(rate)``.
+    After the real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4):
+    :func:`mmrec.model.ops.reference.rg_lru` with the rate ``8 softplus(rate)``. Where it differs: both gates are read
+    from the layer's input, before the convolution, by full matrices (Griffin: after it, by block-diagonal ones); the
+    first input after a reset is scaled by ``sqrt(1 - a^2)`` as any other (Griffin's code: by 1); the output gate is a
+    sigmoid (Griffin: GeLU).
     """
 
     DECAY_SCALE = 8.0
@@ -169,8 +172,10 @@ class RGLRU(RecurrentLayer):
 class GatedDeltaNet(RecurrentLayer):
     """Gated delta rule: per head a matrix that is told what to hold for a key, and corrects itself.
 
-    Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024); half-lives start log-uniform in 8..8192 tokens. With
-    ``negative_eigenvalues`` the strength of a correction is in 0..2 instead of 0..1 (Grazzi et al. 2024).
+    After Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024); half-lives start log-uniform in 8..8192 tokens. With
+    ``negative_eigenvalues`` the strength of a correction is in 0..2 instead of 0..1 (Grazzi et al. 2024). Where it
+    differs: the output gate is a sigmoid of a map of low rank (there: SiLU of a full one); queries are not scaled by
+    ``1 / sqrt(K)``, which the norm that follows would take out again; values are as wide as keys (there: twice).
     """
 
     GATE_RANK = 16

@@ -156,7 +156,11 @@ class RecurrentLMModule(LightningModule):
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Read one batch on from the carried memory and return its loss, in nats/token."""
+        """Read one batch on from the carried memory and return the objective that is minimized.
+
+        It is the loss, in nats/token, which is logged, and where they are on the confidence penalty and the weighted
+        loss on the second token, which are not.
+        """
         hidden, state = self._read(batch, self._carried.get(batch.group))
         self._carried[batch.group] = detach_state(state)
         loss, learned = self._losses(hidden, batch.targets)

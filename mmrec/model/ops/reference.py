@@ -18,8 +18,8 @@ def rg_lru(
 ) -> tuple[Tensor, Tensor]:
     """The short memory: ``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) z_t``, ``a_t = exp(-rate sigmoid(r_t))``.
 
-    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4). The gates are read from the input
-    alone, so that the recurrence stays linear in its state.
+    The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4); its code scales the first input
+    after a reset by 1 instead of sqrt(1 - a_t^2). The gates do not read the state, so the recurrence is linear in it.
 
     Args:
         r: [B, T, D], the recurrence gate, before its sigmoid.
