@@ -72,6 +72,19 @@ def test_prepare_and_train_as_the_plan_has_it(script: Script, text: str, capsys:
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps * 3 // 2
 
 
+def test_the_best_model_is_kept_only_where_it_is_asked_for(
+    script: Script, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [*PLAN, "--data_dir", prepared, "--epochs", "1", "--no-save_best_model"]
+    assert script("train_base_model", *plan) == 0
+    assert "validation (carried, " in capsys.readouterr().out
+    folder = Path("lightning_logs/version_0/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+    assert script("train_base_model", *PLAN, "--data_dir", prepared, "--epochs", "2", "--resume", "version_0") == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+
+
 def test_a_folder_as_the_plan_has_it(script: Script) -> None:
     Path("texts").mkdir()
     for number in range(5):

@@ -78,10 +78,11 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's, which also knows its best again where the folder of the run has been moved."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.save_top_k != 1:  # the second would be best-v1.ckpt, which of them is the best nobody could tell
+        # The second would be best-v1.ckpt; which of them is the best nobody could tell.
+        if self.save_top_k not in (0, 1):
             raise UserError(
-                f"--best.save_top_k is {self.save_top_k}; it must be 1, as best.ckpt is one; for more, add "
-                f"--trainer.callbacks+=ModelCheckpoint with options of its own"
+                f"--best.save_top_k is {self.save_top_k}; it must be 1, as best.ckpt is one, or 0 for none; for "
+                f"more, add --trainer.callbacks+=ModelCheckpoint with options of its own"
             )
         super().setup(trainer, pl_module, stage)
 
