@@ -329,6 +329,6 @@ def summary_table(net: RecurrentLM) -> str:
         parameters, numbers = sum(layers[i] for i in members), sum(state[i] for i in members)
         rows.append((f"{len(members)} x {kind} memory layer", f"{parameters:,}", f"{numbers:,} numbers"))
     remembered = net.state_size()
-    size = f"{remembered:,} numbers ({remembered * 4 / 1024:.0f} kB), however long it is"
+    size = f"{remembered:,} numbers ({remembered * 4 / 1000:.0f} kB), however long it is"
     rows.append(("in all", f"{total:,}", size))
     return "\n".join(f"{name:<24}{parameters:>14}   {memory}".rstrip() for name, parameters, memory in rows)
