@@ -34,7 +34,7 @@ def test_the_memories_are_shown(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, shape, "--trainer.max_epochs=2", "--run=a")) == 0
     found = events("a")
     tags = set(found.Tags()["scalars"])
-    gates = {"layer0_short": ("forget", "input", "output"), "layer1_long": ("write", "output")}
+    gates = {"layer0_short": ("recurrence", "input", "output"), "layer1_long": ("write", "output")}
     assert {tag for tag in tags if tag.startswith("val_gate/")} == {
         f"val_gate/{layer}_{gate}" for layer, names in gates.items() for gate in names
     }

@@ -50,7 +50,7 @@ def test_gates_and_norms(net: RecurrentLM) -> None:
             block.get_parameter("memory.project.weight").zero_()
         net.blocks[0].get_submodule("memory").get_parameter("i_bias").fill_(math.log(3))
     short, long = layer_statistics(net, tokens)
-    assert short.gates == pytest.approx({"forget": 0.5, "input": 0.75, "output": 0.5})
+    assert short.gates == pytest.approx({"recurrence": 0.5, "input": 0.75, "output": 0.5})
     assert long.gates == pytest.approx({"write": 0.5, "output": 0.5})
     assert short.state_norm == long.state_norm == 0  # nothing came in
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrec.core.errors import UserError
-from mmrec.model import GatedDeltaNet, ModelConfig, RecurrentLM, State, reset_state_rows
+from mmrec.model import (
+    LAYER_TYPES,
+    GatedDeltaNet,
+    Gates,
+    LayerState,
+    ModelConfig,
+    RecurrentLayer,
+    RecurrentLM,
+    State,
+    apply_reset,
+    reset_state_rows,
+)
+from mmrec.model.decode import Decoder
 from mmrec.model.ops import chunked, reference
+from mmrec.model.statistics import layer_statistics
 
 VOCABULARY = 11
 SMALL = ModelConfig(dim=16, layers=3, layer_types=("short", "long"), heads=2, ffn_dim=24)
@@ -104,7 +115,7 @@ def test_the_state_keeps_nothing_else_in_memory() -> None:
         ({"layer_types": []}, "empty"),
     ],
 )
-def test_a_wrong_shape_is_refused(wrong: dict, says: str) -> None:
+def test_a_wrong_config_is_refused(wrong: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         ModelConfig(**wrong)
 
@@ -120,8 +131,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_a_strength_of_two_turns_the_memory_around() -> None:
     """The eigenvalue of the memory's map along the key: 1 - strength, down to -1."""
     for negative, least in ((False, 0.0), (True, -1.0)):
-        config = ModelConfig(dim=8, layers=1, layer_types=("long",), heads=1, ffn_dim=8, conv_width=1)
-        memory = GatedDeltaNet(replace(config, negative_eigenvalues=negative)).double()
+        memory = GatedDeltaNet(dim=8, heads=1, conv_width=1, negative_eigenvalues=negative).double()
         with torch.no_grad():
             memory.project.weight.zero_()
             memory.project.weight[8:16].copy_(torch.eye(8))  # the keys are the inputs, the values nothing
@@ -171,3 +181,43 @@ def test_a_fresh_token_forgets_all_before_it(layer_types: list[str]) -> None:
     first, state = net(tokens[:, :20], before, reset_mask[:, :20])
     second, _ = net(tokens[:, 20:], state, reset_mask[:, 20:])
     torch.testing.assert_close(torch.cat([first, second], dim=1), together, rtol=1e-9, atol=1e-9)
+
+
+class Ema(RecurrentLayer):
+    """An exponential moving average of the inputs: a recurrent layer of one's own, without an op or a step."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(dim))
+
+    def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        size = len(self.logit)
+        return torch.zeros(rows, 0, size, device=device, dtype=dtype), torch.zeros(
+            rows, size, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        decay = apply_reset(self.gates(x).log_decay, reset_mask).exp()
+        outputs, h = [], state[1]
+        for t in range(x.shape[1]):
+            h = decay[:, t] * h + (1 - decay[:, t]) * x[:, t]
+            outputs.append(h)
+        return torch.stack(outputs, dim=1), (state[0], h)
+
+    def gates(self, x: Tensor) -> Gates:
+        decay = self.logit.sigmoid().expand_as(x)
+        return Gates(decay.log(), {"decay": decay})
+
+
+def test_a_layer_of_one_s_own_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYER_TYPES, "ema", lambda config: Ema(config.dim))
+    net = RecurrentLM(ModelConfig(dim=16, layers=2, layer_types=("ema", "long"), heads=2, ffn_dim=8), VOCABULARY)
+    x = tokens(1, 20)
+    with torch.no_grad():
+        logits, _ = net.eval()(x, net.zero_state(1))
+    decoder = Decoder(net, net.zero_state(1))
+    found = torch.stack([decoder.step(int(token)).clone() for token in x[0]])
+    torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
+    statistics = layer_statistics(net, x[0])[0]
+    assert statistics.half_lives.tolist() == pytest.approx(16 * [1.0])
+    assert statistics.gates == pytest.approx({"decay": 0.5})

@@ -1,10 +1,10 @@
-"""One token after the other, fast: what :class:`mmrec.model.RecurrentLM` computes, in buffers that are made once.
+"""Fast decoding, one token at a time: what :class:`mmrec.model.RecurrentLM` computes, in preallocated buffers.
 
-The plain model makes some forty new tensors per layer and token, and at the size of a laptop's models that costs
-far more than the arithmetic. Here every operation writes into a buffer of its own, and those on a few numbers are
-numpy's, in the same memory: a call of numpy takes a third of the time of one of torch. Products with matrices are
-torch's, and so is what numpy lacks. One text, float32, on a CPU; no matrix is copied, and a memory that has no fast
-step here takes the plain one.
+The model's ``forward`` allocates some forty tensors per layer and token, and at the size of a laptop's models that
+costs far more than the arithmetic. Here every operation writes into a buffer of its own, and those on a few numbers
+are numpy's, in the same memory: a call of numpy takes a third of the time of one of torch. Products with matrices are
+torch's, and so is what numpy lacks. One text, float32, on a CPU; no matrix is copied, and a recurrent layer that has
+no step here is decoded by its own ``forward``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import RGLRU, GatedDeltaNet, LayerState, RecurrentLayer, RecurrentLM, RMSNorm, State
+from mmrec.model.gated_deltanet import GatedDeltaNet
+from mmrec.model.layers import RMSNorm
+from mmrec.model.lm import RecurrentLM
 from mmrec.model.ops.reference import LRU_EPSILON
+from mmrec.model.recurrent_layer import RecurrentLayer
+from mmrec.model.rg_lru import RGLRU
+from mmrec.model.state import LayerState, State
 
 
 class Decoder:
@@ -34,15 +39,14 @@ class Decoder:
         self.head = net.head.weight.detach()
         self.x = torch.empty(net.config.dim)
         self.stream = self.x.numpy()
-        self.norm = Norm(net.norm, self.stream)
+        self.norm = NormStep(net.norm, self.stream)
         self.logits = torch.empty(len(self.head))
-        self.steps: list[MemoryStep | FeedForwardStep] = []
-        for block, (past, memory) in zip(net.blocks, state, strict=True):
-            part = block.get_submodule("memory")
-            kind = STEPS.get(type(part), PlainStep)
-            norm = Norm(block.get_submodule("memory_norm"), self.stream)
-            self.steps.append(kind(part, norm, (past.clone(), memory.clone())))
-            norm = Norm(block.get_submodule("ffn_norm"), self.stream)
+        self.steps: list[RecurrentStep | FeedForwardStep] = []
+        for block, layer, (past, memory) in zip(net.blocks, net.recurrent_layers(), state, strict=True):
+            kind = STEPS.get(type(layer), ModuleStep)
+            norm = NormStep(block.get_submodule("memory_norm"), self.stream)
+            self.steps.append(kind(layer, norm, (past.clone(), memory.clone())))
+            norm = NormStep(block.get_submodule("ffn_norm"), self.stream)
             self.steps.append(FeedForwardStep(block.get_submodule("ffn"), norm))
 
     @torch.inference_mode()
@@ -59,11 +63,11 @@ class Decoder:
         return [(past.clone(), memory.clone()) for past, memory in self._states()]
 
     def _states(self) -> list[LayerState]:
-        return [step.state() for step in self.steps if isinstance(step, MemoryStep)]
+        return [step.state() for step in self.steps if isinstance(step, RecurrentStep)]
 
 
-class Norm:
-    """Root mean square normalization of the stream [D], with the scale left to the matrix product that follows."""
+class NormStep:
+    """RMS normalization of the residual stream [D], with the scale left to the matrix product that follows."""
 
     def __init__(self, norm: nn.Module, stream: np.ndarray) -> None:
         assert isinstance(norm, RMSNorm)
@@ -77,8 +81,8 @@ class Norm:
         return self.normal, (float(self.stream.dot(self.stream)) * self.share + RMSNorm.EPSILON) ** -0.5
 
 
-class Window:
-    """The last C inputs of a convolution, as a ring: nothing is moved, the weights turn instead."""
+class ConvolutionRing:
+    """The last C inputs of a causal convolution, in a ring: nothing is moved, the weights are rolled instead."""
 
     def __init__(self, weight: Tensor, past: Tensor) -> None:
         width = weight.shape[1]
@@ -91,7 +95,7 @@ class Window:
         self.next = width - 1  # where the next input goes; the ring begins after it
 
     def __call__(self, x: np.ndarray) -> None:
-        """Read ``x`` [channels]; what the convolution makes of it is in ``sum``, and ``out``, until the next call."""
+        """Read ``x`` [channels]; the convolution's output is in ``sum``, and ``out``, until the next call."""
         np.copyto(self.rows[self.next], x)
         self.next = (self.next + 1) % len(self.rows)
         np.multiply(self.rows, self.taps[self.next], out=self.products)
@@ -102,8 +106,17 @@ class Window:
         return self.seen.roll(-self.next, dims=0)[1:].unsqueeze(0)
 
 
-class MemoryStep(ABC):
-    """Reads the stream of one token [D] through a memory and adds what it says to it, in place."""
+class RecurrentStep(ABC):
+    """One token of a recurrent layer: reads the residual stream [D] and adds the layer's output to it, in place.
+
+    Args:
+        layer: the layer.
+        norm: the normalization before it, which reads the stream.
+        state: of one text; it is changed from step to step.
+    """
+
+    @abstractmethod
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None: ...
 
     @abstractmethod
     def __call__(self, x: Tensor) -> None: ...
@@ -113,98 +126,101 @@ class MemoryStep(ABC):
         """Return the state after the last token; it may share memory with what the next step changes."""
 
 
-class PlainStep(MemoryStep):
-    """Any memory, as the model computes it."""
+class ModuleStep(RecurrentStep):
+    """Any other layer, by its own ``forward``."""
 
-    def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, RecurrentLayer)
-        self.memory, self.norm, self.after = memory, norm, state
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+        self.layer, self.norm, self.after = layer, norm, state
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm()
-        y, self.after = self.memory((normal * scale)[None, None], self.after)
+        y, self.after = self.layer((normal * scale)[None, None], self.after)
         x += y[0, 0]
 
     def state(self) -> LayerState:
         return self.after
 
 
-class ShortStep(MemoryStep):
+class RGLRUStep(RecurrentStep):
     """:class:`mmrec.model.RGLRU`."""
 
-    def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, RGLRU)
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+        assert isinstance(layer, RGLRU)
         self.norm = norm
-        self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
-        width = len(memory.rate)
-        zero = torch.zeros(width)
-        self.bias = torch.cat([zero, memory.r_bias, memory.i_bias, zero]).detach()
-        self.rate = (-memory.DECAY_SCALE * F.softplus(memory.rate)).detach().numpy()
-        self.conv = Window(memory.conv.weight, state[0])
-        self.memory = state[1][0]
-        self.remembered = self.memory.numpy()
-        self.projected = torch.empty(4 * width)
-        self.gates = self.projected[width:]
-        self.z, self.r, self.i, self.gate = self.projected.numpy().reshape(4, width)
-        self.gated = self.projected[3 * width :]
-        self.lost, self.scale = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
+        self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
+        width = len(layer.rate)
+        self.bias = torch.zeros(len(self.project))
+        bias = layer.split(self.bias)
+        bias.recurrence_gate.copy_(layer.r_bias.detach())
+        bias.input_gate.copy_(layer.i_bias.detach())
+        self.neg_rate = (-layer.decay_rate()).detach().numpy()
+        self.conv = ConvolutionRing(layer.conv.weight, state[0])
+        self.state_tensor = state[1][0]
+        self.h = self.state_tensor.numpy()
+        self.projected = torch.empty(len(self.project))
+        parts = layer.split(self.projected)
+        self.values, self.r, self.i, self.gated = (part.numpy() for part in parts)
+        self.gates = self.projected[width:]  # all but the values: three neighbours, opened by one sigmoid
+        self.out = parts.output_gate
+        self.log_decay, self.scale = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm()
         torch.addmv(self.bias, self.project, normal, alpha=scale, out=self.projected)
-        self.conv(self.z)
+        self.conv(self.values)
         self.gates.sigmoid_()
-        np.multiply(self.rate, self.r, out=self.lost)
-        np.multiply(self.lost, 2, out=self.scale)
+        np.multiply(self.neg_rate, self.r, out=self.log_decay)
+        np.multiply(self.log_decay, 2, out=self.scale)
         np.expm1(self.scale, out=self.scale)
         np.subtract(LRU_EPSILON, self.scale, out=self.scale)
         np.sqrt(self.scale, out=self.scale)
-        np.exp(self.lost, out=self.lost)
-        np.multiply(self.remembered, self.lost, out=self.remembered)
+        np.exp(self.log_decay, out=self.log_decay)
+        np.multiply(self.h, self.log_decay, out=self.h)
         np.multiply(self.scale, self.i, out=self.scale)
         np.multiply(self.scale, self.conv.out, out=self.scale)
-        np.add(self.remembered, self.scale, out=self.remembered)
-        np.multiply(self.remembered, self.gate, out=self.gate)
-        x.addmv_(self.output, self.gated)
+        np.add(self.h, self.scale, out=self.h)
+        np.multiply(self.h, self.gated, out=self.gated)
+        x.addmv_(self.output, self.out)
 
     def state(self) -> LayerState:
-        return self.conv.past(), self.memory.unsqueeze(0)
+        return self.conv.past(), self.state_tensor.unsqueeze(0)
 
 
-class LongStep(MemoryStep):
+class GatedDeltaNetStep(RecurrentStep):
     """:class:`mmrec.model.GatedDeltaNet`."""
 
-    def __init__(self, memory: nn.Module, norm: Norm, state: LayerState) -> None:
-        assert isinstance(memory, GatedDeltaNet)
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+        assert isinstance(layer, GatedDeltaNet)
         self.norm = norm
-        self.project, self.output = memory.project.weight.detach(), memory.output.weight.detach()
-        self.gate = memory.gate.weight.detach()
-        heads, self.strongest = memory.heads, memory.strongest
+        self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
+        self.gate = layer.gate.weight.detach()
+        heads, self.beta_max = layer.heads, layer.beta_max
         width, size = len(self.output), len(self.output) // heads
         self.bias = torch.zeros(len(self.project))
-        self.bias[3 * width : 3 * width + heads] = memory.decay_bias.detach()
-        self.bias[3 * width + heads : 3 * width + 2 * heads] = memory.beta_bias.detach()
-        self.rate = -memory.log_rate.detach().exp().numpy()
-        self.conv = Window(memory.conv.weight, state[0])
-        self.memory = state[1][0]
+        bias = layer.split(self.bias)
+        bias.decay.copy_(layer.decay_bias.detach())
+        bias.beta.copy_(layer.beta_bias.detach())
+        self.neg_rate = -layer.log_rate.detach().exp().numpy()
+        self.conv = ConvolutionRing(layer.conv.weight, state[0])
+        self.state_tensor = state[1][0]
         self.projected = torch.empty(len(self.project))
-        _, self.decay, self.beta, self.low = self.projected.split(memory.splits)
-        self.qkv = self.projected.numpy()[: 3 * width]
+        parts = layer.split(self.projected)
+        self.qkv, self.pre_decay, self.beta, self.low_rank_gate = parts.qkv.numpy(), *parts[1:]
         self.q, self.k, self.v = self.conv.sum.view(3, heads, 1, size)
         self.qk = self.conv.out[: 2 * width].reshape(2 * heads, size)
         self.squares, self.ones = np.empty_like(self.qk), np.ones(size, dtype=np.float32)
-        self.lengths = np.empty(2 * heads, dtype=np.float32)
-        self.rates = torch.empty(heads)
-        self.told, self.read = torch.empty(heads, 1, size), torch.empty(heads, 1, size)
+        self.qk_lengths = np.empty(2 * heads, dtype=np.float32)
+        self.correction, self.o = torch.empty(heads, 1, size), torch.empty(heads, 1, size)
         # Of the sum of squares instead of their mean, which takes longer to compute.
-        self.head_weight, self.epsilon = (memory.norm.weight.detach() * size**0.5).numpy(), RMSNorm.EPSILON * size
+        self.norm_weight, self.epsilon = (layer.norm.weight.detach() * size**0.5).numpy(), RMSNorm.EPSILON * size
+        self.o_lengths = np.empty(heads, dtype=np.float32)
+        self.gated = torch.empty(width)
         # Views are made once, too: each costs as much as an operation.
-        self.faded, self.per_head, self.columns = self.rates.numpy(), self.rates.view(-1, 1, 1), self.k.mT
-        self.correction, self.strength = self.told.numpy()[:, 0], self.beta.numpy().reshape(-1, 1)
-        self.spoken = self.read.numpy()[:, 0]
-        self.powers = np.empty(heads, dtype=np.float32)
-        self.opened = torch.empty(width)
-        self.gated = self.opened.numpy().reshape(heads, size)
+        decay = torch.empty(heads)
+        self.decay_rows, self.decay_per_head = decay.numpy(), decay.view(-1, 1, 1)
+        self.k_columns, self.beta_rows = self.k.mT, self.beta.numpy().reshape(-1, 1)
+        self.correction_rows, self.o_rows = self.correction.numpy()[:, 0], self.o.numpy()[:, 0]
+        self.gated_rows = self.gated.numpy().reshape(heads, size)
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm()
@@ -212,24 +228,24 @@ class LongStep(MemoryStep):
         self.conv(self.qkv)
         F.silu(self.conv.sum, inplace=True)
         np.multiply(self.qk, self.qk, out=self.squares)
-        np.dot(self.squares, self.ones, out=self.lengths)
-        self._normalize(self.qk, self.lengths, 1e-6)
-        np.multiply(F.softplus(self.decay).numpy(), self.rate, out=self.faded)
-        np.exp(self.faded, out=self.faded)
-        self.memory.mul_(self.per_head)
-        torch.baddbmm(self.v, self.k, self.memory, alpha=-1, out=self.told)
+        np.dot(self.squares, self.ones, out=self.qk_lengths)
+        self._normalize(self.qk, self.qk_lengths, 1e-6)
+        np.multiply(F.softplus(self.pre_decay).numpy(), self.neg_rate, out=self.decay_rows)
+        np.exp(self.decay_rows, out=self.decay_rows)
+        self.state_tensor.mul_(self.decay_per_head)
+        torch.baddbmm(self.v, self.k, self.state_tensor, alpha=-1, out=self.correction)
         self.beta.sigmoid_()
-        np.multiply(self.correction, self.strength, out=self.correction)
-        self.memory.baddbmm_(self.columns, self.told, alpha=self.strongest)
-        torch.bmm(self.q, self.memory, out=self.read)
-        np.multiply(self.spoken, self.spoken, out=self.correction)
-        np.dot(self.correction, self.ones, out=self.powers)
-        self._normalize(self.spoken, self.powers, self.epsilon)
-        np.multiply(self.spoken, self.head_weight, out=self.spoken)
-        torch.mv(self.gate, self.low, out=self.opened)
-        self.opened.sigmoid_()
-        np.multiply(self.gated, self.spoken, out=self.gated)
-        x.addmv_(self.output, self.opened)
+        np.multiply(self.correction_rows, self.beta_rows, out=self.correction_rows)
+        self.state_tensor.baddbmm_(self.k_columns, self.correction, alpha=self.beta_max)
+        torch.bmm(self.q, self.state_tensor, out=self.o)
+        np.multiply(self.o_rows, self.o_rows, out=self.correction_rows)
+        np.dot(self.correction_rows, self.ones, out=self.o_lengths)
+        self._normalize(self.o_rows, self.o_lengths, self.epsilon)
+        np.multiply(self.o_rows, self.norm_weight, out=self.o_rows)
+        torch.mv(self.gate, self.low_rank_gate, out=self.gated)
+        self.gated.sigmoid_()
+        np.multiply(self.gated_rows, self.o_rows, out=self.gated_rows)
+        x.addmv_(self.output, self.gated)
 
     @staticmethod
     def _normalize(rows: np.ndarray, squares: np.ndarray, epsilon: float) -> None:
@@ -239,13 +255,13 @@ class LongStep(MemoryStep):
         np.divide(rows, squares[:, None], out=rows)
 
     def state(self) -> LayerState:
-        return self.conv.past(), self.memory.unsqueeze(0)
+        return self.conv.past(), self.state_tensor.unsqueeze(0)
 
 
 class FeedForwardStep:
     """:class:`mmrec.model.FeedForward`."""
 
-    def __init__(self, ffn: nn.Module, norm: Norm) -> None:
+    def __init__(self, ffn: nn.Module, norm: NormStep) -> None:
         self.norm = norm
         self.project = ffn.get_parameter("project.weight").detach()
         self.output = ffn.get_parameter("output.weight").detach()
@@ -261,4 +277,5 @@ class FeedForwardStep:
         x.addmv_(self.output, self.value)
 
 
-STEPS: dict[type[nn.Module], type[ShortStep] | type[LongStep]] = {RGLRU: ShortStep, GatedDeltaNet: LongStep}
+STEPS: dict[type[RecurrentLayer], type[RecurrentStep]] = {RGLRU: RGLRUStep, GatedDeltaNet: GatedDeltaNetStep}
+"""The recurrent layers that have a step here; the others take :class:`ModuleStep`."""

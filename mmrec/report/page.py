@@ -154,7 +154,7 @@ def _layers(run: Run) -> list[dict[str, str]]:
     for name in sorted(half_lives, key=_number):
         row = {"layer": name.replace("_", ", "), "half-life": f"{_last(half_lives[name]):,.1f}"}
         row["state"] = f"{_last(norms[name]):.3f}" if name in norms else ""
-        for gate in ("forget", "input", "write", "output"):
+        for gate in ("recurrence", "input", "write", "output"):
             curve = gates.get(f"{name}_{gate}")
             row[gate] = f"{_last(curve):.3f}" if curve else ""
         rows.append(row)

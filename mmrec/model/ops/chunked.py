@@ -1,7 +1,7 @@
-"""The recurrences of :mod:`mmrec.model.ops.reference`, many tokens at a time: same arguments, same results.
+"""Chunked forms of the recurrences of :mod:`mmrec.model.ops.reference`: same arguments, same results.
 
-Both split the tokens into chunks, work inside all chunks at once, and walk over the chunks only to hand the
-memory on. Everything is computed in the dtype of ``state`` (float32 in training, whatever the inputs' dtype).
+Both split the tokens into chunks, work inside all chunks at once, and walk over the chunks only to pass the
+state on. Everything is computed in the dtype of ``state`` (float32 in training, whatever the inputs' dtype).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def rg_lru(
     """Chunked form of :func:`mmrec.model.ops.reference.rg_lru`; ``chunk`` is in tokens."""
     dtype = state.dtype
     r, i, z, rate = r.to(dtype), i.to(dtype), z.to(dtype), rate.to(dtype)
-    if z.shape[1] == 1:  # for writing text: a chunk would be of padding
+    if z.shape[1] == 1:  # decoding: a chunk would be mostly padding
         return reference.rg_lru(r, i, z, rate, state, reset_mask)
     outputs: Tensor = _RGLRU.apply(r, i, z, rate, state, reset_mask, chunk)
     # The state is a copy: a view would keep the whole sequence in memory, and in checkpoints.
@@ -98,7 +98,7 @@ def gated_delta_rule(
     """Chunked form of :func:`mmrec.model.ops.reference.gated_delta_rule`; ``chunk`` in tokens, a power of two.
 
     Inside a chunk the corrections depend on each other through a unit lower triangular system, solved once
-    by its inverse (the WY form; Yang et al. 2024). From chunk to chunk the memory then moves by one affine
+    by its inverse (the WY form; Yang et al. 2024). From chunk to chunk the state then moves by one affine
     map, ``S' = M S + N``, so that the walk over chunks is one matrix product a step.
     """
     dtype = state.dtype
@@ -122,7 +122,7 @@ def gated_delta_rule(
 
 
 def _precise(state: Tensor) -> torch.autocast:
-    """Keep mixed precision out: it would make the matrix products, and with them the memory, coarse."""
+    """Keep mixed precision out: it would make the matrix products, and with them the state, coarse."""
     return torch.autocast(state.device.type, enabled=False)
 
 
@@ -175,7 +175,7 @@ class _DeltaRule(torch.autograd.Function):
         strong, end_keys = beta * k, to_end * k
         update, forget = solved[..., :values], solved[..., values:]
 
-        # Back over the chunks: what the memory that leaves each of them is worth.
+        # Backwards over the chunks: the gradient of the state that leaves each of them.
         flows = query.mT @ grad
         leaving = torch.empty_like(entering)
         for n in reversed(range(entering.shape[1])):
@@ -192,8 +192,8 @@ class _DeltaRule(torch.autograd.Function):
         to_coupling = (to_right @ solved.mT).tril_(-1).neg_()
         to_value, to_key = to_right[..., :values], to_right[..., values:]
 
-        # What the exponents of G are worth, and then, through G, the products of queries and keys.
-        worth = torch.addcmul(to_coupling * coupling, to_seen, seen)
+        # The gradient of the exponents of G, and then, through G, of the products of queries and keys.
+        to_exponents = torch.addcmul(to_coupling * coupling, to_seen, seen)
         to_products = torch.cat([to_seen.mul_(between), to_coupling.mul_(between)], dim=2)
         by_keys = to_products @ k
         to_q, to_strong = by_keys[:, :, :size], by_keys[:, :, size:].addcmul(from_start, to_key)
@@ -203,7 +203,7 @@ class _DeltaRule(torch.autograd.Function):
 
         to_beta = ((to_strong * k).sum(-1, keepdim=True)).add_((to_value * v).sum(-1, keepdim=True))
         ends = (to_end_keys * end_keys).sum(-1)
-        to_decay = worth.sum(-1) - worth.sum(-2) - ends
+        to_decay = to_exponents.sum(-1) - to_exponents.sum(-2) - ends
         to_decay += (torch.addcmul(to_query * q, to_key, strong) * from_start).sum(-1)
         to_decay[..., -1] += ends.sum(-1) + from_start[:, :, -1, 0] * (entering * leaving).sum((-1, -2))
         return to_q, to_k, beta * to_value, to_decay, to_beta, grad_state
@@ -212,7 +212,7 @@ class _DeltaRule(torch.autograd.Function):
 def _delta_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of the gated delta rule, for writing text: the arguments of the chunked form with T = 1."""
+    """One token of the gated delta rule, for decoding: the arguments of the chunked form with T = 1."""
     state = state * log_decay.unsqueeze(-1).exp()
     correction = beta.unsqueeze(-1) * (v - k @ state)
     state = state + k.transpose(-1, -2) @ correction

@@ -1,6 +1,6 @@
-"""Pieces of a layer with gradients of their own: the results of :mod:`mmrec.model.ops.reference`, in fewer passes.
+"""Fused forms of :mod:`mmrec.model.ops.reference` with hand-written gradients: the same results, in fewer passes.
 
-On a CPU these pieces are bound by memory, not by arithmetic. Autograd would keep every intermediate result, fill
+On a CPU these operations are bound by memory, not by arithmetic. Autograd would keep every intermediate result, fill
 whole tensors with zeros for the gradient of each slice, and copy the gradients of parts together; here each gradient
 is written once, where it belongs.
 """

@@ -1,6 +1,6 @@
-"""The recurrences, one token at a time, and other pieces: plainly right, and what every fast form is tested against.
+"""Reference forms of the operations, written for clarity: every fast form is tested against these.
 
-Legend of shapes: B rows, T tokens, D channels, C convolution width, H heads, K key size, V value size.
+The letters of dimensions are those of :mod:`mmrec.model`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LRU_EPSILON = 1e-8
-"""Added to 1 - a^2 of the short memory."""
+"""Added to 1 - a^2 of the RG-LRU."""
 
 
 def rg_lru(
     r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor, reset_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The short memory: ``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) z_t``, ``a_t = exp(-rate sigmoid(r_t))``.
+    """RG-LRU: ``h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) z_t``, ``a_t = exp(-rate sigmoid(r_t))``.
 
     The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4); its code scales the first input
     after a reset by 1 instead of sqrt(1 - a_t^2). The gates do not read the state, so the recurrence is linear in it.
@@ -26,11 +26,11 @@ def rg_lru(
         i: [B, T, D], the input gate, before its sigmoid.
         z: [B, T, D], the inputs.
         rate: [D], not negative: the decay of an open gate, in nats a token.
-        state: [B, D], the memory before the first token.
-        reset_mask: [B, T], bool: tokens before which all is forgotten; none if left out.
+        state: [B, D], before the first token.
+        reset_mask: [B, T], bool: tokens before which the state is set to zero; none if left out.
 
     Returns:
-        The memory after each token [B, T, D] and after the last one [B, D].
+        The state after each token [B, T, D] and after the last one [B, D].
     """
     outputs = []
     log_decay = -rate * r.sigmoid()
@@ -46,7 +46,7 @@ def rg_lru(
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The long memory: a matrix per head that forgets, corrects itself and is then read, at every token.
+    """Gated delta rule: a matrix per head that decays, is corrected, and is then read, at every token.
 
     ``S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`` and ``o_t = S_t^T q_t``, with a = exp(log_decay)
     and b = beta: Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024, equation 10).
@@ -56,19 +56,19 @@ def gated_delta_rule(
         k: [B, H, T, K], the keys, of unit length.
         v: [B, H, T, V], the values.
         log_decay: [B, H, T], natural logarithm of the decay, at most 0.
-        beta: [B, H, T], how far the memory moves towards the new value, in 0..2: 1 puts it there, 2 as far beyond
-            (the map of the memory then has a negative eigenvalue; Grazzi et al. 2024).
-        state: [B, H, K, V], the memory before the first token.
+        beta: [B, H, T], the writing strength: how far the state moves towards the new value, in 0..2. 1 puts it
+            there, 2 as far beyond (the transition then has a negative eigenvalue; Grazzi et al. 2024).
+        state: [B, H, K, V], before the first token.
 
     Returns:
-        What was read at each token [B, H, T, V] and the memory after the last one [B, H, K, V].
+        The outputs [B, H, T, V] and the state after the last token [B, H, K, V].
     """
     outputs = []
     for t in range(q.shape[2]):
         k_t, b_t = k[:, :, t], beta[:, :, t, None]
         state = state * log_decay[:, :, t, None, None].exp()
-        remembered = torch.einsum("bhkv,bhk->bhv", state, k_t)
-        correction = b_t * (v[:, :, t] - remembered)
+        predicted = torch.einsum("bhkv,bhk->bhv", state, k_t)
+        correction = b_t * (v[:, :, t] - predicted)
         state = state + k_t.unsqueeze(-1) * correction.unsqueeze(-2)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
     return torch.stack(outputs, dim=2), state
@@ -78,12 +78,12 @@ def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     """Depth-wise convolution over the last C tokens: ``y_t = sum_i weight_i * x_{t - C + 1 + i}``.
 
     Args:
-        x: [B, T, D].
-        past: [B, C - 1, D], the inputs before the first token.
-        weight: [D, C]; the last column is that of the token itself.
+        x: [B, T, channels].
+        past: [B, C - 1, channels], the inputs before the first token.
+        weight: [channels, C]; the last column is that of the token itself.
 
     Returns:
-        [B, T, D], and the last C - 1 inputs.
+        [B, T, channels], and the last C - 1 inputs.
     """
     seen = torch.cat([past, x], dim=1)
     y = F.conv1d(seen.mT, weight.unsqueeze(1), groups=weight.shape[0]).mT

@@ -36,7 +36,7 @@ CHARTS = {
         "state, root mean square": ["Multiline", [f"{STATE}/.*"]],
     },
     "gates, 0 shut, 1 open": {
-        name: ["Multiline", [f"{GATE}/.*_{name}"]] for name in ("forget", "input", "write", "output")
+        name: ["Multiline", [f"{GATE}/.*_{name}"]] for name in ("recurrence", "input", "write", "output")
     },
 }
 """Curves that belong into one chart, on the page's tab "Custom scalars"; tags are regular expressions."""
