@@ -11,7 +11,7 @@ import yaml
 from conftest import REPOSITORY
 
 from mmrec.core.options import shipped_configs
-from mmrec.model.lm import ModelConfig, RecurrentLM
+from mmrec.model import ModelConfig, RecurrentLM
 
 CONFIGS = shipped_configs()
 VOCABULARY = {"quickstart": 65, "tiny": 65, "mini": 65}

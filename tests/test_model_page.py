@@ -11,9 +11,10 @@ import torch
 from statements import CONFIGS, LARGE, VOCABULARY, content, find, model, number, page, same
 from torch.nn import functional as F
 
-from mmrec.model.lm import INITIAL_SCALE, RESET_LOG_DECAY, RGLRU, GatedDeltaNet, ModelConfig, RecurrentLM, RMSNorm
+from mmrec.model import INITIAL_SCALE, RGLRU, GatedDeltaNet, ModelConfig, RecurrentLM, RMSNorm
 from mmrec.model.ops import chunked
 from mmrec.model.ops.reference import LRU_EPSILON
+from mmrec.model.recurrent_layer import RESET_LOG_DECAY
 
 PAGE = "docs/model.md"
 

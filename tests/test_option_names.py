@@ -17,7 +17,7 @@ from mmrec.cli import COMMANDS, main
 from mmrec.core.errors import UserError
 from mmrec.evals.command import OF_CHECKPOINTS
 from mmrec.evals.recipes import SMALL
-from mmrec.model.lm import ModelConfig
+from mmrec.model import ModelConfig
 
 NOT_OURS = {"error-unmatch", "porcelain", "untracked-files", "no-deps", "signal", "option"}
 """Options that the program's texts name and that are git's, pip's and sbatch's, or stand for any."""

@@ -30,7 +30,7 @@ from mmrec.data.pipeline.records import LONGEST
 from mmrec.data.prepare import default_split
 from mmrec.evals.models import layer_parameters, make_model
 from mmrec.evals.recipes import SMALL
-from mmrec.model.lm import ModelConfig, RecurrentLM
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
 from mmrec.tokenizers.bytes import ByteTokenizer
 from mmrec.training.datamodule import TextDataModule

@@ -2,7 +2,8 @@
 
 Data flows one way: ``ops`` (the recurrences), ``state``, ``recurrent_layer`` (the interface), ``layers`` (those that
 are not recurrent), one file a recurrent layer, ``config`` (with :data:`LAYER_TYPES`, the registry of recurrent
-layers), ``lm``; then what runs a model: ``decode`` (one token at a time) and ``statistics``. docs/model.md has the equations.
+layers), ``lm``; then what runs a model: ``decode`` (one token at a time) and ``statistics``.
+docs/model.md has the equations.
 
 Letters of dimensions, in this folder and in ``ops``:
 

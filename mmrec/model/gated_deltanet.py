@@ -32,9 +32,9 @@ class GatedDeltaNet(RecurrentLayer):
     """Gated delta rule: per head a matrix [K, V] that is told what to hold for a key, and corrects itself.
 
     After Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024), :func:`mmrec.model.ops.reference.gated_delta_rule`;
-    half-lives start log-uniform in 8..8192 tokens. Where it differs: the output gate is a sigmoid of a map of low rank
-    (there: SiLU of a full one); queries are not scaled by ``1 / sqrt(K)``, which the norm that follows would take out
-    again; values are as wide as keys (there: twice). docs/model.md has the equations.
+    half-lives start log-uniform in 8..8192 tokens. Where it differs: the output gate is a sigmoid of a map of low
+    rank (there: SiLU of a full one); queries are not scaled by ``1 / sqrt(K)``, which the norm that follows would
+    take out again; values are as wide as keys (there: twice). docs/model.md has the equations.
 
     Args:
         dim: D, a multiple of ``heads``.
