@@ -14,6 +14,7 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmrec.core.errors import UserError, exit_status
+from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 
 
@@ -41,7 +42,7 @@ def main(args: Sequence[str]) -> int:
 
     def command() -> None:
         given = _parser().parse_args(args)
-        prepare(
+        options = PrepareOptions(
             corpus="tiny_shakespeare" if given.download_tiny_shakespeare else None,
             output_dir=given.output_dir,
             input_file=given.input_file,
@@ -51,6 +52,7 @@ def main(args: Sequence[str]) -> int:
             encoding=given.encoding,
             mirror=given.mirror,
         )
+        prepare(options)
 
     return exit_status(command, Path(__file__).name)
 

@@ -80,11 +80,12 @@ def text() -> str:
 @pytest.fixture
 def prepared(tmp_path: Path, text: str) -> Path:
     """A token folder of ``text``, by characters, with a fifth for validation."""
+    from mmrec.data.options import PrepareOptions
     from mmrec.data.prepare import prepare
 
     source = tmp_path / "text.txt"
     source.write_text(text, encoding="utf-8")
-    prepare(input_file=source, output_dir=tmp_path / "tokens", tokenizer="characters")
+    prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "tokens", tokenizer="characters"))
     return tmp_path / "tokens"
 
 

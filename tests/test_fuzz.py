@@ -30,7 +30,7 @@ from mmrec.core.text_files import check_encoding, decode_text
 from mmrec.data.batches import IGNORE, SegmentSampler, TrainLoader
 from mmrec.data.corpora.base import Document
 from mmrec.data.corpora.shakespeare_plays import speeches
-from mmrec.data.prepare import SEPARATOR, split_documents
+from mmrec.data.split import SEPARATOR, split_documents
 from mmrec.tokenizers import (
     BPETokenizer,
     ByteTokenizer,

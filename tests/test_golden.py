@@ -75,10 +75,11 @@ def test_the_course_of_a_training(prepared: Path, tmp_path: Path, figure: Figure
 
 if __name__ == "__main__":  # make the data anew: in an empty folder
     from mmrec.cli import main
+    from mmrec.data.options import PrepareOptions
     from mmrec.data.prepare import prepare
 
     Path("text.txt").write_text(make_text())
-    prepare(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters")
+    prepare(PrepareOptions(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters"))
     main(fit(Path("tokens"), *COMMAND, "--run=golden"))
     DATA.mkdir(exist_ok=True)
     CHECKPOINT.write_bytes(Path("lightning_logs/golden/checkpoints/last.ckpt").read_bytes())

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
+from mmrec.data.corpora.large import LARGE_CORPORA
 from mmrec.data.pipeline import tokenize_shard as work
 from mmrec.data.pipeline.merge import Shards
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard
-from mmrec.data.pipeline.sources import SOURCES
 from mmrec.data.pipeline.tokenize_shard import documents, hash_of
 from mmrec.data.store import TokenFolder, open_tokens
 
@@ -224,18 +224,18 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["nothing.jsonl"], "no such file or folder"),
         (["c4", "empty"], "no file of a format that is read here"),
         (["a.jsonl", "--tokenizer", "characters"], "needs the whole text at once"),
-        (["a.jsonl", "--engine", "spark"], "unknown --engine 'spark'; known: local, ray, slurm"),
+        (["a.jsonl", "--executor", "spark"], "unknown --executor 'spark'; known: local, ray, slurm"),
         (["a.jsonl", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body); at least two are needed"),
         (["a.jsonl", "--val_split", "2"], "it must lie between 0 and 1"),
-        (["a.jsonl", "--engine", "slurm"], "needs Slurm's sbatch"),
+        (["a.jsonl", "--executor", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),
         (["s4://bucket/x"], "cannot be reached: Protocol not known"),
         (["a.jsonl", "--encoding", "latin-1"], "--encoding is for --input_file and --input_dir"),
         (["a.jsonl", "--mirror", "there"], "--mirror is for the small corpora"),
         (["--input_dir", ".", "--drop_duplicates"], "--drop_duplicates is for large corpora"),
         (["b.txt", "--text_field", "body"], "--text_field is for large corpora"),
-        (["sample", "--engine", "ray"], "--engine is for large corpora"),
+        (["sample", "--executor", "ray"], "--executor is for large corpora"),
         (["a.jsonl", "--glob", "*.md"], "--glob is for --input_file and --input_dir"),
         (["c4"], "or get c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files elsewhere: mmrec"),
     ],
@@ -249,8 +249,8 @@ def test_bad_requests(
     message: str,
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    c4 = dataclasses.replace(SOURCES["c4"], url="http://127.0.0.1:9/c4")  # no network
-    monkeypatch.setitem(SOURCES, "c4", c4)
+    c4 = dataclasses.replace(LARGE_CORPORA["c4"], url="http://127.0.0.1:9/c4")  # no network
+    monkeypatch.setitem(LARGE_CORPORA, "c4", c4)
     write_json_lines(tmp_path / "a.jsonl", texts(5))
     (tmp_path / "b.txt").write_text("one text\n")
     (tmp_path / "empty").mkdir()

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from mmrec.core.errors import UserError
 from mmrec.core.urls import is_url
 from mmrec.data.batches import SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
+from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.remote_store import open_remote_tokens
 from mmrec.data.store import TokenFolder, open_tokens
@@ -128,7 +129,7 @@ class TextDataModule(LightningDataModule):
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder.parent / f".{self.folder.name}.lock"):
             if not self.folder.exists():
-                prepare(self.corpus, output_dir=self.folder)
+                prepare(PrepareOptions(self.corpus, output_dir=self.folder))
 
     def _stream(self) -> SegmentSampler:
         trainer = self.trainer

@@ -17,7 +17,6 @@ from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
 from mmrec.data.pipeline.tokenize_shard import read_json, stem, tokenize_shard
 
-EXECUTORS = ("local", "ray", "slurm")
 TASKS_OF_A_WORKER = 64
 """Of this machine, where there are more shards: enough that all workers end at about the same time."""
 
@@ -43,13 +42,13 @@ class Tokenize:
             tokenize_shard(Path(self.work), number)
 
 
-def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict[str, str]) -> bool:
+def run_shards(work: Path, shards: int, executor: str, workers: int, options: dict[str, str]) -> bool:
     """Do the shards of a plan that are not done; return whether all are done then.
 
     Args:
         work: the work folder, with its plan and tokenizer.
         shards: number of shards.
-        engine: one of :data:`EXECUTORS`.
+        executor: one of :data:`mmrec.data.options.EXECUTORS`.
         workers: tasks at once.
         options: of Slurm: partition, time, and what else sbatch takes.
 
@@ -63,8 +62,8 @@ def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict
         shutil.rmtree(logs, ignore_errors=True)
         common: dict[str, Any] = {"pipeline": [Tokenize(str(work.absolute()), shards)], "logging_dir": str(logs)}
         with _watched(work, shards):
-            START[engine](common, min(shards, 10_000), workers, options)
-        if engine == "slurm":
+            START[executor](common, min(shards, 10_000), workers, options)
+        if executor == "slurm":
             return False
     failed = sorted(work.glob("*.failed"))
     if failed:
@@ -72,9 +71,8 @@ def run_shards(work: Path, shards: int, engine: str, workers: int, options: dict
         raise UserError(f"{read_json(failed[0])}{more}; what is done is kept, run the same command to go on")
     missing = missing_shards(work, shards)
     if missing:
-        raise UserError(
-            f"{len(missing)} of {shards} shards were not done ({work / 'engine.log'}); run the same command to go on"
-        )
+        log = work / "executor.log"
+        raise UserError(f"{len(missing)} of {shards} shards were not done ({log}); run the same command to go on")
     return True
 
 
@@ -103,7 +101,7 @@ def _run_ray(common: dict[str, Any], tasks: int, workers: int, options: dict[str
 def _run_slurm(common: dict[str, Any], tasks: int, workers: int, options: dict[str, str]) -> None:
     """Hand the tasks to Slurm and return: they run when their turn comes."""
     if shutil.which("sbatch") is None:
-        raise UserError("--engine slurm needs Slurm's sbatch, which is not on this machine; run it on a login node")
+        raise UserError("--executor slurm needs Slurm's sbatch, which is not on this machine; run it on a login node")
     executor = optional_import("datatrove.executor.slurm").SlurmPipelineExecutor
     environment = f"export PATH={Path(sys.executable).parent}:$PATH"
     executor(**common, tasks=tasks, workers=workers, env_command=environment, job_name="mmrec", **options).run()
@@ -118,12 +116,12 @@ START: dict[str, Callable[[dict[str, Any], int, int, dict[str, str]], None]] = {
 
 @contextmanager
 def _watched(work: Path, shards: int) -> Iterator[None]:
-    """Show how many shards are done, whoever does them; what the engines say goes to a file of the logs."""
+    """Show how many shards are done, whoever does them; what the executors say goes to a file of the logs."""
     sys.stderr.flush()
     screen = os.dup(2)
     stopped = threading.Event()
     with (
-        open(work / "engine.log", "wb") as log,
+        open(work / "executor.log", "wb") as log,
         open(screen, "w", encoding="utf-8") as terminal,
         tqdm(total=shards, unit="shard", desc="tokenizing", disable=not terminal.isatty(), file=terminal) as bar,
     ):
@@ -139,7 +137,7 @@ def _watched(work: Path, shards: int) -> Iterator[None]:
         thread.start()
         os.dup2(log.fileno(), 2)  # the workers inherit it, whatever they make of Python's sys.stderr
         try:
-            with open(work / "engine.log", "a", encoding="utf-8") as own, redirect_stderr(own):
+            with open(work / "executor.log", "a", encoding="utf-8") as own, redirect_stderr(own):
                 yield
                 optional_import("loguru").logger.remove()
         finally:

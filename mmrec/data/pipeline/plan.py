@@ -1,4 +1,4 @@
-"""``mmrec prepare`` for corpora that outgrow memory: plan, tokenize shard by shard, merge."""
+"""Preparing corpora that outgrow memory: plan, tokenize shard by shard, merge."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mmrec.core.errors import UserError, nearest
+from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
 from mmrec.core.urls import filesystem, is_url, translate_errors
+from mmrec.data.corpora.large import HUB, LARGE_CORPORA
+from mmrec.data.options import PrepareOptions
 from mmrec.data.pipeline.download import download
-from mmrec.data.pipeline.executors import EXECUTORS, run_shards
+from mmrec.data.pipeline.executors import run_shards
 from mmrec.data.pipeline.merge import Shards, counts_table, merge
 from mmrec.data.pipeline.shards import Shard
-from mmrec.data.pipeline.sources import HUB, SOURCES, files_of, find_shards
+from mmrec.data.pipeline.sources import files_of, find_shards
 from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, write_json
+from mmrec.data.resolve import ResolvedSource
 from mmrec.data.store import TokenFolder, open_tokens, read_manifest
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from mmrec.tokenizers.loading import read_tokenizer
@@ -32,106 +35,105 @@ SAMPLE_SHARDS, SAMPLE_BYTES = 16, 1 << 21
 """BPE is learned from the first documents of so many shards, so many bytes of each."""
 
 
-def prepare_large(
-    corpus: str | None,
-    paths: Sequence[str],
-    output_dir: Path,
-    val_split: float | None,
-    tokenizer: str | None,
-    vocab_size: int | None,
-    text_field: str,
-    drop_duplicates: bool,
-    engine: str,
-    workers: int | None,
-    slurm: dict[str, str],
-    force: bool,
-) -> TokenFolder | None:
+def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolder | None:
     """Prepare a corpus of any size. What is done is kept, and the same command goes on after a stop.
 
     Args:
-        corpus: one of :data:`~mmrec.data.pipeline.sources.SOURCES`, ``hf:OWNER/NAME``, or None for one's own files.
-        paths: files and folders, local or remote; none to download the corpus.
-        output_dir: the token folder; beside it, NAME.work holds what is done so far.
-        val_split: share of the documents that validate, chosen by a hash of their text.
-        tokenizer: bytes, bpe, or the path of one that is there already.
-        vocab_size: for bpe.
-        text_field: of JSON, Parquet and tf.Example.
-        drop_duplicates: keep one of documents with the same text.
-        engine: local, ray or slurm.
-        workers: shards that are worked on at once; as many as there are cores if None.
-        slurm: options for Slurm.
-        force: replace the token folder that is there, and what is done of another one.
+        options: as they were typed.
+        source: what they name; beside its ``output_dir``, NAME.work holds what is done so far.
 
     Returns:
         The token folder, or None where Slurm has yet to do the work.
     """
-    if engine not in EXECUTORS:
-        raise UserError(f"unknown --engine {engine!r}; known: {', '.join(EXECUTORS)}{nearest(engine, EXECUTORS)}")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
     optional_import("datatrove")
-    source = SOURCES.get(corpus or "")
-    title = source.title if source else corpus or f"the texts of {', '.join(Path(path).name for path in paths[:3])}"
-    if not paths:
-        paths = _downloaded(corpus or "", output_dir)
-    shards = find_shards(corpus, paths)
-    name = tokenizer or ("bpe" if source else "bytes")
-    given = None if name in TOKENIZERS else read_tokenizer(Path(name), documents=True)
-    if name == "characters":
-        raise UserError(f"--tokenizer {name} needs the whole text at once; for large corpora: bytes or bpe")
-    if name != "bpe" and vocab_size is not None:
-        raise UserError("--vocab_size is for --tokenizer bpe")
-    plan: dict[str, Any] = {
-        "shards": [shard.as_dict() for shard in shards],
-        "sizes": {path: _size(path) for path in sorted({shard.path for shard in shards})},
-        "text_field": text_field,
-        "tokenizer": [name, (vocab_size or LARGE_VOCABULARY) if name == "bpe" else None]
-        if given is None
-        else given.state(),
-        "val_split": DEFAULT_SPLIT if val_split is None else val_split,
-        "drop_duplicates": drop_duplicates,
+    corpus = LARGE_CORPORA.get(source.corpus or "")
+    title = corpus.title if corpus else source.corpus or _listed(source.paths)
+    paths = source.paths or _downloaded(source.corpus or "", source.output_dir)
+    shards = find_shards(source.corpus, paths)
+    request = _request(options, shards, options.tokenizer or ("bpe" if corpus else "bytes"))
+    folder, digest = source.output_dir, _digest(request)
+    earlier = read_manifest(folder)
+    if earlier is not None and not options.force:
+        if earlier.get("request", {}).get("plan") != digest:
+            raise UserError(
+                f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
+                f"replace it by --force"
+            )
+        print(f"{folder}: already prepared, nothing to do")
+        return open_tokens(folder)
+    description: dict[str, Any] = {
+        "corpus": {"name": source.corpus or "paths", "title": title, "files": len(request["sizes"])},
+        "split": {"val_split": request["val_split"], "rule": "by a hash of each document"},
+        "request": {"plan": digest},
     }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    earlier = read_manifest(output_dir)
-    if earlier is not None and not force:
-        if earlier.get("request", {}).get("plan") == digest:
-            print(f"{output_dir}: already prepared, nothing to do")
-            return open_tokens(output_dir)
-        raise UserError(
-            f"{output_dir}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
-            f"replace it by --force"
-        )
-    work, lock = output_dir.with_name(f"{output_dir.name}.work"), output_dir.with_name(f".{output_dir.name}.lock")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
     try:
         with FileLock(lock, timeout=0):
-            _plan_work(work, plan, force)
-            made = _tokenizer(work, shards, plan)
-            print(f"{title}: {len(shards):,} shards, {sum(plan['sizes'].values()):,} bytes")
-            cores = os.cpu_count() or 1
-            if not run_shards(work, len(shards), engine, workers or cores, slurm):
-                print(f"handed to Slurm; once its jobs are done, the same command writes {output_dir}")
-                return None
-            description: dict[str, Any] = {
-                "corpus": {"name": corpus or "paths", "title": title, "files": len(plan["sizes"])},
-                "split": {"val_split": plan["val_split"], "rule": "by a hash of each document"},
-                "request": {"plan": digest},
-            }
-            parts = Shards(work, [shard.part for shard in shards], float(plan["val_split"]))
-            tokens = merge(parts, output_dir, made, description, drop_duplicates, min(workers or cores, cores))
-            shutil.rmtree(work)
+            tokens = _carry_out(options, shards, request, folder, description)
     except Timeout:
         if not lock.exists():
-            raise UserError(f"{output_dir}: cannot be written, nor anything beside it") from None
-        raise UserError(f"{output_dir}: another mmrec prepare is at work on it") from None
-    print(f"{counts_table(tokens.manifest)}\nwritten to  {output_dir}")
+            raise UserError(f"{folder}: cannot be written, nor anything beside it") from None
+        raise UserError(f"{folder}: another mmrec prepare is at work on it") from None
+    if tokens is None:
+        print(f"handed to Slurm; once its jobs are done, the same command writes {folder}")
+    else:
+        print(f"{counts_table(tokens.manifest)}\nwritten to  {folder}")
     return tokens
+
+
+def _request(options: PrepareOptions, shards: Sequence[Shard], tokenizer: str) -> dict[str, Any]:
+    """Return what decides the tokens, as plain values for JSON: the shards, the tokenizer and the split."""
+    given = None if tokenizer in TOKENIZERS else read_tokenizer(Path(tokenizer), documents=True)
+    if tokenizer == "characters":
+        raise UserError(f"--tokenizer {tokenizer} needs the whole text at once; for large corpora: bytes or bpe")
+    if tokenizer != "bpe" and options.vocab_size is not None:
+        raise UserError("--vocab_size is for --tokenizer bpe")
+    size = (options.vocab_size or LARGE_VOCABULARY) if tokenizer == "bpe" else None
+    return {
+        "shards": [shard.as_dict() for shard in shards],
+        "sizes": {path: _size(path) for path in sorted({shard.path for shard in shards})},
+        "text_field": options.text_field,
+        "tokenizer": [tokenizer, size] if given is None else given.state(),
+        "val_split": DEFAULT_SPLIT if options.val_split is None else options.val_split,
+        "drop_duplicates": options.drop_duplicates,
+    }
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _carry_out(
+    options: PrepareOptions,
+    shards: Sequence[Shard],
+    request: dict[str, Any],
+    folder: Path,
+    description: dict[str, Any],
+) -> TokenFolder | None:
+    """Tokenize the shards and merge them into ``folder``; None where Slurm has yet to do the work."""
+    work = folder.with_name(f"{folder.name}.work")
+    _plan_work(work, request, options.force)
+    tokenizer = _tokenizer(work, shards, request)
+    print(f"{description['corpus']['title']}: {len(shards):,} shards, {sum(request['sizes'].values()):,} bytes")
+    cores = os.cpu_count() or 1
+    workers = options.workers or cores
+    if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
+        return None
+    parts = Shards(work, [shard.part for shard in shards], float(request["val_split"]))
+    tokens = merge(parts, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
+    shutil.rmtree(work)
+    return tokens
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return f"the texts of {', '.join(Path(path).name for path in paths[:3])}"
 
 
 def _downloaded(corpus: str, output_dir: Path) -> list[str]:
     """Return the local files of a corpus, fetched where they are missing."""
-    url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else SOURCES[corpus].url
-    files = SOURCES[corpus].files if corpus in SOURCES else "its .parquet or .jsonl files"
+    url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else LARGE_CORPORA[corpus].url
+    files = LARGE_CORPORA[corpus].files if corpus in LARGE_CORPORA else "its .parquet or .jsonl files"
     try:
         return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"), url)
     except UserError as error:

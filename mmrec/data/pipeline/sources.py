@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import files_below
 from mmrec.core.urls import filesystem, is_url, translate_errors
+from mmrec.data.corpora.large import LARGE_CORPORA
 from mmrec.data.pipeline.mediawiki import is_multistream, split_dump
 from mmrec.data.pipeline.records import suffixes
 from mmrec.data.pipeline.shards import Shard
@@ -28,49 +28,6 @@ FORMATS = {
 }
 """Reader by the end of a file's name, before that of its compression."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the large corpora.
-
-    Attributes:
-        title: says to a person what it is.
-        readers: of the formats that it comes in.
-        url: where its files are, as fsspec or a browser knows it.
-        files: their names, for a person.
-        val: pattern of the names of files that validate, where the corpus has its own.
-    """
-
-    title: str
-    readers: tuple[str, ...]
-    url: str
-    files: str
-    val: str | None = None
-
-
-SOURCES = {
-    "openwebtext": Source(
-        "OpenWebText",
-        ("tars", "tar", "parquet"),
-        "hf://datasets/Skylion007/openwebtext",
-        "openwebtext.tar.xz or train-*.parquet",
-    ),
-    "wikipedia": Source(
-        "Wikipedia",
-        ("mediawiki", "parquet"),
-        "hf://datasets/wikimedia/wikipedia/20231101.en",
-        "*-pages-articles-multistream.xml.bz2 and its index, or train-*.parquet",
-    ),
-    "c4": Source(
-        "C4",
-        ("jsonl", "tfrecord"),
-        "hf://datasets/allenai/c4/en",
-        "c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files",
-        r"c4-validation\.",
-    ),
-}
-HUB = "hf:"
 
 
 def reader_of(path: str) -> str | None:
@@ -94,7 +51,7 @@ def reader_of(path: str) -> str | None:
 def files_of(corpus: str, url: str) -> list[str]:
     """Return the URLs of the files of a corpus below ``url`` that are read here."""
     # A set on the hub has text files that speak of it.
-    readers = SOURCES[corpus].readers if corpus in SOURCES else ("parquet", "jsonl")
+    readers = LARGE_CORPORA[corpus].readers if corpus in LARGE_CORPORA else ("parquet", "jsonl")
     files = [file for file in _files_below(url) if reader_of(file) in readers]
     if not files:
         raise UserError(f"{url}: no file of a format that is read here")
@@ -105,13 +62,13 @@ def find_shards(corpus: str | None, paths: Sequence[str]) -> list[Shard]:
     """Return the shards of ``paths``, in an order that does not change.
 
     Args:
-        corpus: name of one of :data:`SOURCES`, or None for one's own files.
+        corpus: name of one of :data:`LARGE_CORPORA`, or None for one's own files.
         paths: files and folders, local or remote.
 
     Raises:
         UserError: a path is missing, of no known format, or no file is found.
     """
-    source = SOURCES.get(corpus or "")
+    source = LARGE_CORPORA.get(corpus or "")
     shards: list[Shard] = []
     for path in paths:
         files = [str(path)] if not _is_folder(path) else _files_below(path)

@@ -1,4 +1,4 @@
-"""The same shards on other engines: a Ray cluster of two nodes, one of which dies; the scripts for Slurm."""
+"""The same shards on other executors: a Ray cluster of two nodes, one of which dies; the scripts for Slurm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from layouts import texts, tokens_of, write_json_lines
 
 pytest.importorskip("datatrove")
-# The engines leave some files to the garbage collector.
+# The executors leave some files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -73,7 +73,7 @@ def test_a_ray_cluster_that_loses_a_node(mmrec: Command, tmp_path: Path, cluster
     assert address, "the cluster did not start"
     command = [sys.executable, "-m", "mmrec", "prepare", "in", "--output_dir", "ray", "--workers", "2"]
     process = subprocess.Popen(
-        [*command, "--engine", "ray", *options],
+        [*command, "--executor", "ray", *options],
         env=os.environ | {"RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -109,7 +109,7 @@ def test_the_scripts_for_slurm(
     for program in folder.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    command = ["prepare", "in", "--output_dir", "out", "--engine", "slurm", "--workers", "2"]
+    command = ["prepare", "in", "--output_dir", "out", "--executor", "slurm", "--workers", "2"]
     slurm = '{"partition": "cpu", "time": "1:00:00"}'
     assert mmrec(*command, "--slurm", slurm) == 0
     assert "handed to Slurm" in capsys.readouterr().out
