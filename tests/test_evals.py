@@ -16,7 +16,7 @@ from helpers import fit
 
 from mmrec.baselines.models import GPT
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed
 from mmrec.evals.length import by_position, cost, train_gpt
@@ -83,9 +83,9 @@ def test_what_is_asked_is_right(task: Task, level: int) -> None:
     inputs, targets = task.batch(np.random.default_rng(1), 50, level)
     assert inputs.shape == targets.shape == (50, task.length(level))
     assert 0 <= int(inputs.min()) <= int(inputs.max()) < task.vocab_size
-    assert len((targets != IGNORE).sum(1).unique()) == 1
+    assert len((targets != IGNORE_INDEX).sum(1).unique()) == 1
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
-        assert {at: token for at, token in enumerate(target) if token != IGNORE} == answers(task, row)
+        assert {at: token for at, token in enumerate(target) if token != IGNORE_INDEX} == answers(task, row)
     again, _ = task.batch(np.random.default_rng(1), 50, level)
     other, _ = task.batch(np.random.default_rng(2), 50, level)
     assert torch.equal(inputs, again)
@@ -96,7 +96,7 @@ def test_what_is_asked_is_right(task: Task, level: int) -> None:
 def test_answers_cannot_be_guessed(task: Task, level: int) -> None:
     """The most frequent answer at each place, known beforehand, is right no more often than chance says."""
     _, targets = task.batch(np.random.default_rng(3), 6000, level)
-    asked = targets[targets != IGNORE].view(len(targets), -1)
+    asked = targets[targets != IGNORE_INDEX].view(len(targets), -1)
     if isinstance(task, S5):
         asked = asked[:, 4:]  # the first products are few
     best = max(int(column.bincount().max()) / len(column) for column in asked.T)
@@ -113,10 +113,10 @@ def test_mqar_is_as_zoology_has_it() -> None:
     assert all(len(row.unique()) == 64 for row in (*keys, *values))
     assert torch.equal(inputs[:, 128::2].sort(1).values, keys.sort(1).values)
     assert not inputs[:, 129::2].any()
-    assert bool((targets[:, 128::2] != IGNORE).all())
+    assert bool((targets[:, 128::2] != IGNORE_INDEX).all())
     # With room to spare most keys are asked for soon after the pairs: about 1 / gap.
     _, targets = MQAR(tokens_of_a_pair=32).batch(np.random.default_rng(0), 4000, 1)
-    gaps = np.bincount((targets[:, 2::2] != IGNORE).nonzero()[:, 1].numpy(), minlength=15)
+    gaps = np.bincount((targets[:, 2::2] != IGNORE_INDEX).nonzero()[:, 1].numpy(), minlength=15)
     expected = np.arange(1, 16) ** -0.99
     np.testing.assert_allclose(gaps / gaps.sum(), expected / expected.sum(), atol=0.03)
 
@@ -156,9 +156,9 @@ def test_models_are_of_equal_size_and_asked_at_the_places_alone(name: str) -> No
         asked = Asked(model)
         logits, wanted, _ = asked(inputs, targets, state)
         loss = asked.loss(inputs, targets, state)
-    assert torch.equal(wanted, targets[targets != IGNORE])
-    torch.testing.assert_close(logits, every[targets != IGNORE], atol=1e-5, rtol=1e-4)
-    expected = torch.nn.functional.cross_entropy(every.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    assert torch.equal(wanted, targets[targets != IGNORE_INDEX])
+    torch.testing.assert_close(logits, every[targets != IGNORE_INDEX], atol=1e-5, rtol=1e-4)
+    expected = torch.nn.functional.cross_entropy(every.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -27,7 +27,7 @@ from mmrec.cli import main
 from mmrec.core.errors import UserError
 from mmrec.core.options import find_config, shipped_configs
 from mmrec.core.text_files import check_encoding, decode_text
-from mmrec.data.batches import IGNORE, SegmentSampler, TrainLoader
+from mmrec.data.batches import IGNORE_INDEX, SegmentSampler, TrainLoader
 from mmrec.data.corpora.base import Document
 from mmrec.data.corpora.shakespeare_plays import speeches
 from mmrec.data.split import SEPARATOR, split_documents
@@ -127,7 +127,7 @@ def every_token_once(data: st.DataObject) -> None:
     def take(loader: TrainLoader, end: int) -> None:
         while loader.position < end:
             batch = next(iter(loader))
-            scored = batch.targets != IGNORE
+            scored = batch.targets != IGNORE_INDEX
             assert ((batch.inputs[scored] + 1) % total == batch.targets[scored]).all()
             predicted.extend(batch.targets[scored].tolist())
 

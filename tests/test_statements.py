@@ -27,7 +27,7 @@ from mmrec.bench.tasks import RACES, state_bytes
 from mmrec.checkpoints.state_file import SavedState, save_memory
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.pipeline.records import LONGEST
-from mmrec.data.prepare import default_split
+from mmrec.data.split import default_split
 from mmrec.evals.models import layer_parameters, make_model
 from mmrec.evals.recipes import SMALL
 from mmrec.model import ModelConfig, RecurrentLM

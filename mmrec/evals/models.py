@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmrec.baselines.models import GPT, LSTM, check_baseline, mamba2, mingru
 from mmrec.core.errors import UserError, nearest
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 
@@ -101,7 +101,7 @@ class Asked(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, state: object) -> tuple[Tensor, Tensor, object]:
         """Return logits [M, N] and answers [M] of what ``targets`` [B, T] asks, row by row, and the state after."""
-        self.places = targets != IGNORE
+        self.places = targets != IGNORE_INDEX
         logits, state = self.model(tokens, state)
         return logits[0].float(), targets[self.places], state
 

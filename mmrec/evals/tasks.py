@@ -1,7 +1,7 @@
 """Made-up tasks whose answers stand in what was read: recall, and keeping track of a state.
 
 A task makes rows of tokens and, at the places that ask, the token that answers; everywhere else the target is
-:data:`mmrec.data.batches.IGNORE`. Every row of a batch asks equally often. Legend of shapes: B rows, T tokens.
+:data:`mmrec.data.batches.IGNORE_INDEX`. Every row of a batch asks equally often. Legend of shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, [B, T] int64 both."""
@@ -69,7 +69,7 @@ def _choose(random: np.random.Generator, rows: int, of: int, count: int) -> np.n
 
 
 def _nothing_asked(rows: int, length: int) -> np.ndarray:
-    return np.full((rows, length), IGNORE, dtype=np.int64)
+    return np.full((rows, length), IGNORE_INDEX, dtype=np.int64)
 
 
 class MQAR(Task):

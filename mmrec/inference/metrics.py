@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 
 
 def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
@@ -18,12 +18,12 @@ def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tenso
 
     Args:
         logits: [..., N]; computed with in float32 where they are in half of it.
-        targets: [...], int64: a token, or :data:`mmrec.data.batches.IGNORE`.
+        targets: [...], int64: a token, or :data:`mmrec.data.batches.IGNORE_INDEX`.
         reduction: "none" for one number a target, [M] with the leading dimensions flattened; "sum", or "mean" over
             the targets that are scored, for a scalar.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
 class TextMetrics(Metric):
