@@ -18,7 +18,8 @@ from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll
-from mmrec.inference.scoring import iter_nll, tokens_of
+from mmrec.inference.reading import iter_nll
+from mmrec.inference.text_input import iter_file_tokens
 
 ROWS = 32
 """Windows that are read side by side."""
@@ -77,7 +78,7 @@ def carry(
     if data_dir is not None:
         texts[str(data_dir)] = np.asarray(open_tokens_for(data_dir, trained.tokenizer).val)
     for file in files:
-        texts[file] = np.concatenate(list(tokens_of(trained, file)))
+        texts[file] = np.concatenate(list(iter_file_tokens(trained.tokenizer, file)))
     results: dict[str, Any] = {}
     rows = []
     for name, text in texts.items():
