@@ -22,6 +22,7 @@ from mmrec.bench.check import check_ops
 from mmrec.bench.plot import plot
 from mmrec.bench.tasks import RACES
 from mmrec.core.errors import UserError, nearest
+from mmrec.core.files import write_file
 from mmrec.core.precision import native_precision
 from mmrec.data.store import open_tokens
 
@@ -87,7 +88,7 @@ def bench(
     results["points"] = {"train": list(lengths), "decode": list(positions)}
 
     def save() -> None:
-        (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_file(output_dir / "results.json", json.dumps(results, indent=1) + "\n")
 
     for name, difference in results["ops"].items():
         print(f"{name}: within {difference:.0e} of the reference")
