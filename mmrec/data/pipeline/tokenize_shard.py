@@ -109,7 +109,10 @@ def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> di
                 rest.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 continue
             data = record.encode("utf-8")
-            encoded = tokenizer.encode(record)
+            try:
+                encoded = tokenizer.encode(record)
+            except UserError as error:
+                raise UserError(f"{shard.path}: record {number}: {error}") from None
             tokens.write(separator)
             tokens.write(encoded.data)
             rows.write(np.array((hash_of(data), len(encoded) + 1, len(data)), dtype=DOCUMENT).tobytes())
