@@ -16,10 +16,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 
 from mmrec import MemoryLM
-from mmrec.data import TextData
-from mmrec.model import Shape
-from mmrec.module import TextModule
-from mmrec.prepare import prepare
+from mmrec.data.prepare import prepare
+from mmrec.model.lm import ModelConfig
+from mmrec.training.datamodule import TextDataModule
+from mmrec.training.module import RecurrentLMModule
 
 
 def train(text: Path | None, output: Path, tokens: Path, updates: int) -> MemoryLM:
@@ -38,12 +38,13 @@ def train(text: Path | None, output: Path, tokens: Path, updates: int) -> Memory
         prepare(input_file=text, output_dir=tokens, tokenizer="bytes")
 
     # 2. The data: 8 rows, each of which reads 128 tokens a batch, with its state carried from batch to batch.
-    data = TextData(data_dir=str(tokens), batch_size=8, seq_len=128)
+    data = TextDataModule(data_dir=str(tokens), batch_size=8, seq_len=128)
 
     # 3. The model. The tokenizer is that of the data, and is kept in the checkpoint.
     seed_everything(0, verbose=False)
-    module = TextModule(Shape(dim=64, layers=3, heads=2, ffn_dim=128), tokenizer=data.tokenizer, warmup_steps=10)
-    print(f"{module.net.parameter_count():,} parameters; the state of a text is {module.net.state_count():,} numbers")
+    config = ModelConfig(dim=64, layers=3, heads=2, ffn_dim=128)
+    module = RecurrentLMModule(config, tokenizer=data.tokenizer, warmup_steps=10)
+    print(f"{module.net.parameter_count():,} parameters; the state of a text is {module.net.state_size():,} numbers")
 
     # 4. Lightning's own Trainer: loggers, callbacks, devices and strategies are what they are there.
     trainer = Trainer(

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import MEMORIES, LayerState, Memory, MemoryLM, Shape, detach_state
+from mmrec.model.lm import LAYER_TYPES, LayerState, ModelConfig, RecurrentLayer, RecurrentLM, detach_state
 
 TEXT = "the cat sat on the mat, the dog sat on the log, and the cow looked at the moon. " * 40
 
 
-class MinGRU(Memory):
+class MinGRU(RecurrentLayer):
     """Minimal gated recurrent unit: h_t = (1 - z_t) h_(t-1) + z_t v_t, with z and v linear in the input.
 
     Args:
-        shape: the architecture of the model that the layer is for.
+        config: the architecture of the model that the layer is for.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.project = nn.Linear(shape.dim, 2 * shape.dim, bias=False)  # z, v
-        self.output = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.project = nn.Linear(config.dim, 2 * config.dim, bias=False)  # z, v
+        self.output = nn.Linear(config.dim, config.dim, bias=False)
 
     def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """Return the inputs that a convolution would carry on (none here), and h [rows, D]."""
@@ -36,13 +36,13 @@ class MinGRU(Memory):
         past = torch.zeros(rows, 0, width, device=device, dtype=dtype)
         return past, torch.zeros(rows, width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, state: LayerState, fresh: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        """Read ``x`` [B, T, D] on from ``state``; before a token where ``fresh`` [B, T] is true, h is set to zero."""
+    def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        """Read ``x`` [B, T, D] on from ``state``; h is zero before each token where ``reset_mask`` [B, T] is true."""
         past, h = state
         z, v = self.project(x).chunk(2, dim=-1)
         keep, write = 1 - z.sigmoid(), z.sigmoid() * v
-        if fresh is not None:
-            keep = keep.masked_fill(fresh.unsqueeze(-1), 0)
+        if reset_mask is not None:
+            keep = keep.masked_fill(reset_mask.unsqueeze(-1), 0)
         steps = []
         for t in range(x.shape[1]):  # plain, token by token; a fast form would be tested against it
             h = keep[:, t] * h + write[:, t]
@@ -50,25 +50,25 @@ class MinGRU(Memory):
         return self.output(torch.stack(steps, dim=1)), (past, h)
 
 
-MEMORIES["mingru"] = MinGRU
+LAYER_TYPES["mingru"] = MinGRU
 """From here on a config may name it: beside "short" and "long", in any order."""
 
 
-def check(net: MemoryLM, tokens: Tensor) -> None:
+def check(net: RecurrentLM, tokens: Tensor) -> None:
     """Reading at once and in two parts comes to the same; after a reset nothing is left of what was before."""
     whole, _ = net(tokens, net.zero_state(len(tokens)))
     for cut in (1, 7, tokens.shape[1] - 1):
         first, state = net(tokens[:, :cut], net.zero_state(len(tokens)))
         second, _ = net(tokens[:, cut:], state)
         torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-5)
-        fresh = torch.zeros_like(tokens, dtype=torch.bool)
-        fresh[:, cut] = True
+        reset_mask = torch.zeros_like(tokens, dtype=torch.bool)
+        reset_mask[:, cut] = True
         alone, _ = net(tokens[:, cut:], net.zero_state(len(tokens)))
-        after, _ = net(tokens, net.zero_state(len(tokens)), fresh)
+        after, _ = net(tokens, net.zero_state(len(tokens)), reset_mask)
         torch.testing.assert_close(after[:, cut:], alone, rtol=1e-4, atol=1e-5)
 
 
-def train(net: MemoryLM, tokens: Tensor, updates: int = 200, length: int = 64) -> float:
+def train(net: RecurrentLM, tokens: Tensor, updates: int = 200, length: int = 64) -> float:
     """Train on one row of ``tokens`` [N], the state carried from update to update; return the last loss, in nats."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     state = net.zero_state(1)
@@ -85,7 +85,7 @@ def train(net: MemoryLM, tokens: Tensor, updates: int = 200, length: int = 64) -
 
 
 @torch.inference_mode()
-def generate(net: MemoryLM, first: Tensor, length: int) -> list[int]:
+def generate(net: RecurrentLM, first: Tensor, length: int) -> list[int]:
     """Return ``length`` tokens that follow ``first`` [T], each the likeliest."""
     logits, state = net(first[None], net.zero_state(1))
     chosen = []
@@ -99,8 +99,8 @@ def main() -> None:
     torch.manual_seed(0)
     alphabet = sorted(set(TEXT))
     tokens = torch.tensor([alphabet.index(character) for character in TEXT])
-    shape = Shape(dim=48, layers=3, memories=("mingru", "long", "mingru"), heads=2, ffn_dim=96)
-    net = MemoryLM(shape, vocab_size=len(alphabet))
+    config = ModelConfig(dim=48, layers=3, layer_types=("mingru", "long", "mingru"), heads=2, ffn_dim=96)
+    net = RecurrentLM(config, vocab_size=len(alphabet))
     check(net, tokens[:96].view(2, 48))
     print(f"{net.parameter_count():,} parameters; the layer is causal, carries its state and resets it")
     print(f"loss of the last update: {train(net, tokens):.3f} nats/character")
