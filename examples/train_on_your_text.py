@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from mmrec import MemoryLM
 from mmrec.data.prepare import prepare
-from mmrec.model.lm import ModelConfig
+from mmrec.model import ModelConfig
 from mmrec.training.datamodule import TextDataModule
 from mmrec.training.module import RecurrentLMModule
 

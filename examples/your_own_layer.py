@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model.lm import LAYER_TYPES, LayerState, ModelConfig, RecurrentLayer, RecurrentLM, detach_state
+from mmrec.model import LAYER_TYPES, LayerState, ModelConfig, RecurrentLayer, RecurrentLM, detach_state
 
 TEXT = "the cat sat on the mat, the dog sat on the log, and the cow looked at the moon. " * 40
 
