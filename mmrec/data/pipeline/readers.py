@@ -34,7 +34,7 @@ ROWS = 8
 def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
     """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends.
 
-    A line of more than :data:`LONGEST` bytes is cut between two characters.
+    A line of more than ``LONGEST`` bytes is cut between two characters.
     """
     with open_shard(shard.path) as file:
         start, half = 0, b""

@@ -62,7 +62,7 @@ def find_shards(corpus: str | None, paths: Sequence[str]) -> list[Shard]:
     """Return the shards of ``paths``, in an order that does not change.
 
     Args:
-        corpus: name of one of :data:`LARGE_CORPORA`, or None for one's own files.
+        corpus: name of one of ``LARGE_CORPORA``, or None for one's own files.
         paths: files and folders, local or remote.
 
     Raises:
