@@ -16,6 +16,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 
 from mmrec import MemoryLM
+from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.model import ModelConfig
 from mmrec.training.datamodule import TextDataModule
@@ -33,9 +34,9 @@ def train(text: Path | None, output: Path, tokens: Path, updates: int) -> Memory
     """
     # 1. From text to tokens: "characters" for a text with few different ones, "bytes" for any, "bpe" for a long one.
     if text is None:
-        prepare("sample", output_dir=tokens)
+        prepare(PrepareOptions("sample", output_dir=tokens))
     else:
-        prepare(input_file=text, output_dir=tokens, tokenizer="bytes")
+        prepare(PrepareOptions(input_file=text, output_dir=tokens, tokenizer="bytes"))
 
     # 2. The data: 8 rows, each of which reads 128 tokens a batch, with its state carried from batch to batch.
     data = TextDataModule(data_dir=str(tokens), batch_size=8, seq_len=128)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model import LAYER_TYPES, LayerState, ModelConfig, RecurrentLayer, RecurrentLM, detach_state
+from mmrec.model import LAYER_TYPES, Gates, LayerState, ModelConfig, RecurrentLayer, RecurrentLM, detach_state
 
 TEXT = "the cat sat on the mat, the dog sat on the log, and the cow looked at the moon. " * 40
 
@@ -22,13 +22,13 @@ class MinGRU(RecurrentLayer):
     """Minimal gated recurrent unit: h_t = (1 - z_t) h_(t-1) + z_t v_t, with z and v linear in the input.
 
     Args:
-        config: the architecture of the model that the layer is for.
+        dim: width of the model, D.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.project = nn.Linear(config.dim, 2 * config.dim, bias=False)  # z, v
-        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        self.project = nn.Linear(dim, 2 * dim, bias=False)  # z, v
+        self.output = nn.Linear(dim, dim, bias=False)
 
     def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> LayerState:
         """Return the inputs that a convolution would carry on (none here), and h [rows, D]."""
@@ -49,8 +49,13 @@ class MinGRU(RecurrentLayer):
             steps.append(h)
         return self.output(torch.stack(steps, dim=1)), (past, h)
 
+    def gates(self, x: Tensor) -> Gates:
+        """Return the gate z and the decay 1 - z: training logs statistics of them."""
+        z = self.project(x).chunk(2, dim=-1)[0].float()
+        return Gates(F.logsigmoid(-z), {"z": z.sigmoid()})
 
-LAYER_TYPES["mingru"] = MinGRU
+
+LAYER_TYPES["mingru"] = lambda config: MinGRU(config.dim)
 """From here on a config may name it: beside "short" and "long", in any order."""
 
 

@@ -32,7 +32,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return what :func:`load_tokenizer` makes the same tokenizer from: strings and numbers only."""
+        """Return what :func:`mmrec.tokenizers.load_tokenizer` makes the same tokenizer from: strings and numbers only."""
 
     @property
     def dtype(self) -> np.dtype:
