@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whatever is installed
 
@@ -43,5 +45,35 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:class", r"(?!mmrec\.).*"),
     (r"py:(class|obj)", r"mmrec\.(.*\.)?([A-Z]|_\w+)"),  # type variables and private classes
-    (r"py:(mod|class|func|meth|attr|data|obj|exc)", r"(torch|lightning|numpy|transformers|tokenizers)\..*"),
+    (r"py:(attr|data)", r".*"),  # only those with a docstring of their own have a place
+    (r"py:(mod|func|meth|obj|exc)", r"(torch|lightning|numpy|transformers|tokenizers)\..*"),
 ]
+
+
+def find_object(name: str) -> Any:
+    """Return the object of the dotted ``name``, None where there is none."""
+    module, _, rest = name.partition(".")
+    found: Any = import_module(module) if module == "mmrec" else None
+    for part in filter(None, rest.split(".")):
+        try:
+            found = getattr(found, part) if hasattr(found, part) else import_module(f"{found.__name__}.{part}")
+        except (AttributeError, ModuleNotFoundError):
+            return None
+    return found
+
+
+def find_by_import(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Lead a name as the module of its docstring knows it, imported from elsewhere, to its place in the reference."""
+    if node.get("refdomain") != "py" or not node.get("py:module"):
+        return None
+    found = find_object(f"{node['py:module']}.{node['reftarget']}")
+    if found is None:
+        return None
+    name = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, content) or content
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("missing-reference", find_by_import)

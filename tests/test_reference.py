@@ -18,11 +18,11 @@ pytest.importorskip("furo", reason="the extra docs is not installed")
 
 @pytest.mark.slow
 def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
-    """As scripts/docs does, elsewhere."""
-    source, html = tmp_path / "docs", tmp_path / "html"
+    """As scripts/docs does, elsewhere, and without writing pages: names are looked up all the same."""
+    source = tmp_path / "docs"
     shutil.copytree(REPOSITORY / "docs", source, ignore=shutil.ignore_patterns("reference"))  # an earlier call's
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", source, html]
+    command = [sys.executable, "-m", "sphinx", "-b", "dummy", "-W", "--keep-going", "-q", source, tmp_path / "built"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -31,5 +31,4 @@ def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
         for path in (REPOSITORY / "mmrec").rglob("*.py")
         if path.name != "__main__.py"
     }
-    assert modules == {path.name.removesuffix(".html") for path in (html / "reference").glob("*.html")}
-    assert "MemoryLM" in (html / "genindex.html").read_text(encoding="utf-8")
+    assert modules == {path.stem for path in (source / "reference").glob("*.rst")}
