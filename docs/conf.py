@@ -63,10 +63,12 @@ def find_object(name: str) -> Any:
 
 
 def find_by_import(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """Lead a name as the module of its docstring knows it, imported from elsewhere, to its place in the reference."""
+    """Lead a name as the module or class of its docstring knows it, imported or inherited, to its place."""
     if node.get("refdomain") != "py" or not node.get("py:module"):
         return None
-    found = find_object(f"{node['py:module']}.{node['reftarget']}")
+    scopes = [node["py:module"], f"{node['py:module']}.{node.get('py:class')}"]
+    objects = (find_object(f"{scope}.{node['reftarget']}") for scope in scopes)
+    found = next((each for each in objects if each is not None), None)
     if found is None:
         return None
     name = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
