@@ -165,13 +165,20 @@ def documents(data: st.DataObject) -> None:
     """A split loses no document, cuts none of several, and never trains on what validates."""
     texts = data.draw(st.lists(ANY_TEXT.filter(bool), min_size=1, max_size=8))
     share = data.draw(st.floats(0.01, 0.99))
-    train, val, _ = split_documents([Document(str(i), text) for i, text in enumerate(texts)], share)
+    train, val, split = split_documents([Document(str(i), text) for i, text in enumerate(texts)], share)
     if len(set(texts)) == 1:
         assert train + val == texts[0]
-    else:
-        assert train
-        assert val
+        return
+    assert train
+    assert val
+    if split["rule"] == "whole documents":
         assert len(train) + len(val) + len(SEPARATOR) == len(SEPARATOR.join(texts))
+    else:
+        (largest,) = {text for text in texts if split["rule"].endswith(f" {texts.index(text)}")}
+        copies = [text for index, text in enumerate(texts) if text != largest or index == texts.index(largest)]
+        # The separators: of the documents of each part, the two of the one that is cut among them.
+        assert len(train) + len(val) == len(SEPARATOR.join(copies))
+        assert any(val.endswith(largest[cut:]) and largest[:cut] in train for cut in range(1, len(largest)))
 
 
 def config_file(data: st.DataObject) -> None:

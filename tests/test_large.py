@@ -18,9 +18,9 @@ from layouts import split_at_separator, texts, tokens_of, write_json_lines, writ
 
 from mmrec.data.corpora.large import LARGE_CORPORA
 from mmrec.data.pipeline import tokenize_shard as work
-from mmrec.data.pipeline.merge import Shards
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.split import Shards
 from mmrec.data.pipeline.tokenize_shard import documents, hash_of
 from mmrec.data.store import TokenFolder, open_tokens
 
@@ -92,7 +92,7 @@ def test_the_result_does_not_depend_on_the_workers(
     assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
     # Threads that copy side by side, and pieces so small that most documents are cut by them.
     monkeypatch.setattr("mmrec.data.pipeline.merge.BYTES_AT_ONCE", 101)
-    monkeypatch.setattr("mmrec.data.pipeline.merge.AT_ONCE", 20)
+    monkeypatch.setattr("mmrec.data.pipeline.split.AT_ONCE", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
@@ -226,7 +226,7 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["a.jsonl", "--tokenizer", "characters"], "needs the whole text at once"),
         (["a.jsonl", "--executor", "spark"], "unknown --executor 'spark'; known: local, ray, slurm"),
         (["a.jsonl", "--workers", "0"], "--workers is 0; it must be at least 1"),
-        (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body); at least two are needed"),
+        (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body)"),
         (["a.jsonl", "--val_split", "2"], "it must lie between 0 and 1"),
         (["a.jsonl", "--executor", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),

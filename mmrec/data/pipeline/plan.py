@@ -19,9 +19,10 @@ from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
 from mmrec.data.pipeline.download import download
 from mmrec.data.pipeline.executors import run_shards
-from mmrec.data.pipeline.merge import Shards, counts_table, merge
+from mmrec.data.pipeline.merge import counts_table, merge
 from mmrec.data.pipeline.shards import Shard
 from mmrec.data.pipeline.sources import files_of, find_shards
+from mmrec.data.pipeline.split import Shards
 from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, write_json
 from mmrec.data.resolve import ResolvedSource
 from mmrec.data.store import TokenFolder, open_tokens, read_manifest
@@ -63,7 +64,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
         return open_tokens(folder)
     description: dict[str, Any] = {
         "corpus": {"name": source.corpus or "paths", "title": title, "files": len(request["sizes"])},
-        "split": {"val_split": request["val_split"], "rule": "by a hash of each document"},
+        "split": {"val_split": request["val_split"]},
         "request": {"plan": digest},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
