@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmrec.core.errors import UserError, nearest
@@ -12,8 +12,12 @@ from mmrec.core.errors import UserError, nearest
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
 
 
-def files_below(folder: str | Path) -> Iterator[Path]:
+def files_below(folder: str | Path, skip: Callable[[Path, str], object] | None = None) -> Iterator[Path]:
     """Yield the files of a folder and its subfolders, in no order; what is hidden, and linked folders, are left out.
+
+    Args:
+        folder: where they are.
+        skip: called with each file or folder that is left out, and the reason.
 
     Raises:
         UserError: a folder cannot be read.
@@ -23,11 +27,17 @@ def files_below(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
+        if skip is not None:
+            for name in sorted(folders):
+                if name.startswith(".") or Path(parent, name).is_symlink():
+                    skip(Path(parent, name), "hidden" if name.startswith(".") else "a link to a folder")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
                 yield path
+            elif skip is not None:
+                skip(path, "hidden" if name.startswith(".") else "no file")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from mmrec.core.errors import UserError
 from mmrec.data.pipeline.split import Shards, Split, split_shards
 from mmrec.data.pipeline.tokenize_shard import read_json, stem
+from mmrec.data.provenance import SOURCES, Provenance
 from mmrec.data.store import HashedFile, TokenFolder, open_tokens, writing
 from mmrec.tokenizers import Tokenizer, token_lengths
 
@@ -41,6 +43,8 @@ def merge(
         reasons.update(count["rejected"])
     if not sum(count["documents"] for count in counts):
         aside = f" (set aside: {_listed(reasons)})" if reasons else ""
+        if fields := sorted({name for count in counts for name in count["fields"]}):
+            aside += f"; the records have {', '.join(fields[:20])}: name the text by --text_field"
         raise UserError(f"{description['corpus']['title']}: 0 documents{aside}")
     try:
         split = split_shards(shards, drop_duplicates, tokenizer)
@@ -54,11 +58,26 @@ def merge(
             for number in range(len(shards.parts)):
                 with open(shards.work / f"{stem(number)}.rejected", "rb") as lines:
                     shutil.copyfileobj(lines, rest)
+        sources = _provenance(shards, counts)
+        with create(SOURCES) as file:
+            file.write(sources.encoded())
+        description["sources"] = sources.counts()
         text = sizes["train"]["bytes"] + sizes["val"]["bytes"]
         description["split"] |= {"rule": split.rule, "val_share": round(sizes["val"]["bytes"] / text, 4)}
         description["documents"] = {part: dict(size) for part, size in sizes.items()}
         description["rejected"] = dict(sorted(reasons.items()))
     return open_tokens(folder)
+
+
+def _provenance(shards: Shards, counts: Sequence[dict[str, Any]]) -> Provenance:
+    """Return the files that were read, the parts of one file together, and those that were skipped."""
+    sources = Provenance()
+    for path, several in groupby(zip(shards.paths, counts, strict=True), key=lambda pair: pair[0]):
+        parts = [count for _, count in several]
+        rejected = sum(sum(count["rejected"].values()) for count in parts)
+        sources.read(path, sum(c["documents"] for c in parts), sum(c["bytes"] for c in parts), rejected)
+    sources.rows += shards.skipped.rows
+    return sources
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmrec.data.pipeline.shards import Shard
 from mmrec.data.pipeline.sources import files_of, find_shards
 from mmrec.data.pipeline.split import Shards
 from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, write_json
+from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource
 from mmrec.data.store import TokenFolder, open_tokens, read_manifest
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -50,7 +52,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     corpus = LARGE_CORPORA.get(source.corpus or "")
     title = corpus.title if corpus else source.corpus or _listed(source.paths)
     paths = source.paths or _downloaded(source.corpus or "", source.output_dir)
-    shards = find_shards(source.corpus, paths)
+    shards, skipped = find_shards(source.corpus, paths)
     request = _request(options, shards, options.tokenizer or ("bpe" if corpus else "bytes"))
     folder, digest = source.output_dir, _digest(request)
     earlier = read_manifest(folder)
@@ -71,7 +73,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     lock = folder.with_name(f".{folder.name}.lock")
     try:
         with FileLock(lock, timeout=0):
-            tokens = _carry_out(options, shards, request, folder, description)
+            tokens = _carry_out(options, Found(shards, skipped), request, folder, description)
     except Timeout:
         if not lock.exists():
             raise UserError(f"{folder}: cannot be written, nor anything beside it") from None
@@ -79,8 +81,17 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     if tokens is None:
         print(f"handed to Slurm; once its jobs are done, the same command writes {folder}")
     else:
-        print(f"{counts_table(tokens.manifest)}\nwritten to  {folder}")
+        lines = [counts_table(tokens.manifest), skipped_line(skipped.rows), f"written to  {folder}"]
+        print("\n".join(line for line in lines if line))
     return tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a source: as shards, and those that are not read."""
+
+    shards: Sequence[Shard]
+    skipped: Provenance
 
 
 def _request(options: PrepareOptions, shards: Sequence[Shard], tokenizer: str) -> dict[str, Any]:
@@ -107,13 +118,13 @@ def _digest(request: dict[str, Any]) -> str:
 
 def _carry_out(
     options: PrepareOptions,
-    shards: Sequence[Shard],
+    found: Found,
     request: dict[str, Any],
     folder: Path,
     description: dict[str, Any],
 ) -> TokenFolder | None:
     """Tokenize the shards and merge them into ``folder``; None where Slurm has yet to do the work."""
-    work = folder.with_name(f"{folder.name}.work")
+    shards, work = found.shards, folder.with_name(f"{folder.name}.work")
     _plan_work(work, request, options.force)
     tokenizer = _tokenizer(work, shards, request)
     print(f"{description['corpus']['title']}: {len(shards):,} shards, {sum(request['sizes'].values()):,} bytes")
@@ -121,8 +132,9 @@ def _carry_out(
     workers = options.workers or cores
     if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
         return None
-    parts = Shards(work, [shard.part for shard in shards], float(request["val_split"]))
-    tokens = merge(parts, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
+    parts, files = [shard.part for shard in shards], [shard.path for shard in shards]
+    written = Shards(work, parts, float(request["val_split"]), files, found.skipped)
+    tokens = merge(written, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
     shutil.rmtree(work)
     return tokens
 

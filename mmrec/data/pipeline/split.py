@@ -12,6 +12,7 @@ import numpy as np
 
 from mmrec.core.errors import UserError
 from mmrec.data.pipeline.tokenize_shard import DOCUMENT, stem
+from mmrec.data.provenance import Provenance
 from mmrec.tokenizers import Tokenizer, token_lengths
 
 AT_ONCE = 1 << 22
@@ -30,11 +31,15 @@ class Shards:
         work: their folder.
         parts: "train", "val" or None for each shard, as in its :class:`~mmrec.data.pipeline.shards.Shard`.
         val_split: share of the text that validates, where the shards do not decide it.
+        paths: the file of each shard; several in a row may be parts of one file.
+        skipped: the files that were not read.
     """
 
     work: Path
     parts: Sequence[str | None]
     val_split: float
+    paths: Sequence[str]
+    skipped: Provenance
 
     def count(self, number: int) -> int:
         """Return the number of documents of a shard."""
