@@ -174,7 +174,7 @@ def test_a_folder_without_a_text_says_what_is_there(
     (tmp_path / "mine" / "a.csv").write_text("a,b")
     for command in (["mine"], ["--input_dir", "mine"]):
         assert mmrec("prepare", *command, "--output_dir", "out") == 2
-        assert "skipped     1 files (1 no format that is read): a.csv" in capsys.readouterr().err
+        assert "skipped 1 files (1 no format that is read): a.csv" in capsys.readouterr().err
     write_json_lines(tmp_path / "mine" / "b.jsonl", texts(3))
     assert mmrec("prepare", "--input_dir", "mine", "--output_dir", "out") == 2
     assert "1 no text file, but read without --input_dir" in capsys.readouterr().err
