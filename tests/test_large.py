@@ -185,11 +185,38 @@ def test_a_file_cut_short_is_named_and_the_rest_is_kept(
     assert "Traceback" not in error
     assert {path.name for path in Path("out.work").glob("*.json")} >= {"000000.json", "000002.json"}
     assert not Path("out").exists()
-    # A file that has changed since is no part of what was begun.
+    # A file that has changed since is no part of what was begun; the others are not read again.
     (tmp_path / "in" / "1.jsonl.gz").write_bytes(good)
-    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1") == 2
-    assert "the files have changed" in capsys.readouterr().err
-    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1", "--force") == 0
+    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1") == 0
+    assert "the files have changed: 2 of 3 shards are kept" in capsys.readouterr().out
+    assert mmrec("prepare", "in", "--output_dir", "whole", "--workers", "1") == 0
+    assert tokens_of(Path("out")) == tokens_of(Path("whole"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_another_request_goes_on_with_what_is_the_same(
+    mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    """A wrong --text_field, then the right one, as the message advises; then another file beside it."""
+    for name, part in (("b", texts()[:60]), ("c", texts()[60:])):
+        write_json_lines(tmp_path / "in" / f"{name}.jsonl", part)
+    command = ["prepare", "in", "--workers", "1", "--tokenizer", tokenizer]
+    command += ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    assert mmrec(*command, "--output_dir", "out", "--text_field", "body") == 2
+    assert "the records have text, url: name the text by --text_field" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*args: object) -> TokenFolder:
+            raise KeyboardInterrupt
+
+        patch.setattr("mmrec.data.pipeline.plan.merge", stop)
+        assert mmrec(*command, "--output_dir", "out") == 130
+        assert "0 of 2 shards are kept" in capsys.readouterr().out
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["A text of another file, which is read first."])
+    assert mmrec(*command, "--output_dir", "out") == 0
+    assert f"{0 if tokenizer == 'bpe' else 2} of 3 shards are kept" in capsys.readouterr().out
+    assert mmrec(*command, "--output_dir", "whole") == 0
+    assert tokens_of(Path("out")) == tokens_of(Path("whole"))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mmrec.core.encodings import propose_encodings
 from mmrec.core.errors import UserError, nearest
 
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
@@ -67,7 +68,7 @@ def check_encoding(encoding: str) -> None:
         known = None
     # Some codecs ("hex", "rot13") do not make text of bytes.
     if known is None or not known._is_text_encoding:
-        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or latin-1"
+        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or cp1252"
         raise UserError(f"unknown encoding {encoding!r}{hint}")
 
 
@@ -77,14 +78,15 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
         raise UserError(f"{path}: is empty")
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
         where = data.index(b"\0")
-        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}); for UTF-16 give --encoding utf-16")
+        proposed = _proposed(data, where)
+        other = f"in another encoding: {proposed}" if proposed else "damaged"
+        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}), or {other}")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}); name its encoding, "
-            f"for example --encoding latin-1"
+            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}){_advice(data, error.start)}"
         ) from None
     except UnicodeError as error:  # what the rarer codecs raise, without a place
         raise UserError(f"{path}: is not {encoding} ({error}); name its encoding, for example utf-8") from None
@@ -94,6 +96,17 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
     if not text.strip():
         raise UserError(f"{path}: holds nothing but white space")
     return text
+
+
+def _proposed(data: bytes, place: int) -> str:
+    """Return advice that names likely encodings, or an empty string."""
+    proposed = propose_encodings(data, place)
+    return proposed and f"choose the one that reads right and name it by --encoding: {proposed}"
+
+
+def _advice(data: bytes, place: int) -> str:
+    proposed = _proposed(data, place)
+    return f"; {proposed}" if proposed else ", and no other encoding makes text of it"
 
 
 def is_unicode(text: str) -> bool:
