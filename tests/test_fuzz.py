@@ -20,7 +20,7 @@ import torch
 import yaml
 from conftest import FIGURES, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
-from fuzz_tokenizers import foreign_tokenizer
+from fuzz_tokenizers import foreign_tokenizer, prepared_text
 from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
 
@@ -233,6 +233,7 @@ TARGETS: list[tuple[Target, int, int]] = [
     (streamed, 200, 15_000),
     (tokenizer_state, 200, 6_000),
     (foreign_tokenizer, 300, 10_000),
+    (prepared_text, 60, 2_000),
     (every_token_once, 100, 8_000),
     (text_file, 400, 20_000),
     (play, 200, 10_000),

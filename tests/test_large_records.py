@@ -58,6 +58,7 @@ RECORDS = [{"text": text} for text in texts(5)]
         (json.dumps(RECORDS, indent=1), "a JSON array instead of a record a line"),
         (json.dumps({"data": RECORDS}, indent=1), "JSON over several lines instead of a record a line"),
         ("\n".join(map(json.dumps, RECORDS)).encode("utf-16"), "UTF-16 instead of UTF-8 (iconv"),
+        (b'{"text": "caf\xe9"}', "0 documents (set aside: 1 not JSON)"),
         ("\n".join(json.dumps({"data": record, "id": 1}) for record in RECORDS), "have data.text, id (number)"),
         ("\n".join(json.dumps({"messages": [record]}) for record in RECORDS), "the records have messages (list)"),
         ("\n".join(json.dumps({"body": record["text"], "text": None}) for record in RECORDS), "body, text (null)"),
@@ -178,3 +179,14 @@ def test_a_folder_without_a_text_says_what_is_there(
     write_json_lines(tmp_path / "mine" / "b.jsonl", texts(3))
     assert mmrec("prepare", "--input_dir", "mine", "--output_dir", "out") == 2
     assert "1 no text file, but read without --input_dir" in capsys.readouterr().err
+
+
+def test_texts_that_are_not_utf_8_are_counted_and_the_way_to_read_them_is_said(
+    mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "mine" / name).write_bytes(f"d\u00e9j\u00e0 vu {name}\n".encode("cp1252") * 20)
+    assert mmrec("prepare", "mine", "--output_dir", "out", "--workers", "1") == 2
+    assert "2 not UTF-8); files of text in another encoding are read by --input_dir" in capsys.readouterr().err
+    assert mmrec("prepare", "--input_dir", "mine", "--encoding", "cp1252", "--output_dir", "out") == 0

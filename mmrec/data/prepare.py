@@ -109,7 +109,7 @@ def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:
 
 
 def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
-    """Return the manifest of a token folder that is there already; refuse what must not be overwritten."""
+    """Return the manifest of a token folder that exists already; refuse what must not be overwritten."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder; choose another --output_dir")
     if not folder.exists() or not any(folder.iterdir()):

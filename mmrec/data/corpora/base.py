@@ -54,4 +54,4 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield every document, in an order that does not change. UserError where they cannot be had."""
+        """Yield every document, in an order that does not change. UserError where they are not available."""

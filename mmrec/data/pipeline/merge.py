@@ -45,6 +45,8 @@ def merge(
         aside = f" (set aside: {_listed(reasons)})" if reasons else ""
         if fields := sorted({name for count in counts for name in count["fields"]}):
             aside += f"; the records have {', '.join(fields[:20])}: name the text by --text_field"
+        if reasons["not UTF-8"]:
+            aside += "; files of text in another encoding are read by --input_dir FOLDER --encoding NAME"
         raise UserError(f"{description['corpus']['title']}: 0 documents{aside}")
     try:
         split = split_shards(shards, drop_duplicates, tokenizer)

@@ -54,11 +54,6 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
     """A Parquet file; the text is in the column ``field``."""
     parquet = optional_import("pyarrow.parquet")
     with open_raw(shard.path) as file, naming(shard.path):
-        names = parquet.read_schema(file).names
-        if field not in names:
-            raise UserError(
-                f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
-            )
         _check_column(shard.path, parquet.read_schema(file), field)
         packed = file.seek(0, 2)
         # By default whole columns of a row group are fetched at once: a file may be one row group.
@@ -85,7 +80,7 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
 
 
 def _check_column(path: str, schema: Any, field: str) -> None:
-    """Raise UserError where the column ``field`` holds no text: strings, or bytes that may be UTF-8."""
+    """Raise UserError where the column ``field`` is missing or holds no text: strings, or bytes of UTF-8."""
     kinds = optional_import("pyarrow.types")
 
     def is_text(kind: Any) -> bool:
@@ -93,6 +88,9 @@ def _check_column(path: str, schema: Any, field: str) -> None:
         names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
         return any(getattr(kinds, f"is_{name}", lambda kind: False)(kind) for name in names)
 
+    if field not in schema.names:
+        columns = (column.name if is_text(column.type) else f"{column.name} ({column.type})" for column in schema)
+        raise UserError(f"{path}: has no column {field!r}, but {', '.join(columns)}; name one by --text_field")
     kind = schema.field(field).type
     if not is_text(kind):
         others = ", ".join(column.name for column in schema if is_text(column.type))

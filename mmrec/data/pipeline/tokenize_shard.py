@@ -66,7 +66,7 @@ def hash_of(data: bytes) -> np.ndarray:
 def tokenize_shard(work: Path, number: int) -> None:
     """Do shard ``number`` of the plan in ``work``, if it is not done yet.
 
-    What a user can act on is left as a file for the one who asked, ``000012.failed``: an executor would only
+    A UserError is left as a file for the process that started the work, ``000012.failed``: an executor would only
     show where in its own code it met the error.
     """
     done, failed = work / f"{stem(number)}.json", work / f"{stem(number)}.failed"
