@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.checkpoints import runs
 from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
@@ -28,19 +26,13 @@ from mmrec.core.options import given, parse_error, resolve_configs
 from mmrec.core.precision import native_precision
 from mmrec.model import ModelConfig
 from mmrec.training import slurm
-from mmrec.training.callbacks.checkpointing import (
-    BestCheckpoint,
-    DurableCheckpointIO,
-    GradientGuard,
-    LastCheckpoint,
-    LearningRate,
-    ProgressBar,
-    ResumableEarlyStopping,
-    StoppedBySignal,
-    Summary,
-    Throughput,
-)
+from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
+from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
+from mmrec.training.callbacks.early_stopping import ResumableEarlyStopping
+from mmrec.training.callbacks.gradients import GradientGuard
+from mmrec.training.callbacks.resuming import ResumeCorrections
 from mmrec.training.callbacks.run_log import RunLog
+from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySignal
 from mmrec.training.callbacks.tensorboard import (
     Charts,
     FinalScore,
@@ -49,6 +41,9 @@ from mmrec.training.callbacks.tensorboard import (
     TensorBoardRunLogger,
     TextSample,
 )
+from mmrec.training.callbacks.terminal import ProgressBar, Summary
+from mmrec.training.callbacks.throughput import LearningRate, Throughput
+from mmrec.training.compat import SubcommandCLI, is_first_process, quiet, raised_by_lightning
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
 
@@ -100,7 +95,7 @@ class SaveRunConfig(SaveConfigCallback):
             self.parser.save(self.config, file.name, skip_none=False, overwrite=True)
 
 
-class TrainingCLI(LightningCLI):
+class TrainingCLI(SubcommandCLI):
     """LightningCLI for :class:`RecurrentLMModule` and :class:`TextDataModule`, for runs with a name and a folder.
 
     Args:
@@ -143,23 +138,19 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
         parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
-            parser.add_argument(
-                "--window",
-                type=int | None,
-                default=None,
-                help="score windows of so many tokens, each from an empty memory",
-            )
-            parser.add_argument(
-                "--dynamic", action="store_true", help="go on learning from the text, each part after it is scored"
-            )
-        return parser
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would look for hyper-parameters in the file; ours are compared when it is loaded."""
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        if subcommand not in ("validate", "test"):
+            return
+        parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
+        parser.add_argument(
+            "--window",
+            type=int | None,
+            default=None,
+            help="score windows of so many tokens, each from an empty memory",
+        )
+        parser.add_argument(
+            "--dynamic", action="store_true", help="go on learning from the text, each part after it is scored"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Decide on the run's folder, and on the checkpoint to start from, before anything is made."""
@@ -214,11 +205,13 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"Beginning with the weights of {self.initial}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = self.component(self.config_init, "trainer")
         folder = self.root / runs.LOGS / self.run
         fit = self.subcommand == "fit"
         for name in (runs.BEST, runs.LAST):
-            self._get(self.config_init, name).dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
+            self.component(self.config_init, name).dirpath = str(
+                runs.checkpoint_folder(self.root, self.run).absolute()
+            )
         self.save_config_kwargs = {"folder": folder}
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardRunLogger(self.root / runs.LOGS, self.run) if fit else False
@@ -232,26 +225,30 @@ class TrainingCLI(LightningCLI):
             added += [LossByPosition(), MemoryStatistics(), TextSample(), FinalScore(), RunLog(folder, sys.argv[1:])]
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
-            go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
+            go_on = self.component(self.config_init, runs.LAST).if_save_fails == "go_on"
             config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.damaged)]
         for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
             if isinstance(config[name], int | float) and config[name] <= 0:
                 raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
             gpu = config["accelerator"] in ("gpu", "cuda")
             advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
             raise UserError(f"--trainer options that cannot be had here: {error}{advice}") from None
+        if fit:
+            last = self.component(self.config_init, runs.LAST)
+            # After all others, which Lightning has put in its order: what they change belongs into the checkpoint.
+            trainer.callbacks += [StopOnSignal(last), ResumeCorrections(last)]  # type: ignore[attr-defined]
+        return trainer
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
         self.datamodule.evaluation = self.evaluation
         if subcommand == "fit":
             self._check_interval()
-        if subcommand == "fit" and _is_first():  # not before all that was given is known to be good
+        if subcommand == "fit" and is_first_process():  # not before all that was given is known to be good
             self.held.callback(runs.lock_run(self.root, self.run).release)
-        return kwargs | {"ckpt_path": self.ckpt}
+        return {"ckpt_path": self.ckpt}
 
     def _check_interval(self) -> None:
         """Refuse a validation that would never come, before the run has a folder."""
@@ -301,36 +298,8 @@ class TrainingCLI(LightningCLI):
         print(f"{path}: {position - 1:,} tokens")
 
 
-def _quiet() -> None:
-    """Keep from the screen what a user can do nothing about."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="The number of training batches")  # of a small text
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every run is a job
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging")  # it shards only where asked to
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")  # those of fit alone
-    advice = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
-    talkers = (
-        "pytorch.utilities.rank_zero",
-        "pytorch.trainer.connectors.checkpoint_connector",
-        "fabric.utilities.seed",
-    )
-    for name in talkers:
-        logger = logging.getLogger(f"lightning.{name}")
-        logger.addFilter(lambda record: not any(part in record.getMessage() for part in advice))
-
-
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _refused_by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _find_intact_model(root: Path, which: str) -> Path:
@@ -353,12 +322,6 @@ def _refuse_old_shards(path: Path) -> None:
             f"{path}: is in shards of format version 1 with multi-token prediction, from which training cannot go "
             f"on; begin a run with its weights by --init_from"
         )
-
-
-def _is_first() -> bool:
-    """Return whether this process is the first of those that train together, which writes what all share."""
-    machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return not getattr(rank_zero_only, "rank", 0) and machine == "0"
 
 
 def _sharded(strategy: Any) -> bool:
@@ -391,7 +354,7 @@ def run_lightning(command: str, args: list[str]) -> None:
     # Denormal numbers, which fading memories produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
     keep_freed_pages()
-    _quiet()
+    quiet()
     before = sys.argv
     # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.
     program = Path(sys.executable).with_name("mmrec")
@@ -406,7 +369,7 @@ def run_lightning(command: str, args: list[str]) -> None:
                 seed_everything_default=0,
             )
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        if not _refused_by_lightning(error):
+        if not raised_by_lightning(error):
             raise
         raise UserError(one_line(error)) from error
     except StoppedBySignal as stop:

@@ -117,7 +117,13 @@ class RecurrentLMModule(LightningModule):
     # Training
 
     def on_train_start(self) -> None:
-        """Restore the random numbers of a resumed run last, after all that draws some while it is set up."""
+        self.restore_training_state()
+
+    def restore_training_state(self) -> None:
+        """Restore the random numbers of a resumed run, after all that draws some while it is set up, and set rates.
+
+        A second call leaves the random numbers as they are.
+        """
         if "cpu" in self._random:
             torch.set_rng_state(self._random["cpu"].cpu())
         if "cuda" in self._random and torch.cuda.is_available():

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.model import RecurrentLM
+from mmrec.training.compat import shard_over_all_processes
 from mmrec.training.mtp import MTPHead
 
 
@@ -38,7 +39,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     f"{type(callback).__name__} averages a model that is whole in each process: leave it out by "
                     f"--trainer.callbacks null, or train without trainer/fsdp"
                 )
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_processes(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

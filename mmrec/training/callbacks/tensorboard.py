@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mmrec.data.batches import Batch
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.metrics import MetricsByPosition
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model.statistics import layer_statistics
+from mmrec.training.compat import survive_full_disk
 from mmrec.training.module import RecurrentLMModule
 
 POSITION, HALF_LIFE, STATE, GATE = "val_loss_by_position", "val_half_life", "val_state_norm", "val_gate"
@@ -77,37 +76,12 @@ def _step(trainer: Trainer) -> int:
     return max(0, trainer.global_step - 1)
 
 
-def _outlive(writer: SummaryWriter) -> None:
-    """Make a writer that meets a full disk say so once, and write no more; training is worth more than its curves.
-
-    TensorBoard would print a traceback from its own thread, and raise in every later call.
-    """
-    events = writer.file_writer.event_writer._async_writer._writer  # type: ignore[attr-defined]
-    failed = False
-
-    def guarded(call: Callable[..., object]) -> Callable[..., None]:
-        def attempt(*data: bytes) -> None:
-            nonlocal failed
-            try:
-                if not failed:
-                    call(*data)
-            except OSError as error:
-                failed = True
-                said = f"{writer.log_dir}: cannot write the curves: {error.strerror}; training goes on without them"
-                print(f"\n{said}", file=sys.stderr, flush=True)
-
-        return attempt
-
-    for name in ("write", "flush", "close"):
-        setattr(events, name, guarded(getattr(events, name)))
-
-
 class Charts(Callback):
     """Lays out the charts of :data:`CHARTS` when training starts."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardRunLogger) and trainer.is_global_zero:
-            _outlive(trainer.logger.experiment)
+            survive_full_disk(trainer.logger.experiment)
             trainer.logger.experiment.add_custom_scalars(CHARTS)
 
 

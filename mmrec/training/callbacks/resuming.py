@@ -1,0 +1,31 @@
+"""What Lightning does not do, or counts wrongly, when a run is resumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mmrec.training.callbacks.checkpointing import LastCheckpoint
+from mmrec.training.compat import count_epoch_in_progress, run_missed_validation
+from mmrec.training.module import RecurrentLMModule
+
+
+class ResumeCorrections(Callback):
+    """Runs the validation that a run was stopped before, and keeps the count of epochs right.
+
+    Args:
+        last: says whether a validation was due when it was saved.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        self.last = last
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.last.validation_due:
+            assert isinstance(pl_module, RecurrentLMModule)
+            pl_module.restore_training_state()  # the validation ends with a save
+            run_missed_validation(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        count_epoch_in_progress(trainer)

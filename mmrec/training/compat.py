@@ -1,0 +1,210 @@
+"""Private interfaces of Lightning, jsonargparse and TensorBoard that training needs, all of them in this file.
+
+Checked with Lightning 2.6.6, jsonargparse 4.47 and TensorBoard 2.21. Each says which public interface is missing,
+and the upstream issue that it is for ("no issue known" where a search found none). On an upgrade, this is the file to
+read. The one private interface outside of ``training/`` that is of the same kind is in ``mmrec/core/options.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
+
+# The training loop
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Return whether the update of the current batch is still to come (``accumulate_grad_batches``).
+
+    Lightning has no public name for it; no issue known.
+    """
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return whether Lightning passes what is logged at this batch on to the loggers (``log_every_n_steps``).
+
+    Lightning has no public name for it; no issue known.
+    """
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def is_validation_due(trainer: Trainer) -> bool:
+    """Return whether a validation follows the batch that has just been trained on.
+
+    A callback that saves there is called before that validation (Lightning issues 14431 and 17417, open), and cannot
+    otherwise know that one is still to come.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
+def run_missed_validation(trainer: Trainer) -> None:
+    """Run the validation that a run was stopped before, when training starts again.
+
+    Lightning resumes after it, or runs one batch of it (issues 19549, 20277 and 20288, open).
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress
+    counted = [(progress, progress.processed, progress.completed) for progress in (epochs.total, epochs.current)]
+    for progress, *_ in counted:  # Lightning has counted an epoch that ends here already; what is saved must not
+        progress.processed = progress.completed = progress.ready - 1
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # none of it has been done yet
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    for progress, processed, completed in counted:
+        progress.processed, progress.completed = processed, completed
+
+
+def count_epoch_in_progress(trainer: Trainer) -> None:
+    """Make Lightning's counters name the epoch in progress, which they do not after resuming at the end of one.
+
+    A checkpoint of that epoch would be taken for one of its end, and a run resumed from it be too long (the counters
+    after a restart: issue 19367, open; pull request 20379 mended part of it).
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress
+    for progress in (epochs.total, epochs.current):
+        progress.ready = progress.started = progress.processed + 1
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Return whether the trainer only tries a few batches; the attribute is made by ``setattr``, unknown to mypy."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+# Processes
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the first of those that train together, before a trainer exists.
+
+    ``rank_zero_only.rank`` is set at import, from the environment; no issue known.
+    """
+    machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
+def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
+    """Make ``strategy`` shard a model over the processes of all machines.
+
+    Its default replicates the model on each machine (``data_parallel_size="auto"`` is the number of machines), and
+    the number of processes is not known yet when the constructor could be told; no issue known.
+    """
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+# The command line
+
+
+class SubcommandCLI(LightningCLI):
+    """LightningCLI with public hooks in place of the private methods that have no other way in.
+
+    ``_parse_ckpt_path`` is turned off: it would look for hyper-parameters in the checkpoint and let them win over the
+    command line (issues 20310 and 20801, pull request 21455, open).
+    """
+
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Add to ``parser`` what only ``subcommand`` has; LightningCLI has a hook for all of them alone.
+
+        No issue known.
+        """
+
+    def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
+        """Return arguments of the trainer's method that take the place of those parsed; no issue known."""
+        return {}
+
+    def component(self, config: Any, key: str) -> Any:
+        """Return the part ``key`` of ``config`` for the subcommand that runs; no issue known."""
+        return self._get(config, key)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_subcommand_arguments(parser, subcommand)
+        return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | self.subcommand_arguments(subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
+def raised_by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called.
+
+    Lightning has no class of its own for errors in what a user gives; no issue known.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+
+
+# What is printed
+
+WARNINGS = (
+    ".*LeafSpec.*is deprecated",  # Lightning's own use of torch
+    "Checkpoint directory .* exists and is not empty",
+    "The number of training batches",  # of a small text
+    "The dirpath has changed",  # a new run from another's checkpoint
+    "The `srun` command is available",  # not every run is a job
+    "You're using the WeightAveraging",  # the model is sharded only where asked for
+    "Be aware that when using `ckpt_path`, callbacks",  # those of fit alone
+)
+"""Beginnings of warnings, as regular expressions, that a user can do nothing about."""
+ADVICE = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
+"""Parts of log messages, likewise."""
+LOGGERS = ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector", "fabric.utilities.seed")
+
+
+def quiet() -> None:
+    """Keep from the screen what a user can do nothing about; Lightning has no setting for it."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in LOGGERS:
+        logging.getLogger(f"lightning.{name}").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in ADVICE)
+
+
+# TensorBoard
+
+
+def survive_full_disk(writer: SummaryWriter) -> None:
+    """Make a writer that meets a full disk say so once, and write no more; training is worth more than its curves.
+
+    TensorBoard prints a traceback from its own thread, and raises in every later call (TensorBoard issues 4036 and
+    6167).
+    """
+    events = writer.file_writer.event_writer._async_writer._writer  # type: ignore[attr-defined]
+    failed = False
+
+    def guarded(call: Callable[..., object]) -> Callable[..., None]:
+        def attempt(*data: bytes) -> None:
+            nonlocal failed
+            try:
+                if not failed:
+                    call(*data)
+            except OSError as error:
+                failed = True
+                message = f"{writer.log_dir}: cannot write the curves: {error.strerror}"
+                print(f"\n{message}; training goes on without them", file=sys.stderr, flush=True)
+
+        return attempt
+
+    for name in ("write", "flush", "close"):
+        setattr(events, name, guarded(getattr(events, name)))
