@@ -79,7 +79,7 @@ def test_another_name_is_another_run_and_replaces_none(
     assert mmrec("fit", here, "--run=branch", "--trainer.max_epochs=2") == 0
     assert last("branch")["global_step"] == 150
     assert mmrec("fit", here, "--run=b", "--trainer.max_epochs=2") == 2
-    assert "the run 'b' is there already" in capsys.readouterr().err
+    assert "the run 'b' already exists" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
     # A link is another way to the same run, wherever it leads.
     Path("link").symlink_to("lightning_logs/branch")

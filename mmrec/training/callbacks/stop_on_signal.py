@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmrec.training.callbacks.checkpointing import LastCheckpoint
 from mmrec.training.compat import is_accumulating
-from mmrec.training.slurm import REQUEUE_SIGNAL, requeue, requeues
+from mmrec.training.slurm import REQUEUE_SIGNAL, current_job, requeue
 
 
 class StoppedBySignal(Exception):
@@ -52,7 +52,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = None
-        numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if requeues() else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if current_job() else [])]
         try:
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
         except ValueError:  # not in the main thread, which alone may handle signals
@@ -72,8 +72,9 @@ class StopOnSignal(Callback):
         if not number:
             return
         self.last.save(trainer)
-        if number == REQUEUE_SIGNAL and trainer.is_global_zero:
-            requeue()
+        job = current_job()
+        if number == REQUEUE_SIGNAL and job is not None and trainer.is_global_zero:
+            requeue(job)
         raise StoppedBySignal(number, self.last.path)
 
     def _agreed_signal(self, trainer: Trainer) -> int:
