@@ -50,6 +50,37 @@ def is_validation_due(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
 
 
+def updates_to_come(trainer: Trainer, batches_per_epoch: int) -> int:
+    """Return the number of updates from here to the end of ``max_epochs``, also when a run has just been resumed.
+
+    Lightning's counters, as they are between the start of training and its first batch: an epoch whose last batch was
+    trained on is counted at once or only later, by what was saved (issue 19367, open).
+    """
+    epoch_loop, every = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    ended: Any = trainer.fit_loop.epoch_progress.current
+    epochs = max(0, (trainer.max_epochs or 0) - ended.processed)
+    progress: Any = epoch_loop.batch_progress
+    is_counted = epoch_loop.restarted_on_train_batch_end and progress.is_last_batch
+    done = 0 if is_counted else progress.current.processed
+    per_epoch = -(-batches_per_epoch // every)
+    done_updates = per_epoch if done >= batches_per_epoch else done // every
+    return max(0, epochs * per_epoch - done_updates)
+
+
+def complete_resumed_epoch(trainer: Trainer) -> None:
+    """Make an epoch that ended when the checkpoint was saved one that has ended, however many batches it has now.
+
+    Lightning compares the number of batches then with the number now (other sequences, another text), and would go on
+    with the epoch where there are more; no issue known.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop.restarting and loop.batch_progress.is_last_batch:
+        current: Any = loop.batch_progress.current
+        less = current.processed - current.completed
+        current.ready = current.started = current.processed = int(trainer.num_training_batches)
+        current.completed = current.processed - less
+
+
 def run_missed_validation(trainer: Trainer) -> None:
     """Run the validation that a run was stopped before, when training starts again.
 

@@ -7,12 +7,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmrec.training.callbacks.checkpointing import LastCheckpoint
-from mmrec.training.compat import count_epoch_in_progress, run_missed_validation
+from mmrec.training.compat import complete_resumed_epoch, count_epoch_in_progress, run_missed_validation
 from mmrec.training.module import RecurrentLMModule
 
 
 class ResumeCorrections(Callback):
-    """Runs the validation that a run was stopped before, and keeps the count of epochs right.
+    """Runs the validation that a run was stopped before, and keeps the counts of batches and epochs right.
 
     Args:
         last: says whether a validation was due when it was saved.
@@ -22,6 +22,7 @@ class ResumeCorrections(Callback):
         self.last = last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        complete_resumed_epoch(trainer)
         if self.last.validation_due:
             assert isinstance(pl_module, RecurrentLMModule)
             pl_module.restore_training_state()  # the validation ends with a save
