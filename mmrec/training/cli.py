@@ -23,18 +23,12 @@ from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
 from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from mmrec.training.callbacks.early_stopping import ResumableEarlyStopping
 from mmrec.training.callbacks.gradients import GradientGuard
+from mmrec.training.callbacks.measurements import FinalScore, LossByPosition, RecurrentLayerStatistics, TextSample
 from mmrec.training.callbacks.resuming import ResumeCorrections
 from mmrec.training.callbacks.run_config import SaveRunConfig
 from mmrec.training.callbacks.run_log import RunLog
 from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySignal
-from mmrec.training.callbacks.tensorboard import (
-    Charts,
-    FinalScore,
-    LossByPosition,
-    MemoryStatistics,
-    TensorBoardRunLogger,
-    TextSample,
-)
+from mmrec.training.callbacks.tensorboard import Charts, TensorBoardRunLogger
 from mmrec.training.callbacks.terminal import ProgressBar, Summary
 from mmrec.training.callbacks.throughput import LearningRate, Throughput
 from mmrec.training.compat import SubcommandCLI, is_first_process, quiet, raised_by_lightning
@@ -219,7 +213,7 @@ class TrainingCLI(SubcommandCLI):
             added.append(ProgressBar())
         if fit:
             added += [Summary(), LearningRate(), Throughput(), Charts()]
-            added += [LossByPosition(), MemoryStatistics(), TextSample(), FinalScore()]
+            added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
             added.append(RunLog(self.plan.folder, self.typed))
         config["callbacks"] = [*_listed(config["callbacks"]), *added]
         if not _sharded(config["strategy"]):
