@@ -42,7 +42,7 @@ CHANGES: dict[str, tuple[list[str], str]] = {
 def grown(tmp_path: Path) -> Path:
     """A longer text of the same alphabet."""
     (tmp_path / "grown.txt").write_text(make_text() + make_text()[:7_000], encoding="utf-8")
-    prepare(input_file=tmp_path / "grown.txt", output_dir=tmp_path / "grown", tokenizer="characters")
+    prepare(PrepareOptions(input_file=tmp_path / "grown.txt", output_dir=tmp_path / "grown", tokenizer="characters"))
     return tmp_path / "grown"
 
 

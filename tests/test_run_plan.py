@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import checkpoints, fit, last
+from test_cli import Command
+from victim import start
 
 from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, write_checkpoint
 from mmrec.core.errors import UserError
@@ -200,3 +203,35 @@ def test_other_processes_come_to_the_same_plan(case: str, here: Path) -> None:
 def test_what_the_plan_adds_to_the_arguments(here: Path) -> None:
     assert plan("fit --run a --ckpt_path last").complete(["x"]) == ["--config", str(OWN["a"]), "x"]
     assert plan("fit --init_from model.ckpt").complete(["x"])[1].startswith("--model.config={")
+
+
+def test_a_run_whose_folder_was_moved_is_resumed_where_it_is(mmrec: Command, prepared: Path) -> None:
+    short = ["--data.seq_len=256", "--trainer.default_root_dir=before"]
+    assert mmrec(*fit(prepared, *short, "--trainer.max_epochs=1", "--run=a")) == 0
+    Path("before").rename("after")
+    path = checkpoints("a", Path("after")) / "last.ckpt"
+    assert mmrec("fit", f"--ckpt_path={path}", "--trainer.max_epochs=2") == 0
+    assert last("a", Path("after"))["global_step"] == 42
+    assert mmrec("fit", f"--ckpt_path={path}", "--trainer.max_epochs=3", "--run=branch") == 0
+    assert last("branch", Path("after"))["global_step"] == 63
+    assert not Path("before").exists()
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.slow
+def test_runs_without_a_name_may_begin_at_the_same_moment(prepared: Path, tmp_path: Path) -> None:
+    command = fit(prepared, "--data.seq_len=256", "--trainer.max_epochs=1")
+    processes: list[Any] = [start(tmp_path, command) for _ in range(3)]
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0, 0], (tmp_path / "output.txt").read_text()[-2000:]
+    for number in range(3):
+        assert last(f"version_{number}", tmp_path)["global_step"] == 21
+
+
+def test_what_decides_on_the_run_is_not_hidden_in_a_group(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = '--trainer={"default_root_dir": "elsewhere"}'
+    assert mmrec(*fit(prepared, hidden, "--trainer.max_steps=1")) == 2
+    assert "give --trainer.default_root_dir by its own name" in capsys.readouterr().err

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -31,7 +33,13 @@ from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySigna
 from mmrec.training.callbacks.tensorboard import Charts, TensorBoardRunLogger
 from mmrec.training.callbacks.terminal import ProgressBar, Summary
 from mmrec.training.callbacks.throughput import LearningRate, Throughput
-from mmrec.training.compat import SubcommandCLI, is_first_process, quiet, raised_by_lightning
+from mmrec.training.compat import (
+    SubcommandCLI,
+    instantiation_error,
+    is_first_process,
+    quiet,
+    raised_by_lightning,
+)
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.predictions import write_predictions
@@ -57,6 +65,9 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # callbacks.Summary takes its place
 }
+
+
+register_type(torch.device, str, torch.device)  # a default of some callbacks, which a saved config would lose
 
 
 class TrainingArgumentParser(LightningArgumentParser):
@@ -174,7 +185,13 @@ class TrainingCLI(SubcommandCLI):
                 raise UserError(f"give --{option} by its own name, as --{option}={value}")
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reason = instantiation_error(error)
+            if reason is None:
+                raise
+            raise UserError(f"--trainer options that cannot be used: {reason}") from error
         if self.plan.init_from is not None:
             self.model.load_weights(read_checkpoint(self.plan.init_from))
             rank_zero_info(f"Initialized with the weights of {self.plan.init_from}")
@@ -215,7 +232,14 @@ class TrainingCLI(SubcommandCLI):
             added += [Summary(), LearningRate(), Throughput(), Charts()]
             added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
             added.append(RunLog(self.plan.folder, self.typed))
-        config["callbacks"] = [*_listed(config["callbacks"]), *added]
+        chosen = _listed(config["callbacks"])
+        for callback in chosen:
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                raise UserError(
+                    f"{type(callback).__name__} cannot be used: it trains on the text before the run begins; compare "
+                    f"short runs instead (--trainer.max_steps)"
+                )
+        config["callbacks"] = [*chosen, *added]
         if not _sharded(config["strategy"]):
             go_on = self.component(self.config_init, runs.LAST).if_save_fails == "go_on"
             config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.plan.damaged)]
@@ -242,7 +266,7 @@ class TrainingCLI(SubcommandCLI):
 
     def _check_interval(self) -> None:
         """Refuse a validation that would never come, before the run has a folder."""
-        every = self.trainer.val_check_interval
+        every = getattr(self.trainer, "val_check_interval", None)  # not there where it is a time
         if self.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
             return
         self.datamodule.trainer = self.trainer  # which knows the number of processes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -183,6 +184,21 @@ def raised_by_lightning(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
+def instantiation_error(error: ValueError) -> str | None:
+    """Return why jsonargparse could not make a class that a config names, as one line; None for another error.
+
+    What the class itself said (a package that is missing, arguments that do not go together) stands in the middle of
+    a listing of all the types that the option takes; no issue known.
+    """
+    listing = re.search(r"^Does not validate against .*?^Errors:\n(.*?)^Given value type:", str(error), re.M | re.S)
+    if listing is None:
+        return None
+    reasons = [reason for reason in re.split(r"^  - ", listing[1], flags=re.M) if reason.strip()]
+    told = [reason for reason in reasons if not reason.startswith("Expected a ")]
+    found = " ".join(" ".join(told).split())
+    return re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", found)
+
+
 # What is printed
 
 WARNINGS = (
@@ -192,6 +208,8 @@ WARNINGS = (
     "The dirpath has changed",  # a new run from another's checkpoint
     "The `srun` command is available",  # not every run is a job
     "You're using the WeightAveraging",  # the model is sharded only where asked for
+    "`ModelCheckpoint\\(monitor=",  # no validation yet since the run was resumed
+    r"`?\.fit\(ckpt_path=",  # Lightning looks for one by itself where an OnExceptionCheckpoint is added
     "Be aware that when using `ckpt_path`, callbacks",  # those of fit alone
 )
 """Beginnings of warnings, as regular expressions, that a user can do nothing about."""

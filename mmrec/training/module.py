@@ -94,7 +94,8 @@ class RecurrentLMModule(LightningModule):
     def _apply_rates(self) -> None:
         """Make rates, decays and betas those asked for now: a resumed optimizer brings those it was saved with."""
         scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
+        if not isinstance(scheduler, LambdaLR):  # that of a callback has taken its place
+            return
         scheduler.base_lrs = [self.options.learning_rate] * len(scheduler.base_lrs)
         groups = zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, self._weight_decays, strict=True)
         for group, share, weight_decay in groups:

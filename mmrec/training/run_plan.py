@@ -123,7 +123,7 @@ def read_request(command: str, args: list[str], job: Job | None = None) -> RunRe
 
 
 def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield every option with its value, typed as ``--name=value`` or as two words."""
+    """Yield every option with its value, in one word with ``=`` or in two words."""
     for number, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         if name.startswith("-"):

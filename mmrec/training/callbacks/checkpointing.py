@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from mmrec.checkpoints.runs import BEST, LAST
 from mmrec.core.errors import UserError
@@ -14,7 +16,11 @@ from mmrec.training.compat import is_accumulating, is_fast_dev_run, is_validatio
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which also knows its best again where the folder of the run has been moved."""
+    """The checkpoint of the lowest validation loss, a finite one.
+
+    Lightning's takes the first loss whatever it is; this one also finds its best again where the folder of the run
+    has been moved.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The second would be best-v1.ckpt; which of them is the best nobody could tell.
@@ -24,6 +30,9 @@ class BestCheckpoint(ModelCheckpoint):
                 f"more, add --trainer.callbacks+=ModelCheckpoint with options of its own"
             )
         super().setup(trainer, pl_module, stage)
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        return current is not None and bool(torch.isfinite(current)) and super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]

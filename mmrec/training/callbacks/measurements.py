@@ -18,6 +18,7 @@ from mmrec.inference.generate import generate_tokens
 from mmrec.inference.metrics import MetricsByPosition
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model.statistics import layer_statistics
+from mmrec.training.callbacks.checkpointing import BestCheckpoint
 from mmrec.training.loggers import log_histogram, log_result, log_scalars, log_text
 from mmrec.training.module import RecurrentLMModule
 
@@ -149,8 +150,8 @@ class FinalScore(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        saved = trainer.checkpoint_callbacks
-        best = next((c.best_model_score for c in saved if c.monitor == "val/loss"), None)  # type: ignore[attr-defined]
+        saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint)]
+        best = next((callback.best_model_score for callback in saved), None)
         if best is None:
             return
         data = trainer.datamodule.hyperparameters()  # type: ignore[attr-defined]
