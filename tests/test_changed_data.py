@@ -14,6 +14,7 @@ from helpers import checkpoints, fit, last, losses
 from test_cli import Command
 
 from mmrec.data.batches import SegmentSampler
+from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.store import open_tokens
 
