@@ -1,4 +1,4 @@
-"""The memory that training carries: every row goes on with what it has read itself, and with nothing else."""
+"""The state that training carries: that of every row is what it has read itself, and nothing else."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_fit_validate_and_generate(
     assert capsys.readouterr().out == written
 
 
-def test_the_board_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
+def test_tensorboard_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--run=a")) == 0

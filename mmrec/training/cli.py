@@ -128,15 +128,15 @@ class TrainingCLI(SubcommandCLI):
             "--run",
             type=str | None,
             default=None,
-            help="name of the run's folder in lightning_logs; if left out, a new version_N, or on resuming and "
-            "validating the latest run",
+            help="name of the run's folder in lightning_logs; if left out, a new version_N, or the latest run where "
+            "one is resumed or evaluated",
         )
         parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
-            help="for fit: begin with the weights of a trained model: best, last, or the path of a checkpoint, of a "
-            "run's folder or of a safetensors file; the text has to be prepared with its tokenizer",
+            help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, of "
+            "a run's folder or of a safetensors file; the text has to be prepared with its tokenizer",
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
@@ -154,10 +154,12 @@ class TrainingCLI(SubcommandCLI):
             "--window",
             type=int | None,
             default=None,
-            help="score windows of so many tokens, each from an empty memory",
+            help="score windows of so many tokens, each from the zero state",
         )
         parser.add_argument(
-            "--dynamic", action="store_true", help="go on learning from the text, each part after it is scored"
+            "--dynamic",
+            action="store_true",
+            help="dynamic evaluation: update the weights on each part of the text after it is scored",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -225,7 +227,7 @@ class TrainingCLI(SubcommandCLI):
             config["logger"] = TensorBoardRunLogger(self.plan.root / runs.LOGS, self.plan.run) if fit else False
         added: list[Callback] = []
         if self.evaluation.dynamic:
-            config["inference_mode"] = False  # tensors made in it can never be learned from
+            config["inference_mode"] = False  # tensors made in it have no gradients
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
@@ -321,7 +323,7 @@ def run_lightning(command: str, args: list[str]) -> None:
     A run that is resumed, or evaluated, brings its own config where the arguments name none; another model brings
     its architecture.
     """
-    # Denormal numbers, which fading memories produce, are many times slower on a CPU.
+    # Denormal numbers, which decaying states produce, are many times slower on a CPU.
     torch.set_flush_denormal(True)
     keep_freed_pages()
     quiet()

@@ -23,10 +23,10 @@ from mmrec.training.options import DataOptions, report_changes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a text is scored; by default in one pass with the memory carried.
+    """How a text is scored; by default in one pass with the state carried.
 
     Args:
-        window: in windows of so many tokens, each from an empty memory.
+        window: in windows of so many tokens, each from the zero state.
         dynamic: learning from every part once it is scored.
     """
 
@@ -37,7 +37,7 @@ class Evaluation:
         if self.window is not None and self.window < 1:
             raise UserError(f"--window is {self.window}; it must be at least 1")
         if self.window is not None and self.dynamic:
-            raise UserError("give --window or --dynamic, not both: a dynamic evaluation carries its memory")
+            raise UserError("give --window or --dynamic, not both: a dynamic evaluation carries its state")
 
     def __str__(self) -> str:
         if self.window is not None:
@@ -137,7 +137,10 @@ class TextDataModule(LightningDataModule):
         self._loader = None
 
     def train_dataloader(self) -> TrainLoader:
-        """Return the loader of this training: asked again (``reload_dataloaders_every_n_epochs``) it goes on."""
+        """Return the loader of this training.
+
+        A second call (``reload_dataloaders_every_n_epochs``) returns the same one, which continues.
+        """
         if self._loader is None:
             overfit = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
             self._loader = TrainLoader(self._sampler(), self.batches_per_epoch() if overfit else None)

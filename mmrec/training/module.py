@@ -110,7 +110,7 @@ class RecurrentLMModule(LightningModule):
         return asdict(self.options) | {"parameters": self.net.parameter_count()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Read one batch on from the carried memory and return the objective that is minimized.
+        """Read one batch from the carried state on, and return the objective that is minimized.
 
         It is the loss, in nats/token, which is logged, and where they are on the confidence penalty and the weighted
         loss on the second token, which are not.
@@ -125,7 +125,7 @@ class RecurrentLMModule(LightningModule):
         return learned + weight * self._losses(self.mtp_head(hidden), mtp_targets(batch.targets))[1]
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, in nats/token, and what is learned from: the same, where confidence costs nothing."""
+        """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
         logits = self.net.head(hidden)
         loss = self._mean_over_processes(targets, token_nll(logits, targets, "sum"))
         if not self.options.confidence_penalty:
@@ -155,7 +155,7 @@ class RecurrentLMModule(LightningModule):
         """Drop what was read, which a number that is not finite may have reached."""
         self._carried.reset()
 
-    # Evaluation: one pass over the whole text, its memory carried from batch to batch
+    # Evaluation: one pass over the whole text, the state carried from batch to batch
 
     def on_validation_epoch_start(self) -> None:
         self._start_text()
@@ -171,7 +171,7 @@ class RecurrentLMModule(LightningModule):
             self._dynamic = DynamicEvaluation(self.net)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return what each target of the batch cost, [M], in nats."""
+        """Return the negative log-likelihood of each target of the batch, [M], in nats."""
         return {"nats": self._score_batch(batch)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -251,7 +251,7 @@ class RecurrentLMModule(LightningModule):
         self.net.load_state_dict(checkpoints.model_weights(checkpoint))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning leaves out: the model's description, the carried memory, the random numbers."""
+        """Add what Lightning leaves out: the model's description, the carried state, the random numbers."""
         checkpoint[checkpoints.KEY] = checkpoints.describe(self.net, self.tokenizer)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -271,14 +271,14 @@ class RecurrentLMModule(LightningModule):
         weights.update({name: value for name, value in self.state_dict().items() if name.startswith(prefix)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model; take up the carried memory and the random numbers."""
+        """Refuse a checkpoint of another model; restore the carried state and the random numbers."""
         checkpoints.check_compatible(checkpoint, self.net, self.tokenizer)
         progress = checkpoint.get(checkpoints.PROGRESS_KEY)
         if not self.trainer.training:
             self._leave_training_out(checkpoint)
         if progress is None:
             if self.trainer.training:
-                raise UserError("the checkpoint holds a model, but no training to go on with")
+                raise UserError("the checkpoint holds a model, but no training to resume")
             return
         if self.trainer.training:
             self._compare_options(progress["hyperparameters"])

@@ -1,4 +1,4 @@
-"""A job that Slurm ends before the training does goes on by itself.
+"""Slurm: a job whose time is up before the training has ended is queued again, and resumes.
 
 Lightning has this too, but saves from within the signal's handler, in the middle of whatever was going on: what was
 saved there is not a place that training passes through (Lightning issue 21406).

@@ -83,7 +83,7 @@ class LastCheckpoint(ModelCheckpoint):
         self.validation_due = is_validation_due(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         # The end is not left to on_train_end: by then Lightning counts an epoch that max_steps broke off as
-        # complete, and a run that is given more steps would go on from a wrong place.
+        # complete, and a run that is given more steps would resume at a wrong place.
         if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
             self.save(trainer)
 

@@ -30,18 +30,18 @@ class Summary(Callback):
 
 
 def summary_table(net: RecurrentLM) -> str:
-    """Return the model as a table: its parts, their parameters, and the numbers in the state of one text."""
+    """Return the model as a table: its parts, their parameters, and the size of the recurrent state of a row."""
     layer_types = net.layer_types()
-    state = [sum(tensor.numel() for tensor in layer) for layer in net.zero_state(1, torch.device("meta"))]
+    sizes = [sum(tensor.numel() for tensor in layer) for layer in net.zero_state(1, torch.device("meta"))]
     layers = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
     total = net.parameter_count()
-    rows = [("part", "parameters", "memory of a text")]
+    rows = [("part", "parameters", "recurrent state")]
     rows.append(("embedding, output, norm", f"{total - sum(layers):,}", ""))
     for kind in dict.fromkeys(layer_types):
         members = [i for i, other in enumerate(layer_types) if other == kind]
-        parameters, numbers = sum(layers[i] for i in members), sum(state[i] for i in members)
-        rows.append((f"{len(members)} x {kind} memory layer", f"{parameters:,}", f"{numbers:,} numbers"))
+        parameters, numbers = sum(layers[i] for i in members), sum(sizes[i] for i in members)
+        rows.append((f"{len(members)} x {kind} layer", f"{parameters:,}", f"{numbers:,} numbers"))
     remembered = net.state_size()
     size = f"{remembered:,} numbers ({remembered * 4 / 1000:.0f} kB), however long it is"
     rows.append(("in all", f"{total:,}", size))
-    return "\n".join(f"{name:<24}{parameters:>14}   {memory}".rstrip() for name, parameters, memory in rows)
+    return "\n".join(f"{name:<24}{parameters:>14}   {state}".rstrip() for name, parameters, state in rows)

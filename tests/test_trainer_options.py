@@ -61,7 +61,7 @@ def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> 
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_the_diary_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
+def test_the_run_log_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
     never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1"]
     low_enough = ["--early_stopping.stopping_threshold=100"]
     for run, options, says in (("a", never_better, "no longer fell"), ("b", low_enough, "as its options say")):
