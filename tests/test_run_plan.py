@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,21 @@ def test_runs_without_a_name_may_begin_at_the_same_moment(prepared: Path, tmp_pa
     assert [process.exitcode for process in processes] == [0, 0, 0], (tmp_path / "output.txt").read_text()[-2000:]
     for number in range(3):
         assert last(f"version_{number}", tmp_path)["global_step"] == 21
+
+
+def test_a_resumed_run_reads_its_checkpoint_once_for_its_hash(
+    mmrec: Command, small_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmrec.checkpoints import checkpoint as module
+
+    shutil.copytree(small_root / "lightning_logs", "lightning_logs")
+    verified: list[str] = []
+    verify = module.verify_checksum
+    monkeypatch.setattr(module, "verify_checksum", lambda path: (verified.append(path.name), verify(path)))
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=1") == 0
+    assert verified == ["last.ckpt"]
+    assert mmrec("validate", "--run=a", "--ckpt_path=best", "--trainer.limit_val_batches=1") == 0
+    assert verified == ["last.ckpt", "best.ckpt"]
 
 
 def test_what_decides_on_the_run_is_not_hidden_in_a_group(

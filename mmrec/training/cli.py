@@ -135,8 +135,8 @@ class TrainingCLI(SubcommandCLI):
             "--init_from",
             type=str | None,
             default=None,
-            help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, of "
-            "a run's folder or of a safetensors file; the text has to be prepared with its tokenizer",
+            help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, "
+            "a run's folder or a safetensors file; the text has to be prepared with its tokenizer",
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
@@ -195,7 +195,7 @@ class TrainingCLI(SubcommandCLI):
                 raise
             raise UserError(f"--trainer options that cannot be used: {reason}") from error
         if self.plan.init_from is not None:
-            self.model.load_weights(read_checkpoint(self.plan.init_from))
+            self.model.load_weights(read_checkpoint(self.plan.init_from, verify=False))
             rank_zero_info(f"Initialized with the weights of {self.plan.init_from}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -244,7 +244,10 @@ class TrainingCLI(SubcommandCLI):
         config["callbacks"] = [*chosen, *added]
         if not _sharded(config["strategy"]):
             go_on = self.component(self.config_init, runs.LAST).if_save_fails == "go_on"
-            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.plan.damaged)]
+            config["plugins"] = [
+                *_listed(config["plugins"]),
+                DurableCheckpointIO(go_on, self.plan.damaged, self.plan.checkpoint),
+            ]
 
     def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
         self.datamodule.evaluation = self.evaluation

@@ -174,7 +174,7 @@ def plan_run(request: RunRequest, taken: Collection[str] = ()) -> RunPlan:
     if request.init_from is None:
         return RunPlan(root, run, is_named=name is not None)
     init = find_intact_checkpoint(runs.find_checkpoint(root, None, request.init_from))
-    architecture = None if request.has_architecture else _architecture(read_checkpoint(init, mmap=True))
+    architecture = None if request.has_architecture else _architecture(read_checkpoint(init, mmap=True, verify=False))
     return RunPlan(root, run, init_from=init, architecture=architecture, is_named=name is not None)
 
 
@@ -184,7 +184,7 @@ def _plan_from_checkpoint(
     """Return the plan of a command that resumes or evaluates ``which``, of the run ``name`` or of any."""
     found = runs.find_checkpoint(root, name, which)
     checkpoint = find_intact_checkpoint(found)  # what is none is refused before all else
-    content = read_checkpoint(checkpoint, mmap=True)
+    content = read_checkpoint(checkpoint, mmap=True, verify=False)
     if request.command == "fit":
         _refuse_to_resume(checkpoint, content)
     config = found.parent.parent / runs.CONFIG

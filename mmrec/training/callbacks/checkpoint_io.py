@@ -23,12 +23,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
     Args:
         go_on: a save that fails is reported, and training goes on; the next save tries again.
         damaged: a ``last.ckpt`` that must not become the previous one, which is whole.
+        verified: a checkpoint whose sha256 this process has compared already.
     """
 
-    def __init__(self, go_on: bool = False, damaged: Path | None = None) -> None:
+    def __init__(self, go_on: bool = False, damaged: Path | None = None, verified: Path | None = None) -> None:
         super().__init__()
         self.go_on = go_on
         self.damaged = damaged
+        self.verified = verified
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -47,4 +49,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         # Lightning brings old checkpoints to its present form, by their version; a model alone has nothing of it.
-        return {"pytorch-lightning_version": lightning.__version__} | read_checkpoint(Path(path), map_location)
+        verify = Path(path) != self.verified
+        content = read_checkpoint(Path(path), map_location, verify=verify)
+        return {"pytorch-lightning_version": lightning.__version__} | content
