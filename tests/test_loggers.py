@@ -85,5 +85,4 @@ def test_every_logger_gets_the_measurements(mmrec: Command, prepared: Path) -> N
     assert [row[0] for _, row in samples] == texts
     assert all(len(text) == 300 for text in texts)
 
-    (events,) = Path("board").rglob("events.*")
-    assert list(losses("a", "val_half_life/layer0_short", events.parent)) == [74, 149]
+    assert list(losses("version_0", "val_half_life/layer0_short", Path("board"))) == [74, 149]
