@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the model of the lowest validation loss as best.ckpt and score it at the end; else the last one",
     )
     parser.add_argument("--early_stopping_patience", help="validations without a better loss before training stops")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run from its last checkpoint")
+    parser.add_argument("--resume", metavar="RUN", help="resume this run from its last checkpoint")
     return parser
 
 

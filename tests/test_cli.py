@@ -63,7 +63,7 @@ def test_fit_validate_and_generate(
     assert capsys.readouterr().out == written
 
 
-def test_the_board_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
+def test_tensorboard_shows_what_it_should(mmrec: Command, prepared: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--run=a")) == 0
@@ -343,7 +343,7 @@ def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys:
         (["validate", "--ckpt_path=last", "--data.data_dir=other", quiet], "another tokenizer"),
         (["fit", "--ckpt_path=last", "--model.config.layers=3", quiet], "layers 2 there, 3 here"),
         (["fit", "--ckpt_path=last", "--model.optimizer=adamw", quiet], "the checkpoint was trained by muon"),
-        (fit(prepared, "--run=a"), "is there already"),
+        (fit(prepared, "--run=a"), "already exists"),
         (["validate", "--ckpt_path=notes.ckpt"], "not a readable checkpoint"),
         (["validate", "--ckpt_path=half.ckpt"], "not a readable checkpoint"),
         (["generate", "--ckpt=foreign.ckpt"], "is not a checkpoint of mmrec"),

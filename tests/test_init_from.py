@@ -45,7 +45,7 @@ def test_the_first_update_begins_with_its_weights(
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert mmrec(*begin(*STILL, "--init_from=last", "--run=again")) == 0
-    assert "Beginning with the weights of" in caplog.text
+    assert "Initialized with the weights of" in caplog.text
     assert mmrec(*begin("--trainer.max_steps=2", f"--init_from={model}", "--run=learns")) == 0
     learned = weights(checkpoints("learns") / "last.ckpt")
     assert not torch.equal(learned["embedding.weight"], expected["embedding.weight"])
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused(
         (fit(Path("tokens"), init, "--model.config.layers=3"), "another architecture: layers 2 there, 3 here"),
         (begin("--init_from=nowhere"), "nowhere: no such checkpoint"),
         (begin("--init_from=text.txt"), "text.txt: not a readable checkpoint"),
-        (begin(f"--ckpt_path={model}"), "no training to go on with; begin one with its weights by --init_from"),
+        (begin(f"--ckpt_path={model}"), "no training to resume; begin one with its weights by --init_from"),
     ):
         assert mmrec(*arguments) == 2
         error = capsys.readouterr().err

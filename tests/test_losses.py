@@ -1,4 +1,4 @@
-"""The price of confidence: what it is, that it is learned from, and that no figure counts it."""
+"""The confidence penalty: its value, that it is minimized, and that no logged loss counts it."""
 
 from __future__ import annotations
 

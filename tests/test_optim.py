@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.training.optim import CombinedOptimizer, make_optimizer, split_parameters, warmup_cosine
+from mmrec.training.options import OptimizerOptions
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
@@ -34,22 +36,22 @@ def test_every_parameter_is_in_one_group() -> None:
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_decays_norms_and_biases_do_not_decay(name: str) -> None:
+def test_decays_norms_and_biases_do_not_decay(name: Literal["muon", "adamw"]) -> None:
     net = RecurrentLM(SHAPE, 7)
-    optimizer = make_optimizer(net, name, 0.1, 0.5, (0.9, 0.99))
+    optimizer = make_optimizer(net, OptimizerOptions(name, 0.1, 0.5))
     free = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
     assert sorted(map(id, free)) == sorted(map(id, split_parameters(net)[2]))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_stored_state_goes_on_the_same(name: str) -> None:
+def test_a_stored_state_goes_on_the_same(name: Literal["muon", "adamw"]) -> None:
     net = RecurrentLM(SHAPE, 7)
-    optimizer = make_optimizer(net, name, 1e-2, 0.1, (0.9, 0.99))
+    optimizer = make_optimizer(net, OptimizerOptions(name, 1e-2, 0.1))
     for seed in range(3):
         step(net, optimizer, seed)
     other = RecurrentLM(SHAPE, 7)
     other.load_state_dict(net.state_dict())
-    again = make_optimizer(other, name, 1e-2, 0.1, (0.9, 0.99))
+    again = make_optimizer(other, OptimizerOptions(name, 1e-2, 0.1))
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for seed in range(3, 6):
         step(net, optimizer, seed)
@@ -59,7 +61,7 @@ def test_a_stored_state_goes_on_the_same(name: str) -> None:
 
 def test_a_schedule_reaches_every_member_also_after_loading() -> None:
     net = RecurrentLM(SHAPE, 7)
-    optimizer = make_optimizer(net, "muon", 0.1, 0.1, (0.9, 0.99))
+    optimizer = make_optimizer(net, OptimizerOptions("muon", 0.1, 0.1))
     assert isinstance(optimizer, CombinedOptimizer)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule = LambdaLR(optimizer, lambda number: 1 / (number + 1))

@@ -1,4 +1,4 @@
-"""Two processes learn what one does from the same batches, with the model whole in each or cut over both."""
+"""Two processes learn what one does from the same batches, with the model replicated or sharded."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_run_that_is_still_going_or_was_killed(mmrec: Command, prepared: Path)
 
 
 def test_a_run_that_failed_says_so(mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmrec.training.callbacks.checkpointing import GradientGuard
+    from mmrec.training.callbacks.gradients import GradientGuard
 
     def fail(*_: object) -> None:
         raise UserError("the gradient <is> not finite at step 3")

@@ -49,7 +49,7 @@ def test_from_every_saved_step(
     figure: Figure,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mmrec.training.callbacks import checkpointing as callbacks
+    from mmrec.training.callbacks import checkpoint_io as callbacks
 
     saved: list[Path] = []
     write = callbacks.write_checkpoint

@@ -33,9 +33,9 @@ from mmrec.evals.recipes import SMALL
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
 from mmrec.tokenizers.bytes import ByteTokenizer
-from mmrec.training.datamodule import TextDataModule
 from mmrec.training.dynamic import DYNAMIC_LENGTH
 from mmrec.training.mtp import MTPHead
+from mmrec.training.options import DataOptions
 
 Command = Callable[..., int]
 READMES = ("README.md", "README.tr.md")
@@ -75,7 +75,7 @@ def training_tokens() -> np.ndarray:
 
 def stream(config: str, **changed: Any) -> SegmentSampler:
     data = content(config)["data"] | changed
-    defaults = TextDataModule()
+    defaults = DataOptions()
     return SegmentSampler(
         training_tokens(),
         data["batch_size"],

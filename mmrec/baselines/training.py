@@ -19,6 +19,7 @@ from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import make_optimizer, warmup_cosine
+from mmrec.training.options import OptimizerOptions
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def make_baseline_optimizer(
 ) -> Optimizer:
     """Return Muon and AdamW for our model; for the others AdamW, without weight decay on vectors, as nanoGPT's."""
     if isinstance(model, RecurrentLM):
-        return make_optimizer(model, "muon", learning_rate, weight_decay, (0.9, 0.99), mtp_head)
+        options = OptimizerOptions(learning_rate=learning_rate, weight_decay=weight_decay)
+        return make_optimizer(model, options, mtp_head)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

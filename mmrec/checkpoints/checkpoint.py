@@ -134,11 +134,12 @@ def verify_checksum(path: Path) -> None:
         raise UserError(f"{path}: not a checkpoint: its entries overlap")
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False, verify: bool = True) -> dict[str, Any]:
     """Return the checkpoint at ``path``; UserError where it is missing, damaged, or not of this program.
 
     A safetensors file of :mod:`mmrec.checkpoints.weights` is one without a training. With ``mmap`` the tensors stay
-    in the file until they are used: for a look at what describes the model.
+    in the file until they are used: for a look at what describes the model. Without ``verify`` its sha256 is not
+    compared: for a file that this process has verified before.
     """
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
@@ -150,7 +151,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = False) -
         if path.is_dir():
             checkpoint = _read_shards(path, described_only=mmap)
         else:
-            verify_checksum(path)
+            if verify:
+                verify_checksum(path)
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UserError as error:
         if path.is_dir():

@@ -27,11 +27,15 @@ def new_run(root: Path) -> str:
     return f"version_{max((int(match[1]) for match in taken if match), default=-1) + 1}"
 
 
+class RunInUseError(UserError):
+    """Another process trains the run: both would write the same checkpoints."""
+
+
 def lock_run(root: Path, run: str) -> FileLock:
     """Return a lock that is held on ``run`` until it is released, or the process ends, in whatever way.
 
     Raises:
-        UserError: another process trains it. Both would write the same checkpoints.
+        RunInUseError: another process trains it.
     """
     folder = root / LOGS / run
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ def lock_run(root: Path, run: str) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"the run {run!r} is being trained by another process; choose another --run") from None
+        raise RunInUseError(f"the run {run!r} is being trained by another process; choose another --run") from None
     return lock
 
 
@@ -100,11 +104,24 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
 
 def run_of(root: Path, checkpoint: Path) -> str | None:
     """Return the name of the run in ``root`` whose checkpoint this is, also by way of links; None if of none."""
-    named, led_to = (path.parent.parent for path in (checkpoint.absolute(), checkpoint.resolve()))
-    for folder in (named, named.resolve(), led_to):
+    for folder in _possible_folders(checkpoint):
         if folder.parent.resolve() == (root / LOGS).resolve():
             return folder.name
     return None
+
+
+def root_of(checkpoint: Path) -> Path | None:
+    """Return the folder whose ``lightning_logs`` holds the run of this checkpoint; None where it is in none."""
+    for folder in _possible_folders(checkpoint):
+        if folder.parent.name == LOGS:
+            return folder.parent.parent
+    return None
+
+
+def _possible_folders(checkpoint: Path) -> tuple[Path, Path, Path]:
+    """Return the folder of the run of ``checkpoint`` as it is named, and where links lead."""
+    named, led_to = (path.parent.parent for path in (checkpoint.absolute(), checkpoint.resolve()))
+    return named, named.resolve(), led_to
 
 
 @dataclass(frozen=True)

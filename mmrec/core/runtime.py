@@ -21,6 +21,8 @@ QUIET_WARNINGS = (
     "The dirpath has changed",  # a new run from another's checkpoint
     "The `srun` command is available",  # not every run is a job
     "You're using the WeightAveraging",  # it shards only where asked to
+    "`ModelCheckpoint\\(monitor=",  # no validation yet since the run was resumed
+    r"`?\.fit\(ckpt_path=",  # Lightning looks for one by itself where an OnExceptionCheckpoint is added
     "Be aware that when using `ckpt_path`, callbacks",  # those of fit alone
 )
 """Warnings of libraries that a user can do nothing about, as regular expressions of how they begin."""

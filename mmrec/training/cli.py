@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+import torch
+from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.checkpoints import runs
-from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
+from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.errors import UserError, one_line
-from mmrec.core.files import staged_file, staged_text
-from mmrec.core.options import Parser, given, resolve_configs
+from mmrec.core.options import Parser, resolve_configs
 from mmrec.core.runtime import native_precision
-from mmrec.model import ModelConfig
-from mmrec.training import slurm
-from mmrec.training.callbacks.checkpointing import (
-    BestCheckpoint,
-    DurableCheckpointIO,
-    GradientGuard,
-    LastCheckpoint,
-    LearningRate,
-    ProgressBar,
-    ResumableEarlyStopping,
-    StoppedBySignal,
-    Summary,
-    Throughput,
-)
+from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
+from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
+from mmrec.training.callbacks.early_stopping import ResumableEarlyStopping
+from mmrec.training.callbacks.gradients import GradientGuard
+from mmrec.training.callbacks.measurements import FinalScore, LossByPosition, RecurrentLayerStatistics, TextSample
+from mmrec.training.callbacks.resuming import ResumeCorrections
+from mmrec.training.callbacks.run_config import SaveRunConfig
 from mmrec.training.callbacks.run_log import RunLog
-from mmrec.training.callbacks.tensorboard import (
-    Charts,
-    FinalScore,
-    LossByPosition,
-    MemoryStatistics,
-    TensorBoardRunLogger,
-    TextSample,
+from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySignal
+from mmrec.training.callbacks.tensorboard import Charts, TensorBoardRunLogger
+from mmrec.training.callbacks.terminal import ProgressBar, Summary
+from mmrec.training.callbacks.throughput import LearningRate, Throughput
+from mmrec.training.compat import (
+    SubcommandCLI,
+    instantiation_error,
+    is_first_process,
+    raised_by_lightning,
 )
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
+from mmrec.training.predictions import write_predictions
+from mmrec.training.run_plan import OPTIONS, RunPlan, RunRequest, plan_run, read_request
+from mmrec.training.slurm import current_job
 
 SECTIONS = ("trainer", "model", "data", "best", "last", "early_stopping", "gradients")
 """Parts of a config that hold options of their own."""
@@ -69,41 +65,50 @@ TRAINER_DEFAULTS = {
 }
 
 
+register_type(torch.device, str, torch.device)  # a default of some callbacks, which a saved config would lose
+
+
 class TrainingArgumentParser(Parser, LightningArgumentParser):
     """Lightning's parser, as strict as that of the other commands."""
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml into the folder of a run that trains, whatever logger it has, or none."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
-        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
-        self.folder = folder
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning would save here, before the checkpoint has been compared with what was asked for."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Whole or not at all, as a run is gone on with by what stands there.
-        with staged_file(self.folder / runs.CONFIG, parents=True) as file:
-            self.parser.save(self.config, file.name, skip_none=False, overwrite=True)
+class RunNameTakenError(Exception):
+    """Another command has begun a run of the name that this one chose for a new one."""
 
 
-class TrainingCLI(LightningCLI):
+class TrainingCLI(SubcommandCLI):
     """LightningCLI for :class:`RecurrentLMModule` and :class:`TextDataModule`, for runs with a name and a folder.
 
     Args:
-        held: what is let go of when the command ends: the lock of the run.
+        request: what the arguments ask for.
+        plan: what is done; None where only a help or a config is printed.
+        typed: the arguments as they were typed, the command first.
+        held: what is released when the command ends: the lock of the run.
         kwargs: of LightningCLI.
     """
 
-    def __init__(self, held: ExitStack, **kwargs: Any) -> None:
+    def __init__(
+        self, request: RunRequest, plan: RunPlan | None, typed: list[str], held: ExitStack, **kwargs: Any
+    ) -> None:
+        self.request = request
+        self._plan = plan
+        self.typed = typed
         self.held = held
-        super().__init__(RecurrentLMModule, TextDataModule, **kwargs)
+        super().__init__(
+            RecurrentLMModule,
+            TextDataModule,
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            **kwargs,
+        )
+
+    @property
+    def plan(self) -> RunPlan:
+        """What is done."""
+        assert self._plan is not None
+        return self._plan
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lightning.pytorch"])
@@ -118,15 +123,15 @@ class TrainingCLI(LightningCLI):
             "--run",
             type=str | None,
             default=None,
-            help="name of the run's folder in lightning_logs; if left out, a new version_N, or on resuming and "
-            "validating the latest run",
+            help="name of the run's folder in lightning_logs; if left out, a new version_N, or the latest run where "
+            "one is resumed or evaluated",
         )
         parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
-            help="for fit: begin with the weights of a trained model: best, last, or the path of a checkpoint, of a "
-            "run's folder or of a safetensors file; the text has to be prepared with its tokenizer",
+            help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, "
+            "a run's folder or a safetensors file; the text has to be prepared with its tokenizer",
         )
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
@@ -136,119 +141,132 @@ class TrainingCLI(LightningCLI):
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
         parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
-            parser.add_argument(
-                "--window",
-                type=int | None,
-                default=None,
-                help="score windows of so many tokens, each from an empty memory",
-            )
-            parser.add_argument(
-                "--dynamic", action="store_true", help="go on learning from the text, each part after it is scored"
-            )
-        return parser
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        if subcommand not in ("validate", "test"):
+            return
+        parser.set_defaults({"verbose": False})  # one line of ours takes the place of Lightning's table
+        parser.add_argument(
+            "--window",
+            type=int | None,
+            default=None,
+            help="score windows of so many tokens, each from the zero state",
+        )
+        parser.add_argument(
+            "--dynamic",
+            action="store_true",
+            help="dynamic evaluation: update the weights on each part of the text after it is scored",
+        )
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would look for hyper-parameters in the file; ours are compared when it is loaded."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse ``args`` and not ``sys.argv``, which holds what Lightning starts other processes with."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Decide on the run's folder, and on the checkpoint to start from, before anything is made."""
+        """Make the config that of the plan."""
         config = self.config[str(self.subcommand)]
+        if self.plan.config is None:
+            self._check_request(config)
+        else:  # of a run that may have been trained under another name, or elsewhere
+            config.run = self.plan.run if self.plan.is_named else None
+            config.trainer.default_root_dir = None if self.plan.root == Path() else str(self.plan.root)
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
-        self.root = Path(config.trainer.default_root_dir or ".")
-        which, name = config.get("ckpt_path"), config.get("run")
-        fit = self.subcommand == "fit"
-        asked_for = name
-        if name is not None and (Path(name).name != name or name == ".."):
-            raise UserError(f"--run is {name!r}; it must be the name of a folder, not a path")
-        if fit and name is None and slurm.requeues():
-            name = f"slurm_{slurm.job()}"  # the same name when the job is queued again
-        if fit and slurm.restarted() and name in runs.runs(self.root):
-            which = runs.LAST
-        self.ckpt = runs.find_checkpoint(self.root, name, which) if which else None
-        self.damaged: Path | None = None
-        if self.ckpt is not None:
-            asked, self.ckpt = self.ckpt, find_intact_checkpoint(self.ckpt)  # what is none is refused before all else
-            if fit and PROGRESS_KEY not in read_checkpoint(self.ckpt, mmap=True):
-                raise UserError(
-                    f"{self.ckpt}: holds a model, but no training to go on with; begin one with its weights by "
-                    f"--init_from"
-                )
-            if fit:
-                _refuse_old_shards(self.ckpt)
-            self.damaged = asked.absolute() if self.ckpt != asked else None
-            own = runs.run_of(self.root, self.ckpt)
-            self.run = asked_for or own or name or runs.new_run(self.root)
-            if fit and self.run != own:
-                self._refuse_to_replace(self.run)
-        elif fit:
-            self.run = name or runs.new_run(self.root)
-            self._refuse_to_replace(self.run)
-        else:
-            raise UserError(f"nothing to {self.subcommand}: give --ckpt_path best, last, or a file")
-        init = config.get("init_from") if fit and self.ckpt is None else None
-        self.initial = _find_intact_model(self.root, init) if init else None
         self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
 
-    def _refuse_to_replace(self, run: str) -> None:
-        if run in runs.runs(self.root):
-            raise UserError(
-                f"the run {run!r} is there already; go on with it by --ckpt_path last, or choose another --run"
-            )
+    def _check_request(self, config: Any) -> None:
+        """Refuse options that decide on the run, and that only the parser found: as part of a group's JSON."""
+        for option, field in OPTIONS.items():
+            value = config.get(option)
+            if (None if value is None else str(value)) != getattr(self.request, field):
+                raise UserError(f"give --{option} by its own name, as --{option}={value}")
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        if self.initial is not None:
-            self.model.load_weights(read_checkpoint(self.initial))
-            rank_zero_info(f"Beginning with the weights of {self.initial}")
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reason = instantiation_error(error)
+            if reason is None:
+                raise
+            raise UserError(f"--trainer options that cannot be used: {reason}") from error
+        if self.plan.init_from is not None:
+            self.model.load_weights(read_checkpoint(self.plan.init_from, verify=False))
+            rank_zero_info(f"Initialized with the weights of {self.plan.init_from}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
-        folder = self.root / runs.LOGS / self.run
-        fit = self.subcommand == "fit"
+        config = self.component(self.config_init, "trainer")
+        checkpoints = str(runs.checkpoint_folder(self.plan.root, self.plan.run).absolute())
         for name in (runs.BEST, runs.LAST):
-            self._get(self.config_init, name).dirpath = str(runs.checkpoint_folder(self.root, self.run).absolute())
-        self.save_config_kwargs = {"folder": folder}
+            self.component(self.config_init, name).dirpath = checkpoints
+        self.save_config_kwargs = {"folder": self.plan.folder}
+        self._complete_trainer_config(config)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+            gpu = config["accelerator"] in ("gpu", "cuda")
+            advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
+            raise UserError(f"--trainer options that are not available on this machine: {error}{advice}") from None
+        if self.subcommand == "fit":
+            last = self.component(self.config_init, runs.LAST)
+            # After all others, which Lightning has put in its order: what they change belongs into the checkpoint.
+            trainer.callbacks += [StopOnSignal(last), ResumeCorrections(last)]  # type: ignore[attr-defined]
+        return trainer
+
+    def _complete_trainer_config(self, config: dict[str, Any]) -> None:
+        """Add our logger, callbacks and plugins to what was asked for."""
+        fit = self.subcommand == "fit"
+        for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
+            if isinstance(config[name], int | float) and config[name] <= 0:
+                raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
         if config["logger"] in (None, True):
-            config["logger"] = TensorBoardRunLogger(self.root / runs.LOGS, self.run) if fit else False
+            config["logger"] = TensorBoardRunLogger(self.plan.root / runs.LOGS, self.plan.run) if fit else False
         added: list[Callback] = []
         if self.evaluation.dynamic:
-            config["inference_mode"] = False  # tensors made in it can never be learned from
+            config["inference_mode"] = False  # tensors made in it have no gradients
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:
             added += [Summary(), LearningRate(), Throughput(), Charts()]
-            added += [LossByPosition(), MemoryStatistics(), TextSample(), FinalScore(), RunLog(folder, sys.argv[1:])]
-        config["callbacks"] = [*_listed(config["callbacks"]), *added]
+            added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
+            added.append(RunLog(self.plan.folder, self.typed))
+        chosen = _listed(config["callbacks"])
+        for callback in chosen:
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                raise UserError(
+                    f"{type(callback).__name__} cannot be used: it trains on the text before the run begins; compare "
+                    f"short runs instead (--trainer.max_steps)"
+                )
+        config["callbacks"] = [*chosen, *added]
         if not _sharded(config["strategy"]):
-            go_on = self._get(self.config_init, runs.LAST).if_save_fails == "go_on"
-            config["plugins"] = [*_listed(config["plugins"]), DurableCheckpointIO(go_on, self.damaged)]
-        for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
-            if isinstance(config[name], int | float) and config[name] <= 0:
-                raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
-            gpu = config["accelerator"] in ("gpu", "cuda")
-            advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
-            raise UserError(f"--trainer options that cannot be had here: {error}{advice}") from None
+            go_on = self.component(self.config_init, runs.LAST).if_save_fails == "go_on"
+            config["plugins"] = [
+                *_listed(config["plugins"]),
+                DurableCheckpointIO(go_on, self.plan.damaged, self.plan.checkpoint),
+            ]
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
         self.datamodule.evaluation = self.evaluation
         if subcommand == "fit":
             self._check_interval()
-        if subcommand == "fit" and _is_first():  # not before all that was given is known to be good
-            self.held.callback(runs.lock_run(self.root, self.run).release)
-        return kwargs | {"ckpt_path": self.ckpt}
+            if is_first_process():  # not before all that was given is known to be good
+                self._hold_run()
+        return {"ckpt_path": self.plan.checkpoint}
+
+    def _hold_run(self) -> None:
+        """Lock the run, so that no other process trains it."""
+        is_new = not self.plan.is_named
+        try:
+            self.held.callback(runs.lock_run(self.plan.root, self.plan.run).release)
+        except runs.RunInUseError:
+            if is_new:
+                raise RunNameTakenError(self.plan.run) from None
+            raise
+        if is_new and self.plan.folder.exists():  # begun, and even ended, since the name was chosen
+            raise RunNameTakenError(self.plan.run)
 
     def _check_interval(self) -> None:
         """Refuse a validation that would never come, before the run has a folder."""
-        every = self.trainer.val_check_interval
+        every = getattr(self.trainer, "val_check_interval", None)  # not there where it is a time
         if self.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
             return
         self.datamodule.trainer = self.trainer  # which knows the number of processes
@@ -278,60 +296,17 @@ class TrainingCLI(LightningCLI):
         )
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
-        """Write predictions.tsv into the run's folder: position, token, its text, and the nats that it cost."""
+        """Write predictions.tsv into the run's folder: position, token, its text, and its negative log-likelihood."""
         parts: Any = self.trainer.predict(model, **kwargs)
         if not self.trainer.is_global_zero:
             return
-        path = self.root / runs.LOGS / self.run / "predictions.tsv"
-        tokenizer = self.datamodule.tokens.tokenizer
-        with staged_text(path, parents=True) as file:
-            file.write("position\ttoken\ttext\tnats\n")
-            position = 1  # the first token has nothing before it that could predict it
-            for part in parts or []:
-                for token, nats in zip(part["tokens"].tolist(), part["nats"].tolist(), strict=True):
-                    file.write(f"{position}\t{token}\t{tokenizer.decode([token])!r}\t{nats:.5f}\n")
-                    position += 1
-        print(f"{path}: {position - 1:,} tokens")
+        path = self.plan.folder / "predictions.tsv"
+        count = write_predictions(path, parts or [], self.datamodule.tokens.tokenizer)
+        print(f"{path}: {count:,} tokens")
 
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _refused_by_lightning(error: BaseException) -> bool:
-    """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
-
-
-def _find_intact_model(root: Path, which: str) -> Path:
-    """Return the path of the checkpoint ``which``, of whatever run; UserError where there is none."""
-    return find_intact_checkpoint(runs.find_checkpoint(root, None, which))
-
-
-def _config_option(path: Path) -> str:
-    """Return the option that makes a model of the architecture of the checkpoint ``path``."""
-    config = ModelConfig.from_dict(read_checkpoint(path, mmap=True)[KEY]["shape"])
-    return f"--model.config={json.dumps(asdict(config))}"
-
-
-def _refuse_old_shards(path: Path) -> None:
-    """Refuse to resume shards with a module of another name: each process reads them by the names of today."""
-    checkpoint = read_checkpoint(path, mmap=True)
-    options = checkpoint[PROGRESS_KEY]["hyperparameters"]
-    if path.is_dir() and checkpoint[KEY]["written_as"] == 1 and options.get("mtp_loss_weight"):
-        raise UserError(
-            f"{path}: is in shards of format version 1 with multi-token prediction, from which training cannot go "
-            f"on; begin a run with its weights by --init_from"
-        )
-
-
-def _is_first() -> bool:
-    """Return whether this process is the first of those that train together, which writes what all share."""
-    machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return not getattr(rank_zero_only, "rank", 0) and machine == "0"
 
 
 def _sharded(strategy: Any) -> bool:
@@ -343,44 +318,48 @@ def _sharded(strategy: Any) -> bool:
 def run_lightning(command: str, args: list[str]) -> None:
     """Run ``command`` with ``args``.
 
-    A run that is taken up again, or evaluated, brings its own config where the arguments name none; another model
-    brings its architecture.
+    A run that is resumed, or evaluated, brings its own config where the arguments name none; another model brings
+    its architecture.
     """
     args = resolve_configs(args, SECTIONS)
-    which, name = given(args, "ckpt_path"), given(args, "run")
-    init = given(args, "init_from") if command == "fit" and not which else None
-    no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
-    configured = any(arg.startswith("--model.config") for arg in args)
-    if (which or init) and "--help" not in args and "-h" not in args:
-        root = Path(given(args, "trainer.default_root_dir") or ".")
-        path = runs.find_checkpoint(root, name, which) if which else _find_intact_model(root, str(init))
-        saved = path.parent.parent / runs.CONFIG
-        in_run = path.parent.name == runs.CHECKPOINTS and saved.is_file()
-        if which and in_run and no_config:
-            # The name in the config may be one that the folder had before, or that it has in another root.
-            args = ["--config", str(saved), f"--run={runs.run_of(root, path) or ''}", *args]
-        elif (init or not in_run) and not configured:  # a model has the architecture that it has
-            args = [*args, _config_option(path)]
+    request = read_request(command, args, current_job())
+    prints = "help" if {"-h", "--help"} & {*args} else "config" if _prints_config(args) else None
+    taken: set[str] = set()
+    while True:
+        plan = None
+        if prints is None or (prints == "config" and (request.checkpoint or request.init_from)):
+            plan = plan_run(request, taken)
+        try:
+            _run(request, plan, args)
+        except RunNameTakenError:
+            assert plan is not None
+            taken.add(plan.run)
+        else:
+            return
+
+
+def _prints_config(args: list[str]) -> bool:
+    return any(arg.partition("=")[0] == "--print_config" for arg in args)
+
+
+def _run(request: RunRequest, plan: RunPlan | None, args: list[str]) -> None:
+    """Parse ``args`` with what ``plan`` adds, and run the command."""
     before = sys.argv
-    # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.
     program = Path(sys.executable).with_name("mmrec")
-    sys.argv = [str(program) if program.exists() else before[0], command, *args]
+    # Lightning starts the processes of the other devices by what stands here.
+    for_others = args if plan is None else plan.for_other_processes(args)
+    sys.argv = [str(program) if program.exists() else before[0], request.command, *for_others]
+    complete = args if plan is None else plan.complete(args)
     try:
         with ExitStack() as held:
-            TrainingCLI(
-                held,
-                save_config_callback=SaveRunConfig,
-                auto_configure_optimizers=False,
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=0,
-            )
+            TrainingCLI(request, plan, [request.command, *args], held, args=[request.command, *complete])
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        if not _refused_by_lightning(error):
+        if not raised_by_lightning(error):
             raise
         raise UserError(one_line(error)) from error
     except StoppedBySignal as stop:
         run = stop.path.parent.parent.name
-        print(f"\nStopped and saved. Go on with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)
+        print(f"\nStopped and saved. Resume with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)
         sys.exit(128 + stop.number)
     finally:
         sys.argv = before

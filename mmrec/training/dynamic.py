@@ -1,4 +1,4 @@
-"""Dynamic evaluation: a model that goes on learning from the text that it is scored on, never ahead of its score."""
+"""Dynamic evaluation: the weights are updated on the text that is scored, each part after its score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 DYNAMIC_LENGTH = 128
-"""Tokens that are scored at a time, and then learned from."""
+"""Tokens that are scored at a time, before an update on them."""
 
 
 class DynamicEvaluation:

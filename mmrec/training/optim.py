@@ -1,4 +1,4 @@
-"""What is updated how: Muon for the matrices, AdamW for the rest, and the learning rate's course."""
+"""Optimizers, Muon for the matrices and AdamW for the rest, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from mmrec.model import RecurrentLM
 from mmrec.training.mtp import MTPHead
+from mmrec.training.options import OptimizerOptions
 
 
 class CombinedOptimizer(Optimizer):
@@ -46,7 +47,7 @@ class CombinedOptimizer(Optimizer):
 
 
 def split_parameters(
-    model: RecurrentLM, second: MTPHead | None = None
+    model: RecurrentLM, mtp_head: MTPHead | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return the matrices of the layers, the embeddings, and the rest (norms, decays, biases, convolutions)."""
     matrices: list[Tensor] = []
@@ -57,37 +58,36 @@ def split_parameters(
     for parameter in model.parameters():
         kind = matrices if id(parameter) in inner else embeddings if id(parameter) in outer else rest
         kind.append(parameter)
-    if second is not None:
-        matrices.append(second.project.weight)
-        rest.append(second.norm.weight)
+    if mtp_head is not None:
+        matrices.append(mtp_head.project.weight)
+        rest.append(mtp_head.norm.weight)
     return matrices, embeddings, rest
 
 
-def make_optimizer(
-    model: RecurrentLM,
-    name: str,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    second: MTPHead | None = None,
-) -> Optimizer:
-    """Return the optimizer ``name``, "muon" or "adamw".
+def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPHead | None = None) -> Optimizer:
+    """Return the optimizer that ``options`` name.
 
     Muon (Jordan et al. 2024) orthogonalizes the momentum of the layers' matrices; its step is scaled to the
     size of AdamW's (Liu et al. 2025), so that one learning rate serves both. Decays, norms, biases and
     convolutions have no weight decay.
+
+    Args:
+        model: its parameters are updated.
+        options: name, rate, weight decay and betas.
+        mtp_head: is updated, too.
     """
-    matrices, embeddings, rest = split_parameters(model, second)
+    matrices, embeddings, rest = split_parameters(model, mtp_head)
+    weight_decay, rate = options.weight_decay, options.learning_rate
     by_adamw = [{"params": embeddings, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    if name == "adamw":
+    if options.optimizer == "adamw":
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})
-        return AdamW(by_adamw, lr=learning_rate, betas=betas)
-    muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return CombinedOptimizer([muon, AdamW(by_adamw, lr=learning_rate, betas=betas)])
+        return AdamW(by_adamw, lr=rate, betas=options.betas)
+    muon = Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas)])
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, min_lr_ratio: float) -> float:
-    """Return the share of the learning rate for update ``step`` (from 0).
+    """Return the learning rate of update ``step`` (from 0), as a share of the peak.
 
     Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``min_lr_ratio`` at ``total_steps``; where that
     is None, because nobody knows when training ends, it stays at 1.

@@ -1,4 +1,4 @@
-"""A model cut over all processes: each keeps a part of every weight and of the optimizer's state."""
+"""A model sharded across all processes: each keeps a part of every weight and of the optimizer's state."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.model import RecurrentLM
+from mmrec.training.compat import shard_over_all_processes
 from mmrec.training.mtp import MTPHead
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2) over the processes of all machines.
 
-    Lightning's own default would cut the matrices of a machine's processes instead.
+    Lightning's own default shards the model across the processes of each machine, and replicates it over machines.
 
     Args:
         save_distributed_checkpoint: write a folder with a file a process; else one file, gathered on the first.
@@ -35,10 +36,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 raise UserError(
-                    f"{type(callback).__name__} averages a model that is whole in each process: leave it out by "
+                    f"{type(callback).__name__} needs a model that is not sharded: leave it out by "
                     f"--trainer.callbacks null, or train without trainer/fsdp"
                 )
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_processes(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -51,15 +52,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
 
-StrategyRegistry.register("sharded", FullyShardedStrategy, description="a model cut over all processes (FSDP2)")
+StrategyRegistry.register("sharded", FullyShardedStrategy, description="a model sharded across all processes (FSDP2)")
 
 
-def shard(net: RecurrentLM, second: MTPHead | None, mesh: DeviceMesh) -> None:
-    """Cut the weights, layer by layer, over the processes of ``mesh``; a layer is whole while it runs."""
+def shard(net: RecurrentLM, mtp_head: MTPHead | None, mesh: DeviceMesh) -> None:
+    """Shard the weights, layer by layer, across the processes of ``mesh``; a layer is gathered while it runs."""
     blocks: nn.ModuleList = net.blocks
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     register_fsdp_forward_method(net, "hidden")
-    if second is not None:
-        fully_shard(second, mesh=mesh)
+    if mtp_head is not None:
+        fully_shard(mtp_head, mesh=mesh)

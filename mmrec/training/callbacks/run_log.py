@@ -76,7 +76,7 @@ class RunLog(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / HISTORY, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line | more) + "\n")
-        except OSError as error:  # a full disk is no reason to stop a training for its diary
+        except OSError as error:  # a full disk is no reason to stop a training for its log
             print(f"{self.folder / HISTORY}: {error.strerror}", file=sys.stderr)
 
 

@@ -90,6 +90,8 @@ def test_it_cannot_begin_or_end_on_the_way(
     change = [f"--model.mtp_loss_weight={after}", "--trainer.max_steps=4"]
     capsys.readouterr()
     assert mmrec("fit", "--run=a", "--ckpt_path=last", *change) == 2
-    assert f"trained with model.mtp_loss_weight {before}, and cannot go on with {after}" in capsys.readouterr().err
+    assert (
+        f"trained with model.mtp_loss_weight {before}, and cannot be resumed with {after}" in capsys.readouterr().err
+    )
     assert (checkpoints("a") / "last.ckpt").read_bytes() == kept
     assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=4") == 0

@@ -15,8 +15,9 @@ from helpers import assert_same_training, fit, last, losses
 from mmrec.checkpoints.checkpoint import load_model
 from mmrec.data.store import open_tokens
 from mmrec.model.statistics import layer_statistics
-from mmrec.training.callbacks import tensorboard as board
-from mmrec.training.callbacks.tensorboard import MemoryStatistics, samples_table
+from mmrec.training.callbacks import measurements
+from mmrec.training.callbacks.measurements import RecurrentLayerStatistics, samples_table
+from mmrec.training.callbacks.tensorboard import CHARTS
 
 Command = Callable[..., int]
 
@@ -44,7 +45,7 @@ def test_the_memories_are_shown(mmrec: Command, prepared: Path) -> None:
             assert [event.step for event in found.Scalars(tag)] == steps, tag
     # The last figures are those of the model that was saved then.
     net = load_model(Path("lightning_logs/a/checkpoints/last.ckpt")).net
-    tokens = torch.tensor(open_tokens(prepared).val[: MemoryStatistics.LENGTH].astype("int64"))
+    tokens = torch.tensor(open_tokens(prepared).val[: RecurrentLayerStatistics.LENGTH].astype("int64"))
     for number, layer in enumerate(layer_statistics(net, tokens)):
         name = f"layer{number}_{layer.kind}"
         logged = found.Scalars(f"val_half_life/{name}")[-1].value
@@ -54,7 +55,7 @@ def test_the_memories_are_shown(mmrec: Command, prepared: Path) -> None:
         assert histogram.num == len(layer.half_lives)
         assert 2**histogram.max == pytest.approx(float(layer.half_lives.max()), rel=1e-3)
     # Custom scalars name only tags that are there.
-    for charts in board.CHARTS.values():
+    for charts in CHARTS.values():
         for _, patterns in charts.values():
             assert all(any(re.fullmatch(pattern, tag) for tag in tags) for pattern in patterns)
 
@@ -113,7 +114,7 @@ def test_what_is_shown_leaves_no_trace_in_the_training(
 ) -> None:
     command = ["--trainer.max_epochs=2", "--trainer.val_check_interval=20", "--model.dropout=0.3"]
     assert mmrec(*fit(prepared, *command, "--run=shown")) == 0
-    for callback in (board.MemoryStatistics, board.TextSample, board.LossByPosition):
+    for callback in (measurements.RecurrentLayerStatistics, measurements.TextSample, measurements.LossByPosition):
         monkeypatch.setattr(callback, "on_validation_end", lambda *_: None)
     assert mmrec(*fit(prepared, *command, "--run=hidden")) == 0
     assert_same_training(last("shown"), last("hidden"))

@@ -61,7 +61,7 @@ def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> 
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_the_diary_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
+def test_the_run_log_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
     never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1"]
     low_enough = ["--early_stopping.stopping_threshold=100"]
     for run, options, says in (("a", never_better, "no longer fell"), ("b", low_enough, "as its options say")):
@@ -79,7 +79,7 @@ def test_another_name_is_another_run_and_replaces_none(
     assert mmrec("fit", here, "--run=branch", "--trainer.max_epochs=2") == 0
     assert last("branch")["global_step"] == 150
     assert mmrec("fit", here, "--run=b", "--trainer.max_epochs=2") == 2
-    assert "the run 'b' is there already" in capsys.readouterr().err
+    assert "the run 'b' already exists" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
     # A link is another way to the same run, wherever it leads.
     Path("link").symlink_to("lightning_logs/branch")

@@ -1,0 +1,47 @@
+"""What the terminal shows of a training: a table of the model at its start, and the progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from mmrec.model import RecurrentLM
+from mmrec.training.module import RecurrentLMModule
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar without the number of the version, which here is a name."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+class Summary(Callback):
+    """Prints where the parameters are, and the size of what is remembered of a text."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, RecurrentLMModule)
+        if stage == "fit":
+            rank_zero_info(summary_table(pl_module.net))
+
+
+def summary_table(net: RecurrentLM) -> str:
+    """Return the model as a table: its parts, their parameters, and the size of the recurrent state of a row."""
+    layer_types = net.layer_types()
+    sizes = [sum(tensor.numel() for tensor in layer) for layer in net.zero_state(1, torch.device("meta"))]
+    layers = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
+    total = net.parameter_count()
+    rows = [("part", "parameters", "recurrent state")]
+    rows.append(("embedding, output, norm", f"{total - sum(layers):,}", ""))
+    for kind in dict.fromkeys(layer_types):
+        members = [i for i, other in enumerate(layer_types) if other == kind]
+        parameters, numbers = sum(layers[i] for i in members), sum(sizes[i] for i in members)
+        rows.append((f"{len(members)} x {kind} layer", f"{parameters:,}", f"{numbers:,} numbers"))
+    remembered = net.state_size()
+    size = f"{remembered:,} numbers ({remembered * 4 / 1000:.0f} kB), however long it is"
+    rows.append(("in all", f"{total:,}", size))
+    return "\n".join(f"{name:<24}{parameters:>14}   {state}".rstrip() for name, parameters, state in rows)

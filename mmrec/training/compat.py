@@ -1,0 +1,226 @@
+"""Private interfaces of Lightning, jsonargparse and TensorBoard that training needs, all of them in this file.
+
+Checked with Lightning 2.6.6, jsonargparse 4.47 and TensorBoard 2.21. Each says which public interface is missing,
+and the upstream issue that it is for ("no issue known" where a search found none). On an upgrade, this is the file to
+read. The one private interface outside of ``training/`` that is of the same kind is in ``mmrec/core/options.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
+
+# The training loop
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Return whether the update of the current batch is still to come (``accumulate_grad_batches``).
+
+    Lightning has no public name for it; no issue known.
+    """
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return whether Lightning passes what is logged at this batch on to the loggers (``log_every_n_steps``).
+
+    Lightning has no public name for it; no issue known.
+    """
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def is_validation_due(trainer: Trainer) -> bool:
+    """Return whether a validation follows the batch that has just been trained on.
+
+    A callback that saves there is called before that validation (Lightning issues 14431 and 17417, open), and cannot
+    otherwise know that one is still to come.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
+def updates_to_come(trainer: Trainer, batches_per_epoch: int) -> int:
+    """Return the number of updates from here to the end of ``max_epochs``, also when a run has just been resumed.
+
+    Lightning's counters, as they are between the start of training and its first batch: an epoch whose last batch was
+    trained on is counted at once or only later, by what was saved (issue 19367, open).
+    """
+    epoch_loop, every = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    ended: Any = trainer.fit_loop.epoch_progress.current
+    epochs = max(0, (trainer.max_epochs or 0) - ended.processed)
+    progress: Any = epoch_loop.batch_progress
+    is_counted = epoch_loop.restarted_on_train_batch_end and progress.is_last_batch
+    done = 0 if is_counted else progress.current.processed
+    per_epoch = -(-batches_per_epoch // every)
+    done_updates = per_epoch if done >= batches_per_epoch else done // every
+    return max(0, epochs * per_epoch - done_updates)
+
+
+def complete_resumed_epoch(trainer: Trainer) -> None:
+    """Make an epoch that ended when the checkpoint was saved one that has ended, however many batches it has now.
+
+    Lightning compares the number of batches then with the number now (other sequences, another text), and would go on
+    with the epoch where there are more; no issue known.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop.restarting and loop.batch_progress.is_last_batch:
+        current: Any = loop.batch_progress.current
+        less = current.processed - current.completed
+        current.ready = current.started = current.processed = int(trainer.num_training_batches)
+        current.completed = current.processed - less
+
+
+def run_missed_validation(trainer: Trainer) -> None:
+    """Run the validation that a run was stopped before, when training starts again.
+
+    Lightning resumes after it, or runs one batch of it (issues 19549, 20277 and 20288, open).
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress
+    counted = [(progress, progress.processed, progress.completed) for progress in (epochs.total, epochs.current)]
+    for progress, *_ in counted:  # Lightning has counted an epoch that ends here already; what is saved must not
+        progress.processed = progress.completed = progress.ready - 1
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # none of it has been done yet
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    for progress, processed, completed in counted:
+        progress.processed, progress.completed = processed, completed
+
+
+def count_epoch_in_progress(trainer: Trainer) -> None:
+    """Make Lightning's counters name the epoch in progress, which they do not after resuming at the end of one.
+
+    A checkpoint of that epoch would be taken for one of its end, and a run resumed from it be too long (the counters
+    after a restart: issue 19367, open; pull request 20379 mended part of it).
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress
+    for progress in (epochs.total, epochs.current):
+        progress.ready = progress.started = progress.processed + 1
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Return whether the trainer only tries a few batches; the attribute is made by ``setattr``, unknown to mypy."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+# Processes
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the first of those that train together, before a trainer exists.
+
+    ``rank_zero_only.rank`` is set at import, from the environment; no issue known.
+    """
+    machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+    return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
+def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
+    """Make ``strategy`` shard a model over the processes of all machines.
+
+    Its default replicates the model on each machine (``data_parallel_size="auto"`` is the number of machines), and
+    the number of processes is not known yet when the constructor could be told; no issue known.
+    """
+    strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+# The command line
+
+
+class SubcommandCLI(LightningCLI):
+    """LightningCLI with public hooks in place of the private methods that have no other way in.
+
+    ``_parse_ckpt_path`` is turned off: it would look for hyper-parameters in the checkpoint and let them win over the
+    command line (issues 20310 and 20801, pull request 21455, open).
+    """
+
+    def add_subcommand_arguments(self, parser: LightningArgumentParser, subcommand: str) -> None:
+        """Add to ``parser`` what only ``subcommand`` has; LightningCLI has a hook for all of them alone.
+
+        No issue known.
+        """
+
+    def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
+        """Return arguments of the trainer's method that take the place of those parsed; no issue known."""
+        return {}
+
+    def component(self, config: Any, key: str) -> Any:
+        """Return the part ``key`` of ``config`` for the subcommand that runs; no issue known."""
+        return self._get(config, key)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self.add_subcommand_arguments(parser, subcommand)
+        return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | self.subcommand_arguments(subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+
+def raised_by_lightning(error: BaseException) -> bool:
+    """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called.
+
+    Lightning has no class of its own for errors in what a user gives; no issue known.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+
+
+def instantiation_error(error: ValueError) -> str | None:
+    """Return why jsonargparse could not make a class that a config names, as one line; None for another error.
+
+    What the class itself said (a package that is missing, arguments that do not go together) stands in the middle of
+    a listing of all the types that the option takes; no issue known.
+    """
+    listing = re.search(r"^Does not validate against .*?^Errors:\n(.*?)^Given value type:", str(error), re.M | re.S)
+    if listing is None:
+        return None
+    reasons = [reason for reason in re.split(r"^  - ", listing[1], flags=re.M) if reason.strip()]
+    told = [reason for reason in reasons if not reason.startswith("Expected a ")]
+    found = " ".join(" ".join(told).split())
+    return re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", found)
+
+
+# TensorBoard
+
+
+def survive_full_disk(writer: SummaryWriter) -> None:
+    """Make a writer that meets a full disk say so once, and write no more; training is worth more than its curves.
+
+    TensorBoard prints a traceback from its own thread, and raises in every later call (TensorBoard issues 4036 and
+    6167).
+    """
+    events = writer.file_writer.event_writer._async_writer._writer  # type: ignore[attr-defined]
+    failed = False
+
+    def guarded(call: Callable[..., object]) -> Callable[..., None]:
+        def attempt(*data: bytes) -> None:
+            nonlocal failed
+            try:
+                if not failed:
+                    call(*data)
+            except OSError as error:
+                failed = True
+                message = f"{writer.log_dir}: cannot write the curves: {error.strerror}"
+                print(f"\n{message}; training goes on without them", file=sys.stderr, flush=True)
+
+        return attempt
+
+    for name in ("write", "flush", "close"):
+        setattr(events, name, guarded(getattr(events, name)))

@@ -1,0 +1,148 @@
+"""Lightning's callbacks beside ours: they work, also when a run is resumed, or are refused in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import checkpoints, fit, last, losses
+from test_cli import Command
+
+from mmrec.training.module import RecurrentLMModule
+
+SHORT = "--data.seq_len=256"
+"""An epoch of 21 batches."""
+Scores = Callable[..., None]
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
+    """Makes the validations of the next trainings find these losses, one after the other, the last for ever."""
+
+    def use(*values: float) -> None:
+        left = list(values)
+
+        def log_score(self: RecurrentLMModule, prefix: str) -> None:
+            self.log(f"{prefix}/loss", torch.tensor(left.pop(0) if len(left) > 1 else left[0]))
+
+        monkeypatch.setattr(RecurrentLMModule, "_log_score", log_score)
+
+    return use
+
+
+# Early stopping and the best checkpoint
+
+
+def test_patience_counts_anew_after_a_better_loss_before_min_epochs(
+    mmrec: Command, prepared: Path, scores: Scores, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores(1.0, 2.0, 2.0, 0.5, 2.0)
+    options = ["--early_stopping.patience=2", "--trainer.min_epochs=4", "--trainer.max_epochs=9"]
+    assert mmrec(*fit(prepared, SHORT, *options, "--run=a")) == 0
+    assert list(losses("a", "val/loss").values()) == [1.0, 2.0, 2.0, 0.5, 2.0, 2.0]
+    assert "Early stopping: no better loss in 2 validations; the best was val/loss 0.5000" in caplog.text
+
+
+def test_a_run_ends_at_min_epochs_where_patience_is_exhausted_then(
+    mmrec: Command, prepared: Path, scores: Scores
+) -> None:
+    scores(1.0, 2.0)
+    options = ["--early_stopping.patience=1", "--trainer.min_epochs=3", "--trainer.max_epochs=9"]
+    assert mmrec(*fit(prepared, SHORT, *options, "--run=a")) == 0
+    assert len(losses("a", "val/loss")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "val/loss is not finite"),
+        (["--early_stopping.stopping_threshold=3"], "val/loss is below early_stopping.stopping_threshold 3"),
+        (["--early_stopping.divergence_threshold=0.5"], "val/loss is above early_stopping.divergence_threshold 0.5"),
+    ],
+    ids=["infinite", "low enough", "diverged"],
+)
+def test_the_terminal_says_why_a_run_ended_early(
+    options: list[str],
+    says: str,
+    mmrec: Command,
+    prepared: Path,
+    scores: Scores,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scores(1.0 if options else math.inf)
+    assert mmrec(*fit(prepared, SHORT, *options, "--trainer.max_epochs=2", "--run=a")) == 0
+    assert caplog.text.count(f"Early stopping: {says}") == 1
+    assert (checkpoints("a") / "best.ckpt").exists() == bool(options)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(mmrec: Command, prepared: Path, scores: Scores) -> None:
+    scores(math.inf, math.nan, 3.0, math.inf)
+    options = ["--early_stopping.check_finite=false", "--trainer.max_epochs=4"]
+    assert mmrec(*fit(prepared, SHORT, *options, "--run=a")) == 0
+    (best,) = (state for name, state in last("a")["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert float(best["best_model_score"]) == 3.0
+    assert torch.load(checkpoints("a") / "best.ckpt", weights_only=True)["epoch"] == 2
+
+
+# Lightning's own
+
+
+@pytest.mark.parametrize(("monitor", "keep"), [("null", 1), ("val/loss", 2)])
+def test_a_resumed_run_keeps_as_many_checkpoints_as_it_was_told(
+    monitor: str, keep: int, mmrec: Command, prepared: Path
+) -> None:
+    added = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.save_top_k={keep}"]
+    added.append(f"--trainer.callbacks.monitor={monitor}")
+    assert mmrec(*fit(prepared, SHORT, *added, "--trainer.max_epochs=2", "--run=a")) == 0
+    for epochs in (3, 4):
+        assert mmrec("fit", "--run=a", "--ckpt_path=last", f"--trainer.max_epochs={epochs}") == 0
+        assert len(list(checkpoints("a").glob("epoch=*.ckpt"))) == keep
+    newest = max(int(path.stem.partition("step=")[2].partition("-")[0]) for path in checkpoints("a").glob("epoch=*"))
+    assert newest == last("a")["global_step"]
+
+
+WORK = {
+    "time between validations": ["--trainer.val_check_interval=00:00:00:02"],
+    "on exception": ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=exception"],
+    "averages": ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.001"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")  # our schedule is by the update
+@pytest.mark.parametrize("case", WORK)
+def test_what_works_also_when_it_is_resumed(case: str, mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*fit(prepared, SHORT, *WORK[case], "--trainer.max_epochs=2", "--run=a")) == 0
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=3") == 0
+    assert last("a")["global_step"] == 63
+
+
+REFUSED = {
+    "WandbLogger": (["--trainer.logger=WandbLogger"], "lightning.pytorch.loggers.WandbLogger: Requirement 'wandb"),
+    "CometLogger": (["--trainer.logger=CometLogger"], "lightning.pytorch.loggers.CometLogger: Requirement 'comet"),
+    "top k of nothing": (
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=3"],
+        "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid",
+    ),
+    "LearningRateFinder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used"),
+    "BatchSizeFinder": (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_work_is_refused_in_a_line(
+    case: str, mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = REFUSED[case]
+    packages = {"WandbLogger": "wandb", "CometLogger": "comet_ml"}
+    if case in packages and importlib.util.find_spec(packages[case]):
+        pytest.skip(f"{packages[case]} is installed")
+    capsys.readouterr()
+    assert mmrec(*fit(prepared, *options, "--run=a")) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not Path("lightning_logs").exists()

@@ -1,0 +1,88 @@
+"""Measurements at validations go to every logger that takes them, not to TensorBoard's alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers import fit, losses
+from lightning.pytorch.loggers import Logger
+from test_cli import Command
+
+CSV = ["--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=tables"]
+MEASURED = ("val_loss_by_position/from_0", "val_half_life/layer0_short", "val_state_norm/layer1_long", "val/loss")
+
+
+class Notes:
+    """An experiment as MLflow's client has one: it keeps texts as files."""
+
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
+        path = Path(run_id, artifact_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+class NotesLogger(Logger):
+    """A logger that is nobody's subclass: a line of JSON for whatever it is given."""
+
+    run_id = "notes"
+    experiment = Notes()
+    name = "notes"
+    version = 0
+
+    def write(self, what: str, content: Any, step: int | None = None) -> None:
+        Path(self.run_id).mkdir(exist_ok=True)
+        with open(Path(self.run_id) / "lines.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps([what, content, step]) + "\n")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        self.write("metrics", {name: float(value) for name, value in metrics.items()}, step)
+
+    def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        self.write("hyperparameters", params)
+
+
+class TableLogger(NotesLogger):
+    """The same with a table, as W&B's logger has it."""
+
+    run_id = "tables"
+
+    def log_text(
+        self, key: str, columns: list[str], data: list[list[str]], dataframe: Any = None, step: int | None = None
+    ) -> None:
+        self.write(key, [columns, *data], step)
+
+
+def read(folder: str) -> list[list[Any]]:
+    return [json.loads(line) for line in Path(folder, "lines.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_logger_gets_the_measurements(mmrec: Command, prepared: Path) -> None:
+    loggers = ["TensorBoardLogger", "CSVLogger", f"{__name__}.NotesLogger", f"{__name__}.TableLogger"]
+    chosen = [f"--trainer.logger+={name}" for name in loggers]
+    chosen.insert(1, "--trainer.logger.save_dir=board")
+    chosen.insert(3, "--trainer.logger.save_dir=table")
+    assert mmrec(*fit(prepared, *chosen, "--trainer.max_epochs=2", "--run=a")) == 0
+
+    (table,) = Path("table").rglob("metrics.csv")
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in MEASURED:
+        assert [int(row["step"]) for row in rows if row[name]] == [74, 149], name
+    assert [row["val/best_loss"] for row in rows if row["val/best_loss"]]
+
+    for folder in ("notes", "tables"):
+        lines = read(folder)
+        metrics = [(content, step) for what, content, step in lines if what == "metrics"]
+        for name in MEASURED:
+            assert [step for content, step in metrics if name in content] == [74, 149], name
+        assert any(what == "hyperparameters" and "learning_rate" in content for what, content, _ in lines)
+    samples = [content for what, content, _ in read("tables") if what == "sample"]
+    assert [columns for columns, _ in samples] == [["sample"]] * 2
+    texts = [Path("notes/sample", f"{step}.txt").read_text(encoding="utf-8") for step in (74, 149)]
+    assert [row[0] for _, row in samples] == texts
+    assert all(len(text) == 300 for text in texts)
+
+    assert list(losses("version_0", "val_half_life/layer0_short", Path("board"))) == [74, 149]
