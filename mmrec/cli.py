@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -71,6 +72,10 @@ def _parser(command: str) -> Parser:
 
 def _dispatch(command: str, *options: str) -> None:
     args = list(options)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # which libraries meet in odd places: MKL ends the process
+        raise UserError("the current folder is no longer there; change to one that is") from None
     for arg in (command, *args):
         if not is_unicode(arg):
             raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")
