@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,10 @@ def _overview() -> str:
 
 def _dispatch(name: str, *typed: str) -> None:
     args = list(typed)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # which libraries meet in odd places: MKL ends the process
+        raise UserError("the current folder is no longer there; change to one that is") from None
     for arg in (name, *args):
         if not is_unicode(arg):
             raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")

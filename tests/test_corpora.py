@@ -6,11 +6,12 @@ import functools
 import hashlib
 import http.server
 import importlib.util
+import json
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,29 @@ def test_directory(tmp_path: Path) -> None:
         ("page.html", "no format that is read"),
     ]
     assert texts("directory", Options(input_dir=tmp_path, glob="*.md")) == {"note.MD": "M"}
+
+
+@pytest.mark.parametrize("option", ["--input_dir=mine", "mine"])
+def test_what_was_prepared_among_the_texts_is_not_read_again(
+    option: str, mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its copies would be trained on twice, and validate themselves."""
+    if option == "mine":
+        pytest.importorskip("datatrove")
+    Path("mine/old.work").mkdir(parents=True)
+    Path("mine/old.work/plan.json").write_text("{}")
+    for name in "abcde":
+        Path(f"mine/{name}.txt").write_text(f"the text of {name} " * 40)
+    given = (option, "--tokenizer=bytes", "--val_split=0.3")
+    assert mmrec("prepare", *given, "--output_dir=mine/tokens") == 0
+    assert mmrec("prepare", *given, "--output_dir=mine/tokens") == 0
+    assert "mine/tokens: already prepared, nothing to do" in capsys.readouterr().out
+    assert mmrec("prepare", *given, "--output_dir=other") == 0
+    for part in ("train.bin", "val.bin"):
+        assert Path("other", part).read_bytes() == Path("mine/tokens", part).read_bytes()
+    rows = [json.loads(row) for row in Path("other/sources.jsonl").read_text().splitlines()]
+    skipped = {Path(row["file"]).name: row["skipped"] for row in rows if row.get("skipped", "hidden") != "hidden"}
+    assert skipped == dict.fromkeys(("old.work", "tokens"), "what mmrec prepare wrote")
 
 
 def test_directory_without_text_says_what_was_searched(tmp_path: Path) -> None:

@@ -123,6 +123,23 @@ def test_read_then_write(mmrec: Command, trained: str, text: str, capsys: pytest
     assert capsys.readouterr().out == second + gone_on
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("read --save", "holds something else than a memory"), ("score --token_nll", "such a table")],
+)
+def test_a_file_of_a_person_is_never_replaced(
+    command: str, says: str, mmrec: Command, trained: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("book.txt").write_text(text)
+    name, option = command.split()
+    assert mmrec(name, "book.txt", option, "book.txt") == 2
+    assert says in capsys.readouterr().err
+    assert Path("book.txt").read_text() == text
+    Path("empty").touch()
+    for target in ("out", "out", "empty", "/dev/null"):  # its own, or nobody's
+        assert mmrec(name, "book.txt", option, target) == 0
+
+
 def test_score(
     mmrec: Command, trained: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

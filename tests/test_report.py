@@ -181,6 +181,9 @@ def test_bad_places_and_configs(mmrec: Command, tmp_path: Path, capsys: pytest.C
     assert "no/such/folder/x.html: cannot be written: " in capsys.readouterr().err
     assert mmrec("report", "a") == 0  # a run that has only just begun
     check(Path("report.html").read_text(encoding="utf-8"))
+    assert mmrec("report", "a", "--output", folder / "config.yaml") == 2
+    assert "config.yaml: holds something else than a page; choose another --output" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == "seed_everything: 0\n"
     for broken in ("- a\n", "a: [", "\0"):
         (folder / "config.yaml").write_text(broken)
         assert mmrec("report", "a") == 2

@@ -39,7 +39,8 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "unknown field": ("completions", {"promt": "to be"}, 400, "promt: Extra inputs are not permitted"),
     "number in a string": ("completions", {"max_tokens": "5"}, 400, "max_tokens: "),
     "half a character": ("completions", b'{"prompt": "\\ud800"}', 400, "Invalid JSON"),
-    "not UTF-8": ("completions", b'{"prompt": "\xff"}', 400, "Invalid JSON"),
+    "not UTF-8": ("completions", b'{"prompt": "\xff"}', 400, "the body is not UTF-8 at byte 12"),
+    "UTF-16": ("completions", '{"prompt": "to"}'.encode("utf-16"), 400, "the body is UTF-16"),
     "no number": ("completions", b'{"temperature": NaN}', 400, "temperature: "),
     "other model": ("completions", {"model": "gpt"}, 404, "there is no model 'gpt', but 'a'"),
     "unknown character": ("completions", {"prompt": "to be Ω"}, 400, "the character 'Ω' (number 7 of the text)"),
@@ -83,6 +84,12 @@ def test_fields_that_ask_for_nothing_are_let_through(client: Client) -> None:
     text = client.text(prompt="to be", seed=1, **asked, logit_bias={}, suffix=None, user="someone", stop=None)
     assert text == client.text(prompt="to be", seed=1)
     assert len(text) == 16
+
+
+def test_a_byte_order_mark_before_the_body_is_left_out(client: Client) -> None:
+    asked = {"prompt": "to be", "seed": 1}
+    whole = client.good("POST", "/v1/completions", b"\xef\xbb\xbf" + json.dumps(asked).encode())
+    assert whole["choices"][0]["text"] == client.text(**asked)
 
 
 def test_unknown_paths_and_methods(client: Client) -> None:

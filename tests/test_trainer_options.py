@@ -56,6 +56,17 @@ def test_the_throughput_is_logged_as_often_as_the_loss(mmrec: Command, prepared:
     assert losses("a", "train/tokens_per_second").keys() == losses("a").keys()
 
 
+def test_an_update_of_fewer_batches_takes_their_mean(mmrec: Command, prepared: Path) -> None:
+    for run, batches in (("whole", 5), ("cut", 8), ("uneven", 3)):
+        options = [f"--trainer.accumulate_grad_batches={batches}", "--trainer.limit_train_batches=5"]
+        options += ["--trainer.max_epochs=1", "--trainer.gradient_clip_val=null", "--model.warmup_steps=0"]
+        assert mmrec(*fit(prepared, *options, f"--run={run}", "--model.dropout=0", "--model.optimizer=adamw")) == 0
+    whole, cut = (last(run)["optimizer_states"][0]["state"] for run in ("whole", "cut"))
+    for number, state in whole.items():  # (1 - beta) times the one gradient that there was
+        torch.testing.assert_close(cut[number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-9)
+    assert last("uneven")["global_step"] == 2
+
+
 def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, "--trainer.fast_dev_run=true", "--run=a")) == 0
     assert not list(Path().rglob("*.ckpt"))
@@ -100,7 +111,8 @@ def test_another_name_is_another_run_and_replaces_none(
 REFUSED = {
     "interval": (["--trainer.val_check_interval=1000"], "an epoch has 75 batches"),
     "share": (["--trainer.val_check_interval=1.5"], "invalid value 1.5 for val_check_interval"),
-    "nothing": (["--trainer.limit_train_batches=0.0001"], "Please increase the `limit_train_batches`"),
+    "nothing": (["--trainer.limit_train_batches=0.0001"], "which leaves none of the 75 batches"),
+    "none": (["--trainer.limit_train_batches=0"], "limit_train_batches is 0, which leaves none of the 75 batches"),
     "checkpoints": (["--trainer.enable_checkpointing=false"], "enable_checkpointing=False"),
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
     "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),

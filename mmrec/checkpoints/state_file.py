@@ -55,8 +55,21 @@ def save_memory(path: Path, memory: SavedState, model: str) -> None:
         path: the file.
         memory: of one text.
         model: hash of the model, of :func:`model_hash`.
+
+    Raises:
+        UserError: of :func:`check_memory_target`.
     """
+    check_memory_target(path)
     write_checksummed(path, KIND, _tensors(memory), {"model": model, "position": str(memory.position)})
+
+
+def check_memory_target(path: Path) -> None:
+    """Raise UserError where ``path`` is a file that is no memory: a memory would replace it."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            memory_header(path)
+        except UserError:
+            raise UserError(f"{path}: holds something else than a memory; choose another name for it") from None
 
 
 def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:

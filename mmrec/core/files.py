@@ -25,7 +25,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-__all__ = ["staged_file", "staged_folder", "staged_text", "write_file"]
+from mmrec.core.errors import UserError
+
+__all__ = ["refuse_to_replace", "staged_file", "staged_folder", "staged_text", "write_file"]
 
 SLOTS = 100
 """So many may write the same file at once before one of them is refused."""
@@ -38,6 +40,22 @@ def write_file(path: Path, data: bytes | str, parents: bool = False) -> None:
     """Write ``data`` (a text as UTF-8, its line ends as they are) to ``path`` as :func:`staged_file` does."""
     with staged_file(path, parents=parents) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def refuse_to_replace(path: Path, begins: bytes, what: str, option: str) -> None:
+    """Raise UserError where ``path`` is a file of a person's, which the output of a command would replace.
+
+    Args:
+        path: that a person named for the output.
+        begins: the first bytes of such an output, by which an earlier one is known.
+        what: the output is.
+        option: that names it.
+    """
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(len(begins))
+        if head not in (b"", begins):
+            raise UserError(f"{path}: holds something else than {what}; choose another {option}")
 
 
 @contextmanager

@@ -13,12 +13,17 @@ from mmrec.core.errors import UserError, nearest
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
 
 
-def files_below(folder: str | Path, skip: Callable[[Path, str], object] | None = None) -> Iterator[Path]:
+def files_below(
+    folder: str | Path,
+    skip: Callable[[Path, str], object] = lambda path, reason: None,
+    reason_to_skip: Callable[[Path], str] = lambda folder: "",
+) -> Iterator[Path]:
     """Yield the files of a folder and its subfolders, in no order; what is hidden, and linked folders, are left out.
 
     Args:
         folder: where they are.
         skip: called with each file or folder that is left out, and the reason.
+        reason_to_skip: says of a folder below why it is left out; an empty string where it is not.
 
     Raises:
         UserError: a folder cannot be read.
@@ -28,16 +33,17 @@ def files_below(folder: str | Path, skip: Callable[[Path, str], object] | None =
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        if skip is not None:
-            for name in sorted(folders):
-                if name.startswith(".") or Path(parent, name).is_symlink():
-                    skip(Path(parent, name), "hidden" if name.startswith(".") else "a link to a folder")
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in sorted(folders):
+            path = Path(parent, name)
+            reason = "hidden" if name.startswith(".") else "a link to a folder" if path.is_symlink() else ""
+            if reason := reason or reason_to_skip(path):
+                skip(path, reason)
+                folders.remove(name)
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
                 yield path
-            elif skip is not None:
+            else:
                 skip(path, "hidden" if name.startswith(".") else "no file")
 
 

@@ -188,6 +188,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def written_by_prepare(folder: Path) -> str:
+    """Return why a folder among a person's texts is not read, or an empty string: it holds copies of such texts."""
+    unfinished = folder.name.endswith(".work") and (folder / "plan.json").is_file()
+    return "what mmrec prepare wrote" if unfinished or read_manifest(folder) is not None else ""
+
+
 def open_tokens(folder: Path) -> TokenFolder:
     """Open a token folder.
 

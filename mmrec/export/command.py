@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.weights import save_weights
@@ -55,7 +57,10 @@ def _write(format: Format, folder: Path, trained: LoadedModel) -> None:
         module = import_module(f"mmrec.export.{format}")
     except ImportError as error:
         raise UserError(f"--format {format} needs {error.name}: pip install 'mmrec[export]'") from None
-    module.save(folder, trained.net, trained.tokenizer)
+    try:
+        module.save(folder, trained.net, trained.tokenizer)
+    except SafetensorError as error:  # of a full disk, too
+        raise UserError(f"the export cannot be written: {error}") from None
 
 
 def _check_target(folder: Path, force: bool) -> None:

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from mmrec.checkpoints.runs import CheckpointOptions
-from mmrec.checkpoints.state_file import save_memory
+from mmrec.checkpoints.state_file import check_memory_target, save_memory
 from mmrec.core.errors import UserError
+from mmrec.core.files import refuse_to_replace
 from mmrec.inference.metrics import MetricsByPosition, TextMetrics
 from mmrec.inference.reading import iter_nll, load_model_and_state
 from mmrec.inference.text_input import iter_file_tokens
 from mmrec.tokenizers import token_lengths
+
+NLL_HEADER = "position\ttext\tnll\n"
+"""First line of the table of ``--token_nll``."""
 
 
 def read(checkpoint: CheckpointOptions, file: str, save: Path, memory: Path | None = None) -> None:
@@ -28,6 +32,7 @@ def read(checkpoint: CheckpointOptions, file: str, save: Path, memory: Path | No
     """
     if not save.absolute().parent.is_dir():  # found out now, not after hours of reading
         raise UserError(f"{save}: cannot be written: there is no folder {save.parent}")
+    check_memory_target(save)
     trained, digest, reached = load_model_and_state(checkpoint, memory)
     for tokens in iter_file_tokens(trained.tokenizer, file):
         for _, after in iter_nll(trained.net, tokens, reached):
@@ -48,13 +53,15 @@ def score(
         token_nll: write a table to this file, a line for each token: its position, its text, and its negative
             log-likelihood in nats.
     """
+    if token_nll is not None:
+        refuse_to_replace(token_nll, NLL_HEADER.encode(), "such a table", "--token_nll")
     trained, _, reached = load_model_and_state(checkpoint, memory)
     begin = reached.position
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
     total, by_position = TextMetrics(), MetricsByPosition()
     with open(token_nll, "w", encoding="utf-8") if token_nll is not None else io.StringIO() as table:
         if token_nll is not None:
-            table.write("position\ttext\tnll\n")
+            table.write(NLL_HEADER)
         for tokens in iter_file_tokens(trained.tokenizer, file):
             done = 0
             for nll, after in iter_nll(trained.net, tokens, reached):

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from mmrec import __version__
 from mmrec.checkpoints.runs import find_folder
-from mmrec.core.files import write_file
+from mmrec.core.files import refuse_to_replace, write_file
 from mmrec.report.charts import Line, line_chart, spread_chart
 from mmrec.report.run import Curve, Run, read_run
 
@@ -27,6 +27,7 @@ def report(run: str, output: Path = Path("report.html"), root: Path = Path()) ->
         output: file to write.
         root: folder that holds lightning_logs.
     """
+    refuse_to_replace(output, b"<!DOCTYPE html>", "a page", "--output")
     page = render(read_run(find_folder(root, run)))
     write_file(output, page)
     print(f"{output}: {output.stat().st_size:,} bytes")

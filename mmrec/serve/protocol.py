@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -156,7 +157,17 @@ A = TypeVar("A", bound=Asked)
 
 
 def parse(body: bytes, kind: type[A]) -> A:
-    """Return what ``body``, JSON in UTF-8, asks for; :class:`ApiError` where it is not such."""
+    """Return what ``body``, JSON in UTF-8, asks for; :class:`ApiError` where it is not such.
+
+    A byte order mark is left out, as RFC 8259 allows: some shells put one before what they send.
+    """
+    body = body.removeprefix(BOM_UTF8)
+    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise ApiError(400, "the body is UTF-16; it must be JSON in UTF-8")
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8 at byte {error.start:,}; it must be JSON in UTF-8") from None
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

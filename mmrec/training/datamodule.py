@@ -133,7 +133,12 @@ class TextDataModule(LightningDataModule):
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     def setup(self, stage: str) -> None:
-        """Begin the text anew with each call of the trainer's."""
+        """Begin the text anew with each call of the trainer's; UserError where a training would have no batch."""
+        if stage == "fit" and self.trainer is not None and self.batches_per_epoch() == 0:
+            raise UserError(
+                f"trainer.limit_train_batches is {self.trainer.limit_train_batches}, which leaves none of the "
+                f"{len(self._sampler())} batches of an epoch; give more"
+            )
         self._loader = None
 
     def train_dataloader(self) -> TrainLoader:

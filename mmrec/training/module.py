@@ -124,6 +124,19 @@ class RecurrentLMModule(LightningModule):
         weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
         return learned + weight * self._losses(self.mtp_head(hidden), mtp_targets(batch.targets))[1]
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of one batch to those of its update, of which each batch has an equal share.
+
+        Lightning divides every loss by ``accumulate_grad_batches``. The update that ends an epoch may have fewer
+        batches, and its gradient would be that much too small (Lightning issue 19987).
+        """
+        trainer = self.trainer
+        planned, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        before = trainer.fit_loop.batch_idx // planned * planned
+        if 0 < batches - before < planned:
+            loss = loss * (planned / (batches - before))
+        super().backward(loss, *args, **kwargs)
+
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
         logits = self.net.head(hidden)

@@ -11,13 +11,14 @@ from mmrec.core.text_files import check_encoding, files_below, read_text
 from mmrec.data.corpora.base import Corpus, Document, Options
 from mmrec.data.pipeline.formats import FORMATS, reader_of
 from mmrec.data.provenance import skipped_line
+from mmrec.data.store import written_by_prepare
 
 
 class Directory(Corpus):
     """Every text file of a folder, as one document each, in the order of their paths.
 
     Text files are those whose name ends as one (.txt, .md and the like, in any case), or matches the glob. Hidden
-    files and folders, links to folders, and empty files are left out.
+    files and folders, links to folders, what was prepared before, and empty files are left out.
     """
 
     def __init__(self, options: Options) -> None:
@@ -40,7 +41,7 @@ class Directory(Corpus):
         def skip(path: Path, reason: str) -> None:
             skipped.append((str(path.relative_to(self.folder)), reason))
 
-        for path in sorted(files_below(self.folder, skip)):
+        for path in sorted(files_below(self.folder, skip, written_by_prepare)):
             if reason := self._reason_to_skip(path):
                 skip(path, reason)
             else:

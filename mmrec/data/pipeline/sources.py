@@ -16,6 +16,7 @@ from mmrec.data.pipeline.formats import FORMATS, reader_of, why_skipped
 from mmrec.data.pipeline.mediawiki import is_multistream, split_dump
 from mmrec.data.pipeline.shards import Shard
 from mmrec.data.provenance import Provenance, skipped_line
+from mmrec.data.store import written_by_prepare
 
 
 def files_of(corpus: str, url: str) -> list[str]:
@@ -105,8 +106,9 @@ def _files_below(path: str, skipped: Provenance | None = None) -> list[str]:
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
         return sorted(f"{scheme}://{name}" for name in found)
-    note = None if skipped is None else lambda file, reason: skipped.skip(str(file), reason)
-    return sorted(str(file) for file in files_below(path, note))
+    noted = Provenance() if skipped is None else skipped
+    found = files_below(path, lambda file, reason: noted.skip(str(file), reason), written_by_prepare)
+    return sorted(map(str, found))
 
 
 def _remote(path: str, ask: Callable[..., Any]) -> Any:
