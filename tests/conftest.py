@@ -46,6 +46,9 @@ def lightning_talks_to_the_test() -> None:
     logging.getLogger("lightning.fabric").handlers.clear()
 
 
+Command = Callable[..., int]
+"""What the fixture ``mmrec`` is: a command's arguments in, its exit status out."""
+
 FIGURES = os.environ.get("MMREC_FIGURES")
 """Where ./scripts/reliability wants its figures; only there is everything repeated as often as its table says."""
 Figure = Callable[[str, str], None]
@@ -89,7 +92,7 @@ def prepared(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command in this process, in ``tmp_path``; returns its exit status."""
     from mmrec.cli import main
 

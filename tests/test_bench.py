@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from torch import Tensor
 
 from mmrec.bench import tasks
@@ -85,7 +86,7 @@ def test_peers_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
 
 
 def test_an_op_that_differs_from_its_reference_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, mmrec: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert max(check_ops().values()) < 1e-4
     right = chunked.gated_delta_rule
@@ -102,7 +103,7 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing")
 def test_all_that_is_measured(
-    mmrec: Callable[..., int], prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training in processes of their own, as all is measured; the rest in this one, which has imported everything."""
     measure = Runner.measure
@@ -148,7 +149,7 @@ def test_all_that_is_measured(
     ],
 )
 def test_a_wrong_request_is_refused(
-    mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, says: str
+    mmrec: Command, capsys: pytest.CaptureFixture[str], option: str, says: str
 ) -> None:
     assert mmrec("bench", option) == 2
     assert says in capsys.readouterr().err

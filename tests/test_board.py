@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import assert_same_training, fit, last, losses
 
 from mmrec import board
@@ -17,8 +17,6 @@ from mmrec.board import Insight, samples_table
 from mmrec.checkpoint import load_trained
 from mmrec.insight import look_inside
 from mmrec.tokens import open_tokens
-
-Command = Callable[..., int]
 
 
 def events(run: str) -> Any:

@@ -9,21 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, Figure
+from conftest import REPOSITORY, Command, Figure
 from helpers import assert_same_training, fit, last, losses
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from mmrec.checkpoint import load_trained
 from mmrec.module import TextModule
 from mmrec.stream import Batch
-
-Command = Callable[..., int]
 
 # The main job
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import Command
 
 from mmrec.model import MemoryLM, Shape
 from mmrec.parsing import find_config, shipped_configs
-
-Command = Callable[..., int]
 
 CONFIGS = shipped_configs()
 

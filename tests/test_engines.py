@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from layouts import texts, tokens_of, write_json_lines
 
 pytest.importorskip("datatrove")
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-Command = Callable[..., int]
 
 STARTER = """
 import sys, time

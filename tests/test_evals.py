@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from helpers import fit
 
 from mmrec.bench.peers import GPT
@@ -26,7 +26,6 @@ from mmrec.model import MemoryLM, Shape
 from mmrec.stream import IGNORE
 from mmrec.tokens import open_tokens
 
-Command = Callable[..., int]
 SHAPE = Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=16)
 
 

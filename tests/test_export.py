@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints
 
 from mmrec import MemoryLM as API
@@ -23,7 +24,6 @@ from mmrec.model import MemoryLM, Shape
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
 from mmrec.weights import save_weights
 
-Command = Callable[..., int]
 TEXT = "Iğdır'da ılık bir İNCE yağmur 🙂👩‍👩‍👧 e\u0301 <|pad|> the the\r\n\n\n  then\t\u00a0\u2028\ufeff\0 end\n"
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "characters": lambda: CharacterTokenizer(TEXT),

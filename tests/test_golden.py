@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Figure, make_text
+from conftest import Command, Figure, make_text
 from helpers import fit, last, losses
 from victim import start
 
 from mmrec.checkpoint import VERSION, load_trained
-
-Command = Callable[..., int]
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import QUICK, checkpoints, fit
 
 from mmrec.checkpoint import load_trained
 
-Command = Callable[..., int]
 SETTINGS = [option for option in QUICK if not option.startswith("--model.shape")]
 STILL = ["--model.learning_rate=0", "--trainer.max_epochs=-1", "--trainer.max_steps=2"]
 

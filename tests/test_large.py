@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
 from mmrec.large import work
@@ -26,8 +26,6 @@ from mmrec.tokens import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-Command = Callable[..., int]
 
 
 def make_folder(folder: Path, count: int = 120) -> Path:

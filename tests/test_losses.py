@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
@@ -16,8 +16,6 @@ from mmrec.losses import confidence, confidence_weight, nats
 from mmrec.model import reset_rows
 from mmrec.stream import IGNORE, RowStream
 from mmrec.tokens import open_tokens
-
-Command = Callable[..., int]
 
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:

@@ -11,13 +11,12 @@ import shlex
 import shutil
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 
 from mmrec import MemoryLM
 from mmrec.errors import UserError
@@ -27,7 +26,6 @@ from mmrec.model import Shape
 from mmrec.reading import pieces, read_on
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
-Command = Callable[..., int]
 SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 from helpers import fit, last
 
 from mmrec.checkpoint import load_trained
-
-Command = Callable[..., int]
 
 pytestmark = pytest.mark.slow
 

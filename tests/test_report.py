@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from helpers import fit
 
 from mmrec.errors import UserError
@@ -16,7 +16,6 @@ from mmrec.report.charts import Line, line_chart, spread_chart, ticks
 from mmrec.report.page import render
 from mmrec.report.run import read_run
 
-Command = Callable[..., int]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 

@@ -8,15 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIGURES, REPOSITORY, Figure
+from conftest import FIGURES, REPOSITORY, Command, Figure
 from helpers import assert_same_training, checkpoints, fit, last, losses
-
-Command = Callable[..., int]
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints, fit, last
 from torch.nn import functional as F
 
@@ -16,8 +16,6 @@ from mmrec.model import reset_rows
 from mmrec.second_token import SecondToken, second_targets
 from mmrec.stream import IGNORE, RowStream
 from mmrec.tokens import open_tokens
-
-Command = Callable[..., int]
 
 SECOND = "--model.second_token=0.5"
 

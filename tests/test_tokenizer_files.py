@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_text
+from conftest import Command, make_text
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from mmrec.errors import UserError
 from mmrec.tokenizer_files import PROBE, read_tokenizer
 from mmrec.tokens import open_tokens
-
-Command = Callable[..., int]
 
 
 def write_foreign(path: Path, prefix_space: bool = False) -> HFTokenizer:
