@@ -17,7 +17,8 @@ import pytest
 import torch
 from conftest import FIGURES, Figure
 from helpers import assert_same_training, checkpoints, fit, last
-from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions, start
+from processes import start, wait
+from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions
 
 from mmrec.checkpoint import read_checkpoint, whole_checkpoint
 from mmrec.errors import UserError
@@ -38,10 +39,7 @@ OPTIONS = [
 
 def end(folder: Path, arguments: list[str], prepare: Callable[..., None] | None = None, *more: object) -> int:
     """Run a training in a process of its own and return its exit status, negative for a signal."""
-    process: Any = start(folder, arguments, prepare, *more)
-    process.join(120)
-    assert process.exitcode is not None, (folder / "output.txt").read_text()[-2000:]
-    return int(process.exitcode)
+    return wait([start(folder, arguments, prepare, *more)])
 
 
 def moments(seed: int) -> list[Moment]:
