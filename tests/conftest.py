@@ -109,7 +109,7 @@ def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run "a", trained for an epoch. Not to be changed."""
+    """A folder with a run "a", trained for three epochs. Not to be changed."""
     from helpers import fit
 
     from mmrec.cli import main
@@ -119,7 +119,7 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["prepare", "--input_file=text.txt", "--output_dir=tokens", "--tokenizer=characters"]) == 0
-        assert main(fit(folder / "tokens", "--trainer.max_epochs=1", "--run=a")) == 0
+        assert main(fit(folder / "tokens", "--trainer.max_epochs=3", "--run=a")) == 0
     return folder
 
 

@@ -46,6 +46,8 @@ def test_an_old_checkpoint_can_be_trained_on(mmrec: Command, prepared: Path) -> 
 
 
 COMMAND = [
+    "--data.batch_size=2",
+    "--data.seq_len=64",
     "--trainer.precision=32-true",
     "--trainer.max_steps=50",
     "--trainer.max_epochs=-1",
