@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmrec.api import MemoryLM
+    from mmrec.inference.api import MemoryLM
 
 __version__ = "0.1.0"
 __all__ = ["MemoryLM"]
@@ -14,7 +14,7 @@ __all__ = ["MemoryLM"]
 def __getattr__(name: str) -> Any:
     """Import the API when it is asked for: the commands start faster without torch."""
     if name == "MemoryLM":
-        from mmrec.api import MemoryLM
+        from mmrec.inference.api import MemoryLM
 
         return MemoryLM
     raise AttributeError(f"module 'mmrec' has no attribute {name!r}")

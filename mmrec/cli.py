@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from mmrec import __version__
-from mmrec.errors import UserError, exit_status, nearest, open_missing_streams
-from mmrec.parsing import Parser, call
-from mmrec.text_files import is_unicode
+from mmrec.core.errors import UserError, exit_status, nearest, open_missing_streams
+from mmrec.core.options import Parser, call
+from mmrec.core.text_files import is_unicode
 
 LIGHTNING_COMMANDS = {
     "fit": "train a model, and validate it as it learns",
@@ -76,7 +76,7 @@ def _dispatch(command: str, *options: str) -> None:
             raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")
     match command:
         case "prepare":
-            from mmrec.prepare import prepare
+            from mmrec.data.prepare import prepare
 
             flags = {
                 "force": "replace another token folder at output_dir",
@@ -90,11 +90,11 @@ def _dispatch(command: str, *options: str) -> None:
                 parser.add_argument(f"--{flag}", action="store_true", help=about)
             call(prepare, parser, args)
         case "generate":
-            from mmrec.generate import generate
+            from mmrec.inference.generate import generate
 
             call(generate, _parser(command), args)
         case "read" | "score":
-            from mmrec import reading
+            from mmrec.inference import scoring as reading
 
             parser = _parser(command)
             parser.add_argument("file", help="a UTF-8 text, or - for standard input")
@@ -127,7 +127,7 @@ def _dispatch(command: str, *options: str) -> None:
 
             evaluate(args)
         case _ if command in LIGHTNING_COMMANDS:
-            from mmrec.lightning_cli import run_lightning
+            from mmrec.training.cli import run_lightning
 
             run_lightning(command, args)
         case _:

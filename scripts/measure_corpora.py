@@ -32,8 +32,8 @@ import pyarrow
 import pyarrow.parquet
 from layouts import record_of, tar_of
 
-from mmrec.large.readers import READERS
-from mmrec.large.shards import Shard
+from mmrec.data.pipeline.readers import READERS
+from mmrec.data.pipeline.shards import Shard
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
 

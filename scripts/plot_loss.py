@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmrec.errors import UserError, exit_status
+from mmrec.core.errors import UserError, exit_status
 
 
 def read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -52,7 +52,7 @@ def plot(folders: Sequence[Path], output: Path) -> None:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run with ``args`` and return the exit status, as :func:`mmrec.errors.exit_status`."""
+    """Run with ``args`` and return the exit status, as :func:`mmrec.core.errors.exit_status`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, for example lightning_logs/quickstart")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="picture to write; %(default)s")

@@ -13,8 +13,9 @@ try:
 except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmrec.errors import UserError, exit_status
-from mmrec.prepare import prepare
+from mmrec.core.errors import UserError, exit_status
+from mmrec.data.options import PrepareOptions
+from mmrec.data.prepare import prepare
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str]) -> int:
-    """Run with ``args`` and return the exit status, as :func:`mmrec.errors.exit_status`."""
+    """Run with ``args`` and return the exit status, as :func:`mmrec.core.errors.exit_status`."""
 
     def command() -> None:
         given = _parser().parse_args(args)
-        prepare(
+        options = PrepareOptions(
             corpus="tiny_shakespeare" if given.download_tiny_shakespeare else None,
             output_dir=given.output_dir,
             input_file=given.input_file,
@@ -51,6 +52,7 @@ def main(args: Sequence[str]) -> int:
             encoding=given.encoding,
             mirror=given.mirror,
         )
+        prepare(options)
 
     return exit_status(command, Path(__file__).name)
 

@@ -14,8 +14,8 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmrec import cli
-from mmrec.errors import UserError, exit_status
-from mmrec.runs import new_run
+from mmrec.checkpoints.runs import BEST, LAST, new_run
+from mmrec.core.errors import UserError, exit_status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning_rate", help="the highest learning rate")
     parser.add_argument("--warmup_steps", help="updates over which the learning rate rises")
     parser.add_argument(
-        "--save_best_model", action="store_true", help="the best model is always kept; accepted as said"
+        "--save_best_model",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the model of the lowest validation loss as best.ckpt and score it at the end; else the last one",
     )
     parser.add_argument("--early_stopping_patience", help="validations without a better loss before training stops")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run from its last checkpoint")
@@ -51,6 +54,7 @@ def fit_arguments(args: argparse.Namespace) -> list[str]:
         "model.learning_rate": args.learning_rate,
         "model.warmup_steps": args.warmup_steps,
         "early_stopping.patience": args.early_stopping_patience,
+        "best.save_top_k": None if args.save_best_model else 0,
         "run": args.resume or new_run(Path()),
         "ckpt_path": "last" if args.resume else None,
     }
@@ -65,11 +69,13 @@ def main(args: Sequence[str]) -> int:
 
     def command() -> None:
         nonlocal status
-        fit = fit_arguments(_parser().parse_args(args))
+        given = _parser().parse_args(args)
+        fit = fit_arguments(given)
         status = cli.main(fit)
         if status == 0:
             run = next(arg.removeprefix("--run=") for arg in fit if arg.startswith("--run="))
-            status = cli.main(["validate", "--run", run, "--ckpt_path", "best"])
+            which = BEST if given.save_best_model else LAST
+            status = cli.main(["validate", "--run", run, "--ckpt_path", which])
 
     return exit_status(command, Path(__file__).name) or status
 

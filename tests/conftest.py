@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from serving import Client
 
-    from mmrec.checkpoint import Trained
+    from mmrec.checkpoints.checkpoint import LoadedModel
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -83,11 +83,12 @@ def text() -> str:
 @pytest.fixture
 def prepared(tmp_path: Path, text: str) -> Path:
     """A token folder of ``text``, by characters, with a fifth for validation."""
-    from mmrec.prepare import prepare
+    from mmrec.data.options import PrepareOptions
+    from mmrec.data.prepare import prepare
 
     source = tmp_path / "text.txt"
     source.write_text(text, encoding="utf-8")
-    prepare(input_file=source, output_dir=tmp_path / "tokens", tokenizer="characters")
+    prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "tokens", tokenizer="characters"))
     return tmp_path / "tokens"
 
 
@@ -124,11 +125,11 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_model(small_root: Path) -> Trained:
+def small_model(small_root: Path) -> LoadedModel:
     """The model of that run."""
-    from mmrec.checkpoint import load_trained
+    from mmrec.checkpoints.checkpoint import load_model
 
-    return load_trained(small_root / "lightning_logs/a/checkpoints/best.ckpt")
+    return load_model(small_root / "lightning_logs/a/checkpoints/best.ckpt")
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def memories(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(small_model: Trained, memories: Path) -> Iterator[Client]:
+def client(small_model: LoadedModel, memories: Path) -> Iterator[Client]:
     """Asks a server of that model."""
     from serving import make_service, running
 

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from layouts import WIKI, page, record_of, tar_of, write_parquet
 from test_checkpoint import SHAPE, content
 
-from mmrec.checkpoint import load_trained, write_checkpoint
-from mmrec.errors import UserError
-from mmrec.large.records import Rejected
-from mmrec.large.shards import Shard
-from mmrec.large.sources import reader_of
-from mmrec.large.work import documents as documents_of
-from mmrec.memory import Memory, load_memory, save_memory
-from mmrec.model import MemoryLM
-from mmrec.sealed import _digest as digest_of
+from mmrec.checkpoints.checkpoint import load_model, write_checkpoint
+from mmrec.checkpoints.checksummed import _digest as digest_of
+from mmrec.checkpoints.state_file import SavedState, load_memory, save_memory
+from mmrec.core.errors import UserError
+from mmrec.data.pipeline.records import Rejected
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.sources import reader_of
+from mmrec.data.pipeline.tokenize_shard import documents as documents_of
+from mmrec.data.store import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
+from mmrec.model import RecurrentLM
 from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 
 zstd = pytest.importorskip("backports.zstd")
 SMALL = ("train.txt", "val.txt", *NEEDED)
@@ -84,7 +84,7 @@ def manifest(data: st.DataObject) -> None:
 def checkpoint() -> tuple[bytes, bytes]:
     """The bytes of a checkpoint of ours, and of the same without a seal."""
     torch.manual_seed(0)
-    written = content(MemoryLM(SHAPE, 3))
+    written = content(RecurrentLM(SHAPE, 3))
     write_checkpoint(written, Path("a.ckpt"))
     torch.save(written, Path("b.ckpt"))
     return Path("a.ckpt").read_bytes(), Path("b.ckpt").read_bytes()
@@ -98,7 +98,7 @@ def damaged_checkpoint(data: st.DataObject) -> None:
     path = Path("damaged.ckpt")
     path.write_bytes(harmed)
     try:
-        load_trained(path)
+        load_model(path)
         assert not sealed or harmed == whole
     except UserError:
         assert harmed != whole
@@ -117,14 +117,14 @@ def other_checkpoint(data: st.DataObject) -> None:
         written["state_dict"] = weights
     write_checkpoint(written, path)
     with suppress(UserError):
-        load_trained(path)
+        load_model(path)
 
 
 @cache
-def memory() -> tuple[MemoryLM, bytes]:
+def memory() -> tuple[RecurrentLM, bytes]:
     torch.manual_seed(0)
-    net = MemoryLM(SHAPE, 3).eval()
-    save_memory(Path("a.mem"), Memory.empty(net), "hash")
+    net = RecurrentLM(SHAPE, 3).eval()
+    save_memory(Path("a.mem"), SavedState.empty(net), "hash")
     return net, Path("a.mem").read_bytes()
 
 

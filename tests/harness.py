@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from conftest import REPOSITORY
 
-from mmrec.checkpoint import Trained
-from mmrec.memory import Memory
-from mmrec.reading import read_on
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.inference.scoring import iter_nll
 
 CHOICES = 40
 
 
-def nats(trained: Trained, text: str) -> list[float]:
+def nats(trained: LoadedModel, text: str) -> list[float]:
     """Return what each token of ``text`` but the first costs."""
-    parts = [part for part, _ in read_on(trained.net, trained.tokenizer.encode(text), Memory.empty(trained.net))]
+    parts = [part for part, _ in iter_nll(trained.net, trained.tokenizer.encode(text), SavedState.empty(trained.net))]
     return torch.cat(parts)[1:].tolist()
 
 
@@ -42,7 +42,7 @@ def questions(text: str) -> list[dict[str, Any]]:
     return asked
 
 
-def costs(trained: Trained, question: dict[str, Any]) -> list[float]:
+def costs(trained: LoadedModel, question: dict[str, Any]) -> list[float]:
     """Return what each choice costs after what stands before it."""
     before = question["before"]
     return [sum(nats(trained, before + choice)[len(before) - 1 :]) for choice in question["choices"]]
@@ -57,7 +57,7 @@ class Harness:
         home: of the harness' caches.
     """
 
-    def __init__(self, trained: Trained, text: str, home: Path) -> None:
+    def __init__(self, trained: LoadedModel, text: str, home: Path) -> None:
         assert trained.tokenizer.encode("\n").tolist() == [0]  # as the commands say
         self.trained, self.home = trained, home
         self.texts, self.questions = [text[:1500], text[1500:1900]], questions(text)

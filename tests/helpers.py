@@ -11,7 +11,7 @@ import torch
 QUICK = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
-    "--model.shape={dim: 16, layers: 2, heads: 2, ffn_dim: 24}",
+    "--model.config={dim: 16, layers: 2, heads: 2, ffn_dim: 24}",
     "--model.dropout=0.1",
     "--model.warmup_steps=5",
     "--data.batch_size=4",

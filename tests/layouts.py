@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 import pytest
 
-from mmrec.tokens import TokenFolder
+from mmrec.data.store import TokenFolder
 
 
 def texts(count: int = 120) -> list[str]:

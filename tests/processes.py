@@ -20,7 +20,7 @@ OUTPUT = "output.txt"
 
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmrec.lightning_cli", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["mmrec.training.cli", "torch.utils.tensorboard"])
     return context
 
 

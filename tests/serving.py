@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint import Trained
+from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
-from mmrec.serve.memories import Memories
+from mmrec.serve.memories import StateStore
 from mmrec.serve.service import Service
 from mmrec.serve.workers import Workers
 
@@ -96,5 +96,5 @@ def running(service: Service, key: str | None = None, loopback: bool = True) -> 
             assert not thread.is_alive()
 
 
-def make_service(trained: Trained, folder: Path, limits: Limits = LIMITS) -> Service:
-    return Service("a", trained, Memories(folder, trained, limits), limits)
+def make_service(trained: LoadedModel, folder: Path, limits: Limits = LIMITS) -> Service:
+    return Service("a", trained, StateStore(folder, trained, limits), limits)

@@ -10,9 +10,9 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from mmrec.allocation import keep_pages
+from mmrec.core.allocation import keep_freed_pages
 if sys.argv[1] == "keep":
-    assert keep_pages()
+    assert keep_freed_pages()
 torch.set_num_threads(1)
 def touch():
     for _ in range(20):

@@ -12,12 +12,12 @@ import torch
 from conftest import Command
 from torch import Tensor
 
+from mmrec.baselines.models import BASELINES, GPT, LSTM, make_baseline, size
 from mmrec.bench import tasks
 from mmrec.bench.check import check_ops
 from mmrec.bench.compare import Runner, at_time, ratios, time_to
-from mmrec.bench.peers import GPT, LSTM, PEERS, make_peer, size
 from mmrec.bench.tasks import learning
-from mmrec.ops import chunked
+from mmrec.model.ops import chunked
 
 
 def test_gpt_is_gpt2() -> None:
@@ -65,12 +65,12 @@ def test_reading_in_parts_is_reading_at_once(make: Callable[[], GPT | LSTM]) -> 
         torch.testing.assert_close(model(tokens)[0], read(40), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_peers_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
-    peer = PEERS[name]
+    peer = BASELINES[name]
     if peer.package is not None:
         pytest.importorskip(peer.package)
-    model = make_peer(name, 65, 64).eval()
+    model = make_baseline(name, 65, 64).eval()
     assert 0.9 < size(model) / 800_000 < 1.1
     tokens = torch.randint(65, (1, 64))
     other = tokens.clone()

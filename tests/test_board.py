@@ -12,11 +12,11 @@ import torch
 from conftest import Command
 from helpers import assert_same_training, fit, last, losses
 
-from mmrec import board
-from mmrec.board import Insight, samples_table
-from mmrec.checkpoint import load_trained
-from mmrec.insight import look_inside
-from mmrec.tokens import open_tokens
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.store import open_tokens
+from mmrec.model.statistics import layer_statistics
+from mmrec.training.callbacks import tensorboard as board
+from mmrec.training.callbacks.tensorboard import MemoryStatistics, samples_table
 
 
 def events(run: str) -> Any:
@@ -28,11 +28,11 @@ def events(run: str) -> Any:
 
 
 def test_the_memories_are_shown(mmrec: Command, prepared: Path) -> None:
-    shape = "--model.shape={dim: 16, layers: 2, memories: [short, long], heads: 2, ffn_dim: 24}"
+    shape = "--model.config={dim: 16, layers: 2, layer_types: [short, long], heads: 2, ffn_dim: 24}"
     assert mmrec(*fit(prepared, shape, "--trainer.max_epochs=2", "--run=a")) == 0
     found = events("a")
     tags = set(found.Tags()["scalars"])
-    gates = {"layer0_short": ("forget", "input", "output"), "layer1_long": ("write", "output")}
+    gates = {"layer0_short": ("recurrence", "input", "output"), "layer1_long": ("write", "output")}
     assert {tag for tag in tags if tag.startswith("val_gate/")} == {
         f"val_gate/{layer}_{gate}" for layer, names in gates.items() for gate in names
     }
@@ -41,9 +41,9 @@ def test_the_memories_are_shown(mmrec: Command, prepared: Path) -> None:
         if tag.startswith("val_"):
             assert [event.step for event in found.Scalars(tag)] == steps, tag
     # The last figures are those of the model that was saved then.
-    net = load_trained(Path("lightning_logs/a/checkpoints/last.ckpt")).net
-    tokens = torch.tensor(open_tokens(prepared).val[: Insight.LENGTH].astype("int64"))
-    for number, layer in enumerate(look_inside(net, tokens)):
+    net = load_model(Path("lightning_logs/a/checkpoints/last.ckpt")).net
+    tokens = torch.tensor(open_tokens(prepared).val[: MemoryStatistics.LENGTH].astype("int64"))
+    for number, layer in enumerate(layer_statistics(net, tokens)):
         name = f"layer{number}_{layer.kind}"
         logged = found.Scalars(f"val_half_life/{name}")[-1].value
         assert logged == pytest.approx(float(layer.half_lives.median()), rel=1e-4)
@@ -111,7 +111,7 @@ def test_what_is_shown_leaves_no_trace_in_the_training(
 ) -> None:
     command = ["--trainer.max_epochs=2", "--trainer.val_check_interval=7", "--model.dropout=0.3"]
     assert mmrec(*fit(prepared, *command, "--run=shown")) == 0
-    for callback in (board.Insight, board.TextSample, board.LossByPosition):
+    for callback in (board.MemoryStatistics, board.TextSample, board.LossByPosition):
         monkeypatch.setattr(callback, "on_validation_end", lambda *_: None)
     assert mmrec(*fit(prepared, *command, "--run=hidden")) == 0
     assert_same_training(last("shown"), last("hidden"))

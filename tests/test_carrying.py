@@ -9,10 +9,10 @@ import torch
 from conftest import Command
 from helpers import fit, last
 
-from mmrec.checkpoint import load_trained
-from mmrec.model import reset_rows
-from mmrec.stream import RowStream
-from mmrec.tokens import open_tokens
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import SegmentSampler
+from mmrec.data.store import open_tokens
+from mmrec.model import reset_state_rows
 
 
 @pytest.mark.parametrize("interleave", [1, 3])
@@ -22,13 +22,13 @@ def test_each_group_of_rows_goes_on_with_its_own_memory(interleave: int, mmrec: 
     frozen = ["--model.learning_rate=0", "--model.dropout=0", "--trainer.max_steps=25", "--trainer.precision=32-true"]
     assert mmrec(*fit(prepared, *options, *frozen, "--run=a")) == 0
     # Weights that never change, and so every memory is a function of what its rows have read.
-    stream = RowStream(open_tokens(prepared).train, 2, 20, segment_len=60, interleave=interleave)
-    net = load_trained(Path("lightning_logs/a/checkpoints/last.ckpt")).net
+    stream = SegmentSampler(open_tokens(prepared).train, 2, 20, segment_len=60, interleave=interleave)
+    net = load_model(Path("lightning_logs/a/checkpoints/last.ckpt")).net
     expected = {group: net.zero_state(2) for group in range(interleave)}
     with torch.inference_mode():
         for number in range(25):
             batch = stream.batch(number)
-            _, expected[batch.group] = net(batch.inputs, reset_rows(expected[batch.group], batch.fresh))
+            _, expected[batch.group] = net(batch.inputs, reset_state_rows(expected[batch.group], batch.reset_mask))
     carried = last("a")["mmrec_progress"]["carried"]
     assert carried.keys() == expected.keys()
     for group, state in expected.items():

@@ -14,51 +14,52 @@ import pytest
 import torch
 from conftest import Figure
 
-from mmrec import runs
-from mmrec.checkpoint import (
+from mmrec.checkpoints import runs
+from mmrec.checkpoints.checkpoint import (
     KEY,
+    PROGRESS_KEY,
     VERSION,
-    check_same,
+    check_compatible,
     describe,
-    load_trained,
+    find_intact_checkpoint,
+    load_model,
     read_checkpoint,
-    whole_checkpoint,
     write_checkpoint,
 )
-from mmrec.errors import UserError
-from mmrec.model import MemoryLM, Shape
+from mmrec.core.errors import UserError
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import CharacterTokenizer, Tokenizer
 
-SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 TOKENIZER = CharacterTokenizer("abc")
 
 
-def content(net: MemoryLM, tokenizer: Tokenizer = TOKENIZER) -> dict:
+def content(net: RecurrentLM, tokenizer: Tokenizer = TOKENIZER) -> dict:
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
     return {KEY: describe(net, tokenizer), "state_dict": weights, "global_step": 7}
 
 
 def test_a_checkpoint_is_all_that_a_model_needs(tmp_path: Path) -> None:
-    net = MemoryLM(SHAPE, 3).eval()
+    net = RecurrentLM(SHAPE, 3).eval()
     write_checkpoint(content(net), tmp_path / "deep" / "a.ckpt")
-    trained = load_trained(tmp_path / "deep" / "a.ckpt")
+    trained = load_model(tmp_path / "deep" / "a.ckpt")
     assert (trained.step, trained.tokenizer.digest()) == (7, TOKENIZER.digest())
     tokens = torch.tensor([[0, 1, 2, 1]])
     assert torch.equal(trained.net(tokens, net.zero_state(1))[0], net(tokens, net.zero_state(1))[0])
 
 
-def test_negative_eigenvalues_are_kept_and_a_shape_of_before_has_none(tmp_path: Path) -> None:
+def test_negative_eigenvalues_are_kept_and_a_config_of_before_has_none(tmp_path: Path) -> None:
     for negative in (False, True):
-        shape = replace(SHAPE, negative_eigenvalues=negative)
-        assert ("negative_eigenvalues" in shape.as_dict()) == negative  # older files and hashes have no such field
-        write_checkpoint(content(MemoryLM(shape, 3)), tmp_path / "a.ckpt")
-        assert load_trained(tmp_path / "a.ckpt").net.shape.negative_eigenvalues == negative
+        config = replace(SHAPE, negative_eigenvalues=negative)
+        assert ("negative_eigenvalues" in config.as_dict()) == negative  # older files and hashes have no such field
+        write_checkpoint(content(RecurrentLM(config, 3)), tmp_path / "a.ckpt")
+        assert load_model(tmp_path / "a.ckpt").net.config.negative_eigenvalues == negative
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     path = tmp_path / "a.ckpt"
-    write_checkpoint(content(MemoryLM(SHAPE, 3)), path)
+    write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
     before = path.read_bytes()
 
     def full(*args: object) -> None:
@@ -67,7 +68,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(os, broken, full)
         with pytest.raises(UserError, match=r"a\.ckpt: cannot save the checkpoint: No space left"):
-            write_checkpoint(content(MemoryLM(SHAPE, 3)), path)
+            write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -104,12 +105,12 @@ def test_shards_are_read_and_code_in_them_is_refused(
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     monkeypatch.chdir(tmp_path)
-    net, folder = MemoryLM(SHAPE, 3), Path("last.ckpt")
+    net, folder = RecurrentLM(SHAPE, 3), Path("last.ckpt")
     written = content(net)
     sharded = {"state_dict": written.pop("state_dict"), "optimizer": {"rate": 0.1}}
     dcp.save(sharded, checkpoint_id=folder, no_dist=True)
     torch.save(written, folder / "meta.pt")
-    found = load_trained(folder).net.state_dict()
+    found = load_model(folder).net.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
 
     index, shard = (folder / ".metadata").read_bytes(), next(folder.glob("*.distcp"))
@@ -129,7 +130,7 @@ def test_shards_are_read_and_code_in_them_is_refused(
             read_checkpoint(folder)
     (folder / ".metadata").write_bytes(harmful["holds posix.mkdir"])
     with pytest.raises(UserError, match="was not run"):  # before Lightning would read it to go on
-        whole_checkpoint(folder)
+        find_intact_checkpoint(folder)
     assert not Path("pwned").exists()
     (folder / ".metadata").write_bytes(index)
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -171,7 +172,7 @@ def test_archives_that_are_no_checkpoints_are_refused(
     tmp_path: Path, change: Callable[..., tuple[zipfile.ZipInfo, bytes]], says: str, figure: Figure
 ) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save(content(MemoryLM(SHAPE, 3)), path)
+    torch.save(content(RecurrentLM(SHAPE, 3)), path)
     assert read_checkpoint(path)
     rewritten(path, change)
     with pytest.raises(UserError, match=says):
@@ -181,7 +182,7 @@ def test_archives_that_are_no_checkpoints_are_refused(
 
 def test_the_seal_is_the_comment_of_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    write_checkpoint(content(MemoryLM(SHAPE, 3)), path)
+    write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
     with zipfile.ZipFile(path) as archive:
         assert archive.comment.startswith(b"mmrec sha256 ")
         assert archive.testzip() is None
@@ -202,18 +203,18 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path, links: bool, monkeypatc
     target, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     contents = []
     for _ in range(3):
-        write_checkpoint(content(MemoryLM(SHAPE, 3)), target, previous)
+        write_checkpoint(content(RecurrentLM(SHAPE, 3)), target, previous)
         contents.append(target.read_bytes())
     assert previous.read_bytes() == contents[1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
     target.write_bytes(contents[2][:-100])
-    assert whole_checkpoint(target) == previous
+    assert find_intact_checkpoint(target) == previous
     target.unlink()
     assert runs.find_checkpoint(tmp_path, None, str(previous)) == previous
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    checkpoint = content(MemoryLM(SHAPE, 3))
+    checkpoint = content(RecurrentLM(SHAPE, 3))
     checkpoint[KEY]["version"] = VERSION + 1
     write_checkpoint(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=f"version {VERSION + 1}"):
@@ -221,18 +222,18 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_named() -> None:
-    checkpoint = content(MemoryLM(SHAPE, 3))
-    check_same(checkpoint, MemoryLM(SHAPE, 3), TOKENIZER)
-    other = Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=24)
+    checkpoint = content(RecurrentLM(SHAPE, 3))
+    check_compatible(checkpoint, RecurrentLM(SHAPE, 3), TOKENIZER)
+    other = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=24)
     with pytest.raises(UserError, match="memories"):
-        check_same(checkpoint, MemoryLM(other, 3), TOKENIZER)
+        check_compatible(checkpoint, RecurrentLM(other, 3), TOKENIZER)
     turning = replace(SHAPE, negative_eigenvalues=True)
     with pytest.raises(UserError, match="negative_eigenvalues False there, True here"):
-        check_same(checkpoint, MemoryLM(turning, 3), TOKENIZER)
+        check_compatible(checkpoint, RecurrentLM(turning, 3), TOKENIZER)
     with pytest.raises(UserError, match="negative_eigenvalues True there, False here"):
-        check_same(content(MemoryLM(turning, 3)), MemoryLM(SHAPE, 3), TOKENIZER)
+        check_compatible(content(RecurrentLM(turning, 3)), RecurrentLM(SHAPE, 3), TOKENIZER)
     with pytest.raises(UserError, match="another tokenizer"):
-        check_same(checkpoint, MemoryLM(SHAPE, 3), CharacterTokenizer("abd"))
+        check_compatible(checkpoint, RecurrentLM(SHAPE, 3), CharacterTokenizer("abd"))
 
 
 def test_runs_are_found_by_name_and_by_age(tmp_path: Path) -> None:
@@ -250,3 +251,25 @@ def test_runs_are_found_by_name_and_by_age(tmp_path: Path) -> None:
         runs.find_checkpoint(tmp_path, None, "best")
     with pytest.raises(UserError, match="did you mean 'mine'"):
         runs.find_run(tmp_path, "mien")
+
+
+def test_names_of_version_1_are_brought_to_those_of_today(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.ckpt", content(RecurrentLM(SHAPE, 3))
+    head = torch.ones(2)
+    model[KEY]["version"] = 1
+    model["state_dict"]["second.norm.weight"] = head
+    model["current_model_state"] = dict(model["state_dict"])
+    model["callbacks"] = {"Patience{'monitor': 'val/loss'}": {"wait_count": 3}, "GradientGuard": {"skipped": 1}}
+    options = {"second_token": 0.3, "final_lr_share": 0.1, "dropout": 0.2}
+    model[PROGRESS_KEY] = {"hyperparameters": options, "carried": None, "random": []}
+    write_checkpoint(model, path)
+    found = read_checkpoint(path)
+    assert found[KEY]["version"] == VERSION
+    assert found[PROGRESS_KEY]["hyperparameters"] == {"mtp_loss_weight": 0.3, "min_lr_ratio": 0.1, "dropout": 0.2}
+    assert found["callbacks"] == {
+        "ResumableEarlyStopping{'monitor': 'val/loss'}": {"wait_count": 3},
+        "GradientGuard": {"skipped": 1},
+    }
+    for weights in ("state_dict", "current_model_state"):
+        assert torch.equal(found[weights]["mtp_head.norm.weight"], head)
+        assert not any(name.startswith("second.") for name in found[weights])

@@ -18,9 +18,9 @@ from conftest import REPOSITORY, Command, Figure
 from helpers import assert_same_training, fit, last, losses
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from mmrec.checkpoint import load_trained
-from mmrec.module import TextModule
-from mmrec.stream import Batch
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import Batch
+from mmrec.training.module import RecurrentLMModule
 
 # The main job
 
@@ -34,7 +34,7 @@ def test_fit_validate_and_generate(
     mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 0
-    parameters = sum(p.numel() for p in load_trained(Path("lightning_logs/a/checkpoints/last.ckpt")).net.parameters())
+    parameters = sum(p.numel() for p in load_model(Path("lightning_logs/a/checkpoints/last.ckpt")).net.parameters())
     assert re.search(rf"in all +{parameters:,} +\S+ numbers \(\d+ kB\)", caplog.text)
     files = {p.name for p in Path("lightning_logs/a").rglob("*")}
     assert {"config.yaml", "best.ckpt", "last.ckpt"} <= files
@@ -44,7 +44,7 @@ def test_fit_validate_and_generate(
     assert mmrec("validate", "--ckpt_path", "best", "--trainer.enable_progress_bar=false") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation (carried"))
     reported = float(line.split("): ")[1].split(" nats/token")[0])
-    best = load_trained(Path("lightning_logs/a/checkpoints/best.ckpt"))
+    best = load_model(Path("lightning_logs/a/checkpoints/best.ckpt"))
     text = (prepared / "val.txt").read_text()
     tokens = torch.from_numpy(best.tokenizer.encode(text).astype("int64"))[None]
     with torch.no_grad():
@@ -124,10 +124,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     mmrec: Command, prepared: Path, every: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [f"{name}={value}" for name, value in every.items()]
-    whole = [*options, "--trainer.max_epochs=2", "--model.shape.memories=[short, long]"]
+    whole = [*options, "--trainer.max_epochs=2", "--model.config.layer_types=[short, long]"]
     assert mmrec(*fit(prepared, *whole, "--run=whole")) == 0
 
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     batches = stop = 0
     before = LastCheckpoint.on_train_batch_end
@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_again_and_again(
     command = ["--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.val_check_interval=7"]
     assert mmrec(*fit(prepared, *command, "--run=whole")) == 0
 
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     left, before = 0, LastCheckpoint.on_train_batch_end
 
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped_again_and_again(
 
 
 def test_more_steps_go_on_where_max_steps_broke_off(mmrec: Command, prepared: Path) -> None:
-    schedule = ["--model.warmup_steps=0", "--model.final_lr_share=1"]  # whose length does not depend on max_steps
+    schedule = ["--model.warmup_steps=0", "--model.min_lr_ratio=1"]  # whose length does not depend on max_steps
     for run, steps in (("whole", 27), ("parts", 9)):
         assert (
             mmrec(
@@ -195,7 +195,7 @@ def test_more_steps_go_on_where_max_steps_broke_off(mmrec: Command, prepared: Pa
 def test_what_is_asked_for_on_resuming_is_in_force(
     mmrec: Command, prepared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a", "--model.final_lr_share=1"))
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a", "--model.min_lr_ratio=1"))
     again = ["--trainer.max_epochs=2", "--model.learning_rate=0.0125", "--early_stopping.patience=9"]
     assert mmrec("fit", "--run=a", "--ckpt_path=last", *again, "--model.beta1=0.5", "--model.weight_decay=0") == 0
     assert "learning_rate 0.003 -> 0.0125" in caplog.text
@@ -229,7 +229,7 @@ def test_a_real_signal_saves_and_says_how_to_go_on(
     assert process.returncode == status, errors
     assert "mmrec fit --run a --ckpt_path last" in errors
     assert "Traceback" not in errors
-    assert load_trained(wanted).step > 0
+    assert load_model(wanted).step > 0
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_process_without_standard_streams(prepared: Path, tmp_path: Path) -> N
         command = f"{shlex.join([sys.executable, '-m', 'mmrec', *arguments])} {closed}"
         ended = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=False)
         assert ended.returncode == status, command
-    assert load_trained(tmp_path / "lightning_logs" / "a" / "checkpoints" / "last.ckpt").step == 4
+    assert load_model(tmp_path / "lightning_logs" / "a" / "checkpoints" / "last.ckpt").step == 4
 
 
 # Bad input: one line, status 2, nothing changed
@@ -273,8 +273,8 @@ BAD = {
     "unknown config": (["fit", "--config", "tiney"], "did you mean 'tiny'"),
     "wrong type": (["fit", "--model.learning_rate=fast"], "model.learning_rate"),
     "wrong value": (["fit", "--model.dropout=2", "--config=corpus/sample"], "model.dropout is 2"),
-    "wrong share": (["fit", "--model.final_lr_share=-1", "--config=corpus/sample"], "final_lr_share is -1"),
-    "wrong shape": (["fit", "--model.shape.dim=30", "--model.shape.heads=4", "--config=corpus/sample"], "multiple"),
+    "wrong share": (["fit", "--model.min_lr_ratio=-1", "--config=corpus/sample"], "min_lr_ratio is -1"),
+    "wrong shape": (["fit", "--model.config.dim=30", "--model.config.heads=4", "--config=corpus/sample"], "multiple"),
     "wrong optimizer": (["fit", "--model.optimizer=sgd"], "model.optimizer"),
     "no run to resume": (["fit", "--ckpt_path=last"], "no run with a checkpoint in lightning_logs"),
     "no run of that name": (["fit", "--ckpt_path=last", "--run=x"], "no checkpoint of a run 'x'"),
@@ -334,11 +334,11 @@ def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys:
     quiet = "--trainer.enable_progress_bar=false"
     cases: list[tuple[list[object], str]] = [
         (
-            ["validate", "--ckpt_path=last", "--model.shape.dim=32", quiet],
+            ["validate", "--ckpt_path=last", "--model.config.dim=32", quiet],
             "another architecture: dim 16 there, 32 here",
         ),
         (["validate", "--ckpt_path=last", "--data.data_dir=other", quiet], "another tokenizer"),
-        (["fit", "--ckpt_path=last", "--model.shape.layers=3", quiet], "layers 2 there, 3 here"),
+        (["fit", "--ckpt_path=last", "--model.config.layers=3", quiet], "layers 2 there, 3 here"),
         (["fit", "--ckpt_path=last", "--model.optimizer=adamw", quiet], "the checkpoint was trained by muon"),
         (fit(prepared, "--run=a"), "is there already"),
         (["validate", "--ckpt_path=notes.ckpt"], "not a readable checkpoint"),
@@ -386,13 +386,13 @@ def test_an_update_that_is_not_finite_may_be_left_out(
     caplog: pytest.LogCaptureFixture,
     figure: Figure,
 ) -> None:
-    step = TextModule.training_step
+    step = RecurrentLMModule.training_step
 
-    def spoiled(self: TextModule, batch: Batch, batch_idx: int) -> torch.Tensor:
+    def spoiled(self: RecurrentLMModule, batch: Batch, batch_idx: int) -> torch.Tensor:
         return step(self, batch, batch_idx) * (bad if batch_idx in (5, 6, 12) else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextModule, "training_step", spoiled)
+        patch.setattr(RecurrentLMModule, "training_step", spoiled)
         assert mmrec(*fit(prepared, "--run=stops", "--trainer.max_epochs=1", "--last.every_n_train_steps=1")) == 2
         assert last("stops")["global_step"] == 5
         skip = ["--gradients.if_not_finite=skip", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]

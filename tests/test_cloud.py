@@ -16,9 +16,9 @@ import pytest
 from conftest import Command
 from layouts import texts, tokens_of, write_json_lines
 
-from mmrec import urls
-from mmrec.remote import open_remote_tokens
-from mmrec.tokens import open_tokens
+from mmrec.core import urls
+from mmrec.data.remote_store import open_remote_tokens
+from mmrec.data.store import open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")

@@ -10,20 +10,20 @@ import torch
 import yaml
 from conftest import Command
 
-from mmrec.model import MemoryLM, Shape
-from mmrec.parsing import find_config, shipped_configs
+from mmrec.core.options import find_config, shipped_configs
+from mmrec.model import ModelConfig, RecurrentLM
 
 CONFIGS = shipped_configs()
 
 
-def shape_of(name: str) -> Shape:
+def config_of(name: str) -> ModelConfig:
     content: dict[str, Any] = yaml.safe_load(CONFIGS[name].read_text())
-    return Shape(**content["model"]["shape"])
+    return ModelConfig(**content["model"]["config"])
 
 
 def count(name: str, vocab_size: int) -> int:
     with torch.device("meta"):
-        return MemoryLM(shape_of(name), vocab_size).parameter_count()
+        return RecurrentLM(config_of(name), vocab_size).parameter_count()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_configs_stack(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> No
     stacked = ["-c", "small", "-c", "trainer/fsdp", "-c", "corpus/sample", "--data.batch_size=3"]
     assert mmrec("fit", *stacked, "--print_config") == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["model"]["shape"]["dim"] == 768
+    assert shown["model"]["config"]["dim"] == 768
     assert shown["model"]["optimizer"] == "adamw"
     assert shown["trainer"]["strategy"] == "sharded"
     assert shown["data"]["corpus"] == "sample"

@@ -17,10 +17,10 @@ import pytest
 import requests
 from conftest import SHAKESPEARE
 
-from mmrec.corpora import CORPORA, get_corpus, tiny_shakespeare
-from mmrec.corpora.base import Options
-from mmrec.corpora.shakespeare_plays import COUNT, speeches
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
+from mmrec.data.corpora import CORPORA, get_corpus, tiny_shakespeare
+from mmrec.data.corpora.base import Options
+from mmrec.data.corpora.shakespeare_plays import COUNT, speeches
 
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="Tiny Shakespeare is not at hand")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmrec.decode import STEPS, Decoder
-from mmrec.model import MemoryLM, Shape, ShortMemory
+from mmrec.model import RGLRU, ModelConfig, RecurrentLM
+from mmrec.model.decode import STEPS, Decoder
 
 
-def trained(shape: Shape, tokens: int = 11) -> MemoryLM:
+def trained(config: ModelConfig, tokens: int = 11) -> RecurrentLM:
     """A model whose every number, biases and norms too, is something else than at the start."""
-    net = MemoryLM(shape, tokens).eval()
+    net = RecurrentLM(config, tokens).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -22,14 +22,16 @@ def trained(shape: Shape, tokens: int = 11) -> MemoryLM:
 
 
 SHAPES = {
-    "both": Shape(dim=24, layers=3, memories=("short", "long"), heads=3, ffn_dim=20),
-    "no convolution": Shape(dim=16, layers=2, memories=("long", "short"), heads=2, ffn_dim=24, conv_width=1),
-    "untied": Shape(dim=16, layers=1, memories=("long",), heads=1, ffn_dim=8, conv_width=2, tie_embeddings=False),
-    "negative": Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=8, negative_eigenvalues=True),
+    "both": ModelConfig(dim=24, layers=3, layer_types=("short", "long"), heads=3, ffn_dim=20),
+    "no convolution": ModelConfig(dim=16, layers=2, layer_types=("long", "short"), heads=2, ffn_dim=24, conv_width=1),
+    "untied": ModelConfig(
+        dim=16, layers=1, layer_types=("long",), heads=1, ffn_dim=8, conv_width=2, tie_embeddings=False
+    ),
+    "negative": ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=8, negative_eigenvalues=True),
 }
 
 
-def assert_same(net: MemoryLM, read: int, then: int = 9) -> None:
+def assert_same(net: RecurrentLM, read: int, then: int = 9) -> None:
     tokens = torch.randint(11, (1, read + then))
     with torch.no_grad():
         state = net.zero_state(1)
@@ -53,7 +55,7 @@ def test_token_by_token_is_what_the_model_computes(name: str, read: int) -> None
 
 
 def test_a_memory_without_a_fast_step_takes_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(STEPS, ShortMemory)
+    monkeypatch.delitem(STEPS, RGLRU)
     assert_same(trained(SHAPES["both"]), 5)
 
 

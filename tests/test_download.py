@@ -18,11 +18,11 @@ import fsspec
 import pytest
 from layouts import split_at_separator, texts, write_parquet
 
-from mmrec.errors import UserError
-from mmrec.large import download as module
-from mmrec.large.download import download
-from mmrec.tokens import open_tokens
-from mmrec.urls import filesystem, only_https
+from mmrec.core.errors import UserError
+from mmrec.core.urls import filesystem, only_https
+from mmrec.data.pipeline import download as module
+from mmrec.data.pipeline.download import download
+from mmrec.data.store import open_tokens
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")

@@ -11,13 +11,13 @@ from conftest import Command
 from helpers import fit
 from torch.nn import functional as F
 
-from mmrec.dynamic import DynamicEvaluation
-from mmrec.model import MemoryLM, Shape, detach_state
+from mmrec.model import ModelConfig, RecurrentLM, detach_state
+from mmrec.training.dynamic import DynamicEvaluation
 
-SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
-def nats(net: MemoryLM, tokens: torch.Tensor, part: int = 16) -> torch.Tensor:
+def nats(net: RecurrentLM, tokens: torch.Tensor, part: int = 16) -> torch.Tensor:
     """Return the nats of every token of a text [T] but the first, learning after each part."""
     dynamic, state, found = DynamicEvaluation(net, learning_rate=1e-2), net.zero_state(1), []
     for start in range(0, len(tokens) - 1, part):
@@ -31,7 +31,7 @@ def nats(net: MemoryLM, tokens: torch.Tensor, part: int = 16) -> torch.Tensor:
 
 
 def test_what_comes_later_changes_no_score() -> None:
-    net, tokens = MemoryLM(SHAPE, 7).eval(), torch.randint(7, (161,))
+    net, tokens = RecurrentLM(SHAPE, 7).eval(), torch.randint(7, (161,))
     other = tokens.clone()
     other[81:] = torch.randint(7, (80,))
     one, two = nats(net, tokens), nats(net, other)
@@ -40,13 +40,13 @@ def test_what_comes_later_changes_no_score() -> None:
 
 
 def test_the_first_part_is_scored_before_anything_is_learned() -> None:
-    net, tokens = MemoryLM(SHAPE, 7).eval(), torch.randint(7, (17,))
+    net, tokens = RecurrentLM(SHAPE, 7).eval(), torch.randint(7, (17,))
     logits, _ = net(tokens[None, :-1], net.zero_state(1))
     assert torch.equal(nats(net, tokens), F.cross_entropy(logits[0], tokens[1:], reduction="none").detach())
 
 
 def test_a_text_that_repeats_itself_is_learned_and_then_forgotten() -> None:
-    net, tokens = MemoryLM(SHAPE, 7).eval(), torch.tensor([0, 3, 1, 5] * 60)
+    net, tokens = RecurrentLM(SHAPE, 7).eval(), torch.tensor([0, 3, 1, 5] * 60)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = nats(net, tokens)
     assert found[-50:].mean() < 0.5 * found[:16].mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmrec.errors import exit_status
+from mmrec.core.errors import exit_status
 
 
 def test_ctrl_c_stays_ctrl_c_where_a_library_fails_on_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,19 +14,19 @@ import torch
 from conftest import Command
 from helpers import fit
 
-from mmrec.bench.peers import GPT
-from mmrec.checkpoint import Trained, load_trained
+from mmrec.baselines.models import GPT
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.data.batches import IGNORE
+from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed
 from mmrec.evals.length import by_position, cost, train_gpt
-from mmrec.evals.models import OURS, PEERS, Asked, layer_parameters, make_model
+from mmrec.evals.models import BASELINES, OURS, Asked, layer_parameters, make_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.tasks import MQAR, PERMUTATIONS, S5, Copy, Induction, KeyValue, Parity, Passkey, Task
 from mmrec.evals.training import Recipe, level_of, teach
-from mmrec.model import MemoryLM, Shape
-from mmrec.stream import IGNORE
-from mmrec.tokens import open_tokens
+from mmrec.model import ModelConfig, RecurrentLM
 
-SHAPE = Shape(dim=16, layers=2, memories=("long",), heads=2, ffn_dim=16)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=16)
 
 
 def permutation(numbers: list[int]) -> list[int]:
@@ -141,13 +141,13 @@ def test_levels_come_one_after_the_other() -> None:
     assert parts[5].count(16) > 50
 
 
-@pytest.mark.parametrize("name", [*OURS, *PEERS])
+@pytest.mark.parametrize("name", [*OURS, *BASELINES])
 def test_models_are_of_equal_size_and_asked_at_the_places_alone(name: str) -> None:
     if name in ("mingru", "mamba2"):
         pytest.importorskip({"mingru": "minGRU_pytorch", "mamba2": "transformers"}[name])
-    shape = Shape(dim=64, layers=2, memories=("long",), heads=2, ffn_dim=64)
-    model = make_model(name, shape, 33, 16).eval()
-    assert 0.8 < layer_parameters(model) / layer_parameters(MemoryLM(shape, 33)) < 1.25
+    config = ModelConfig(dim=64, layers=2, layer_types=("long",), heads=2, ffn_dim=64)
+    model = make_model(name, config, 33, 16).eval()
+    assert 0.8 < layer_parameters(model) / layer_parameters(RecurrentLM(config, 33)) < 1.25
     inputs, targets = Copy(32).batch(np.random.default_rng(0), 3, 8)
     state = None if isinstance(model, GPT) else model.zero_state(3)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_every_recipe_can_be_made() -> None:
 
 def test_the_same_text_is_scored_after_all_that_stood_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the plain model, read in one go from the place where reading begins."""
-    net = MemoryLM(SHAPE, 11).eval()
+    net = RecurrentLM(SHAPE, 11).eval()
     text = np.random.default_rng(0).integers(11, size=500).astype(np.uint16)
     monkeypatch.setattr("mmrec.evals.length.CHUNK", 7)
     starts = np.array([0, 100, 493])
@@ -235,7 +235,7 @@ def test_the_same_text_is_scored_after_all_that_stood_before(monkeypatch: pytest
 
 def test_positions_score_the_same_blocks() -> None:
     """A model that has no memory at all finds every position the same."""
-    net = MemoryLM(replace(SHAPE, memories=("short",), conv_width=1), 11).eval()
+    net = RecurrentLM(replace(SHAPE, layer_types=("short",), conv_width=1), 11).eval()
     with torch.no_grad():
         for block in net.blocks:
             block.get_parameter("memory.output.weight").zero_()
@@ -274,7 +274,7 @@ def test_length_and_carry_of_a_checkpoint(
     for name in ("length", "carry"):
         assert Path(f"eval/{name}.png").read_bytes().startswith(b"\x89PNG")
 
-    trained, text = load_trained(checkpoint), np.asarray(open_tokens(prepared).val)
+    trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)
     assert texts[str(prepared)]["carried"] == pytest.approx(float(carried(trained, text).mean()))
     assert texts[str(prepared)]["tokens"] == len(text) - 1
     assert texts["book.txt"]["tokens"] == 12 * 43 - 1
@@ -295,12 +295,12 @@ def test_length_and_carry_of_a_checkpoint(
 
 
 def test_carried_and_windowed_differ_by_the_memory_alone(checkpoint: Path, prepared: Path) -> None:
-    trained, text = load_trained(checkpoint), np.asarray(open_tokens(prepared).val)[:300]
+    trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)[:300]
     kept = carried(trained, text)
     torch.testing.assert_close(windowed(trained, text, 1000), kept, atol=1e-4, rtol=1e-4)  # one window is all
     emptied = windowed(trained, text, 50)
     torch.testing.assert_close(emptied[:50], kept[:50], atol=1e-4, rtol=1e-4)
-    alone = carried(Trained(trained.net, trained.tokenizer, 0), text[50:101])
+    alone = carried(LoadedModel(trained.net, trained.tokenizer, 0), text[50:101])
     torch.testing.assert_close(emptied[50:100], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(emptied[50:100], kept[50:100], atol=1e-3)
 

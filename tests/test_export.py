@@ -16,13 +16,13 @@ from conftest import Command
 from helpers import checkpoints
 
 from mmrec import MemoryLM as API
-from mmrec.checkpoint import KEY, Trained, describe, load_trained, write_checkpoint
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
+from mmrec.checkpoints.state_file import model_hash
+from mmrec.checkpoints.weights import save_weights
+from mmrec.core.errors import UserError
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.memory import model_hash
-from mmrec.model import MemoryLM, Shape
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
-from mmrec.weights import save_weights
 
 TEXT = "Iğdır'da ılık bir İNCE yağmur 🙂👩‍👩‍👧 e\u0301 <|pad|> the the\r\n\n\n  then\t\u00a0\u2028\ufeff\0 end\n"
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
@@ -32,17 +32,17 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "bpe": lambda: BPETokenizer.train(TEXT * 20, 320),
     "bpe of documents": lambda: BPETokenizer.train(TEXT * 20, 320, documents=True),
 }
-SHAPE = Shape(dim=16, layers=2, heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24)
 
 
-def made(tokenizer: Tokenizer, shape: Shape = SHAPE) -> Trained:
+def made(tokenizer: Tokenizer, config: ModelConfig = SHAPE) -> LoadedModel:
     """Return a model whose next token is clear: its weights are large."""
     torch.manual_seed(0)
-    net = MemoryLM(shape, tokenizer.vocab_size).eval()
+    net = RecurrentLM(config, tokenizer.vocab_size).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(3)
-    return Trained(net, tokenizer, 5)
+    return LoadedModel(net, tokenizer, 5)
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.fixture
-def run(mmrec: Command, text: str) -> Trained:
+def run(mmrec: Command, text: str) -> LoadedModel:
     """A run in the folder of the test, as a training leaves it."""
     trained = made(CharacterTokenizer(text))
     weights = {f"net.{name}": weight for name, weight in trained.net.state_dict().items()}
@@ -85,7 +85,7 @@ def test_a_character_without_a_token_is_refused() -> None:
 # One file
 
 
-def test_one_file_is_the_model_and_its_memories_fit(mmrec: Command, run: Trained) -> None:
+def test_one_file_is_the_model_and_its_memories_fit(mmrec: Command, run: LoadedModel) -> None:
     assert mmrec("read", "text.txt", "--save", "book.mem") == 0
     assert mmrec("export", "--format", "safetensors", "--output_dir", "out") == 0
     one = API.load("out/model.safetensors")
@@ -95,7 +95,7 @@ def test_one_file_is_the_model_and_its_memories_fit(mmrec: Command, run: Trained
     assert one.generate("to be", length=50) == other.generate("to be", length=50)
 
 
-def test_generate_takes_the_file(mmrec: Command, run: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_takes_the_file(mmrec: Command, run: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("export", "--format=safetensors", "--output_dir=out") == 0
     written = []
     for ckpt in ("best", "out/model.safetensors"):
@@ -107,9 +107,9 @@ def test_generate_takes_the_file(mmrec: Command, run: Trained, capsys: pytest.Ca
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_file_keeps_hash_step_and_ties(tokenizer: Tokenizer, tied: bool, tmp_path: Path) -> None:
-    trained = made(tokenizer, Shape(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
+    trained = made(tokenizer, ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
     save_weights(tmp_path / "model.safetensors", trained.net, tokenizer, trained.step)
-    back = load_trained(tmp_path / "model.safetensors")
+    back = load_model(tmp_path / "model.safetensors")
     assert model_hash(back.net, back.tokenizer) == model_hash(trained.net, tokenizer)
     assert back.step == trained.step
     assert (back.net.head.weight is back.net.embedding.weight) == tied
@@ -129,14 +129,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             del data[place:]
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"model\.safetensors: "):
-            load_trained(path)
+            load_model(path)
 
 
 # The command
 
 
 def test_an_export_is_replaced_only_if_asked_for(
-    mmrec: Command, run: Trained, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, run: LoadedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("export", "--format=safetensors", "--output_dir=out")
     assert mmrec(*command) == 0
@@ -145,7 +145,7 @@ def test_an_export_is_replaced_only_if_asked_for(
     assert "--force" in capsys.readouterr().err
     assert Path("out/model.safetensors").read_bytes() == b"damaged"
     assert mmrec(*command, "--force") == 0
-    assert load_trained(Path("out/model.safetensors")).step == run.step
+    assert load_model(Path("out/model.safetensors")).step == run.step
     Path("out/mine.txt").write_text("dear", encoding="utf-8")
     assert mmrec(*command, "--force") == 2
     assert "holds something else (mine.txt)" in capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_an_export_is_replaced_only_if_asked_for(
 
 
 def test_nothing_is_left_of_an_export_that_fails(
-    mmrec: Command, run: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, run: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: str, folder: Path, *others: Any) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
@@ -179,7 +179,7 @@ def test_nothing_is_left_of_an_export_that_fails(
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    mmrec: Command, run: Trained, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, run: LoadedModel, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import save_file
 
@@ -195,7 +195,7 @@ def test_what_is_wrong_is_said_in_one_line(
 
 @pytest.mark.parametrize("format", ["hf", "onnx"])
 def test_what_is_not_installed_is_named(
-    mmrec: Command, run: Trained, format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mmrec: Command, run: LoadedModel, format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, f"mmrec.export.{format}", None)
     assert mmrec("export", f"--format={format}", "--output_dir=out") == 2

@@ -17,9 +17,9 @@ from conftest import REPOSITORY
 from test_export import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
-from mmrec.checkpoint import Trained
-from mmrec.generate import continue_text
-from mmrec.model import Shape
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.inference.generate import generate_tokens
+from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, Tokenizer
 
 PROMPT = "Iğdır the"
@@ -36,7 +36,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return TOKENIZERS[request.param]()
 
 
-def exported(trained: Trained, folder: Path) -> tuple[Any, Any]:
+def exported(trained: LoadedModel, folder: Path) -> tuple[Any, Any]:
     """Return the model and the tokenizer as transformers loads them from an export."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,13 +48,13 @@ def exported(trained: Trained, folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def bytewise(tmp_path: Path) -> tuple[Trained, Any, Any]:
+def bytewise(tmp_path: Path) -> tuple[LoadedModel, Any, Any]:
     trained = made(ByteTokenizer())
     return trained, *exported(trained, tmp_path / "out")
 
 
-def ours(trained: Trained, tokens: Tensor, length: int) -> list[int]:
-    return list(continue_text(trained.net, tokens, length, temperature=0))
+def ours(trained: LoadedModel, tokens: Tensor, length: int) -> list[int]:
+    return list(generate_tokens(trained.net, tokens, length, temperature=0))
 
 
 def test_tokens_logits_and_text_are_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_tokens_logits_and_text_are_ours(tokenizer: Tokenizer, tmp_path: Path) -
     assert written.tolist() == ours(trained, ids[0], 60)
 
 
-def test_the_prompt_is_read_once_and_then_one_token_at_a_time(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_the_prompt_is_read_once_and_then_one_token_at_a_time(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     read: list[int] = []
     model.net.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
@@ -79,7 +79,7 @@ def test_the_prompt_is_read_once_and_then_one_token_at_a_time(bytewise: tuple[Tr
     assert read == [ids.shape[1], *[1] * 19]
 
 
-def test_without_the_cache_the_text_is_the_same(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_without_the_cache_the_text_is_the_same(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     ids = fast(PROMPT, return_tensors="pt").input_ids
     written = [model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=use) for use in (True, False)]
@@ -88,7 +88,7 @@ def test_without_the_cache_the_text_is_the_same(bytewise: tuple[Trained, Any, An
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_never_reaches_the_state(bytewise: tuple[Trained, Any, Any], side: str) -> None:
+def test_padding_never_reaches_the_state(bytewise: tuple[LoadedModel, Any, Any], side: str) -> None:
     _, model, fast = bytewise
     prompts = ["the the the, then", "e", "Iğdır"]
     batch = fast(prompts, padding=True, padding_side=side, return_tensors="pt")
@@ -108,14 +108,14 @@ def test_padding_never_reaches_the_state(bytewise: tuple[Trained, Any, Any], sid
         assert written[row].tolist() == alone[0, -12:].tolist()
 
 
-def test_a_row_of_padding_alone_has_read_nothing(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_a_row_of_padding_alone_has_read_nothing(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, _ = bytewise
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
     state = model(torch.tensor([[7, 8, 9], [7, 8, 9]]), attention_mask=mask).past_key_values.state
     assert all(not bool(part[0].any()) and bool(part[1].any()) for layer in state for part in layer)
 
 
-def test_what_follows_is_read_on_also_with_padding(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_what_follows_is_read_on_also_with_padding(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     first, second = "the first", ["and then", "e"]
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_what_follows_is_read_on_also_with_padding(bytewise: tuple[Trained, Any,
             torch.testing.assert_close(after.logits[row, -1], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_that_have_ended_do_not_disturb_the_others(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_rows_that_have_ended_do_not_disturb_the_others(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     batch = fast(["the the", "ılık"], padding=True, return_tensors="pt")
     free = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, -20:]
@@ -142,7 +142,7 @@ def test_rows_that_have_ended_do_not_disturb_the_others(bytewise: tuple[Trained,
         assert set(stopped[row, len(kept) :].tolist()) <= {fast.pad_token_id}
 
 
-def test_beam_search_finds_what_rescoring_confirms(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_beam_search_finds_what_rescoring_confirms(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     ids = fast(PROMPT, return_tensors="pt").input_ids
     options: dict[str, Any] = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
@@ -154,7 +154,7 @@ def test_beam_search_finds_what_rescoring_confirms(bytewise: tuple[Trained, Any,
         torch.testing.assert_close(score, total, atol=1e-4, rtol=1e-4)
 
 
-def test_sampling_is_reproducible(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_sampling_is_reproducible(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     ids = fast(PROMPT, return_tensors="pt").input_ids
     written = []
@@ -164,7 +164,7 @@ def test_sampling_is_reproducible(bytewise: tuple[Trained, Any, Any]) -> None:
     assert written[0] == written[1] != written[2]
 
 
-def test_the_loss_is_that_of_the_next_tokens_and_it_learns(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_the_loss_is_that_of_the_next_tokens_and_it_learns(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     ids = fast(["the the the the", "ılık"], padding=True, return_tensors="pt")
     labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_the_next_tokens_and_it_learns(bytewise: tuple[Train
 
 
 def test_only_the_logits_that_are_asked_for(
-    bytewise: tuple[Trained, Any, Any], monkeypatch: pytest.MonkeyPatch
+    bytewise: tuple[LoadedModel, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, _ = bytewise
     ids = torch.arange(50)[None]
@@ -202,7 +202,7 @@ def test_only_the_logits_that_are_asked_for(
         assert cache.get_seq_length() == 50
 
 
-def test_a_mask_of_another_form_is_refused(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_a_mask_of_another_form_is_refused(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, _ = bytewise
     for mask in (torch.ones(1, 1, 3, 3), torch.ones(1, 2)):
         with pytest.raises(ValueError, match="attention_mask is"):
@@ -213,7 +213,7 @@ def test_a_mask_of_another_form_is_refused(bytewise: tuple[Trained, Any, Any]) -
 def test_saved_again_and_loaded_again(tied: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trained = made(ByteTokenizer(), Shape(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
+    trained = made(ByteTokenizer(), ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
     model, fast = exported(trained, tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
     fast.save_pretrained(tmp_path / "again")
@@ -225,18 +225,18 @@ def test_saved_again_and_loaded_again(tied: bool, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_new_model_of_the_config_is_initialized_as_ours(bytewise: tuple[Trained, Any, Any]) -> None:
+def test_a_new_model_of_the_config_is_initialized_as_ours(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     from mmrec.export.hf import MmrecConfig, MmrecForCausalLM
-    from mmrec.model import MemoryLM
+    from mmrec.model import RecurrentLM
 
     torch.manual_seed(3)
     theirs = MmrecForCausalLM(MmrecConfig(256, SHAPE.as_dict()))
     torch.manual_seed(3)
-    for mine, other in zip(MemoryLM(SHAPE, 256).parameters(), theirs.net.parameters(), strict=True):
+    for mine, other in zip(RecurrentLM(SHAPE, 256).parameters(), theirs.net.parameters(), strict=True):
         assert torch.equal(mine, other)
 
 
-def test_in_bfloat16_the_state_stays_exact(bytewise: tuple[Trained, Any, Any], tmp_path: Path) -> None:
+def test_in_bfloat16_the_state_stays_exact(bytewise: tuple[LoadedModel, Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     _, model, _ = bytewise

@@ -9,14 +9,14 @@ from conftest import Command
 from harness import Harness
 from helpers import checkpoints, fit
 
-from mmrec.checkpoint import load_trained
+from mmrec.checkpoints.checkpoint import load_model
 
 
 @pytest.mark.slow
 def test_the_documentation_s_tasks_give_our_figures(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_epochs=3", "--run=a")) == 0
     assert mmrec("export", "--format=hf", "--output_dir=out/hf") == 0
-    trained = load_trained(checkpoints("a") / "best.ckpt")
+    trained = load_model(checkpoints("a") / "best.ckpt")
     harness = Harness(trained, (prepared / "val.txt").read_text(encoding="utf-8"), tmp_path / "home")
     results = harness.run("export.md")
     bits, right = harness.expected()

@@ -13,19 +13,19 @@ import torch
 from conftest import REPOSITORY, make_text
 from test_export import made
 
-from mmrec.checkpoint import Trained
-from mmrec.generate import continue_text
-from mmrec.memory import Memory, model_hash, save_memory
-from mmrec.model import Shape
-from mmrec.reading import read_on
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState, model_hash, save_memory
+from mmrec.inference.generate import generate_tokens
+from mmrec.inference.scoring import iter_nll
+from mmrec.model import ModelConfig
 from mmrec.tokenizers import CharacterTokenizer
 
-SHAPE = Shape(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True)
+SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True)
 State = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
     """A model whose memories last from a token to millions, and the folder of its export; that takes some seconds."""
     from mmrec.export import onnx
 
@@ -52,7 +52,7 @@ def close(one: np.ndarray, other: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_many_steps_give_our_logits_and_our_state(exported: tuple[Trained, Path]) -> None:
+def test_many_steps_give_our_logits_and_our_state(exported: tuple[LoadedModel, Path]) -> None:
     """Against float64: what is lost where a decay is close to 1 would grow step by step."""
     trained, folder = exported
     exact, session = copy.deepcopy(trained.net).double(), opened(folder)
@@ -74,7 +74,7 @@ def test_many_steps_give_our_logits_and_our_state(exported: tuple[Trained, Path]
 
 
 @pytest.mark.slow
-def test_the_file_says_which_model_it_is(exported: tuple[Trained, Path]) -> None:
+def test_the_file_says_which_model_it_is(exported: tuple[LoadedModel, Path]) -> None:
     trained, folder = exported
     said = opened(folder).get_modelmeta().custom_metadata_map
     assert said["format"] == "mmrec-onnx"
@@ -82,11 +82,13 @@ def test_the_file_says_which_model_it_is(exported: tuple[Trained, Path]) -> None
 
 
 @pytest.mark.slow
-def test_a_memory_is_a_state(exported: tuple[Trained, Path], tmp_path: Path) -> None:
+def test_a_memory_is_a_state(exported: tuple[LoadedModel, Path], tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     trained, folder = exported
-    *_, (_, memory) = read_on(trained.net, trained.tokenizer.encode(make_text()[:500]), Memory.empty(trained.net))
+    *_, (_, memory) = iter_nll(
+        trained.net, trained.tokenizer.encode(make_text()[:500]), SavedState.empty(trained.net)
+    )
     save_memory(tmp_path / "book.mem", memory, "hash")
     kept, session = load_file(tmp_path / "book.mem"), opened(folder)
     state = {name: kept[name] for name in zero_state(session, 1)}
@@ -97,7 +99,7 @@ def test_a_memory_is_a_state(exported: tuple[Trained, Path], tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_documentation_s_program_writes_our_text(
-    exported: tuple[Trained, Path],
+    exported: tuple[LoadedModel, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,5 +114,5 @@ def test_the_documentation_s_program_writes_our_text(
     monkeypatch.chdir(tmp_path)
     exec(program.replace("It was", "to be"), {})
     prompt = torch.from_numpy(trained.tokenizer.encode("to be").astype("int64"))
-    written = list(continue_text(trained.net, prompt, 200 + 1 - len(prompt), temperature=0))
+    written = list(generate_tokens(trained.net, prompt, 200 + 1 - len(prompt), temperature=0))
     assert capsys.readouterr().out == "to be" + trained.tokenizer.decode(written) + "\n"

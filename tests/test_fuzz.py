@@ -24,13 +24,13 @@ from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
 
 from mmrec.cli import main
-from mmrec.corpora.base import Document
-from mmrec.corpora.shakespeare_plays import speeches
-from mmrec.errors import UserError
-from mmrec.parsing import find_config, shipped_configs
-from mmrec.prepare import SEPARATOR, split_documents
-from mmrec.stream import IGNORE, RowLoader, RowStream
-from mmrec.text_files import check_encoding, decode_text
+from mmrec.core.errors import UserError
+from mmrec.core.options import find_config, shipped_configs
+from mmrec.core.text_files import check_encoding, decode_text
+from mmrec.data.batches import IGNORE, SegmentSampler, TrainLoader
+from mmrec.data.corpora.base import Document
+from mmrec.data.corpora.shakespeare_plays import speeches
+from mmrec.data.split import SEPARATOR, split_documents
 from mmrec.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
@@ -113,16 +113,18 @@ def every_token_once(data: st.DataObject) -> None:
     cuts = [(1, world * rows), (world, rows), (world * rows, 1)]
     before, after = data.draw(st.sampled_from(cuts)), data.draw(st.sampled_from(cuts))
 
-    def loaders(cut: tuple[int, int]) -> list[RowLoader]:
+    def loaders(cut: tuple[int, int]) -> list[TrainLoader]:
         tokens, (world, rows) = np.arange(total, dtype=np.uint16), cut
-        streams = (RowStream(tokens, rows, length, seed, segment, 0.5, groups, rank, world) for rank in range(world))
-        return [RowLoader(stream) for stream in streams]
+        streams = (
+            SegmentSampler(tokens, rows, length, seed, segment, 0.5, groups, rank, world) for rank in range(world)
+        )
+        return [TrainLoader(stream) for stream in streams]
 
     first, second = loaders(before), loaders(after)
     place = data.draw(st.integers(0, 2 * len(first[0])))
     predicted: list[int] = []
 
-    def take(loader: RowLoader, end: int) -> None:
+    def take(loader: TrainLoader, end: int) -> None:
         while loader.position < end:
             batch = next(iter(loader))
             scored = batch.targets != IGNORE
@@ -197,7 +199,7 @@ COMMANDS = [
     (["prepare", "--mirror=nowhere"], "output_dir input_file input_dir val_split tokenizer vocab_size"),
     (["prepare", "--verify"], "output_dir force vocab_size encoding glob corpus"),
     (["generate"], "ckpt prompt length temperature top_k top_p seed run root"),
-    (["validate"], "ckpt_path run data.corpus trainer.devices model.shape.dim"),
+    (["validate"], "ckpt_path run data.corpus trainer.devices model.config.dim"),
     (["fit", "--print_config"], "config data.seq_len model trainer.max_steps last run"),
 ]
 """Commands that neither train nor reach the network, and options of theirs."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrec import generate
-from mmrec.generate import choose, continue_text, read
-from mmrec.model import MemoryLM, Shape
+from mmrec.inference import generate
+from mmrec.inference.generate import generate_tokens, read, sample_token
+from mmrec.model import ModelConfig, RecurrentLM
 
-SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
 def draw(logits: list[float], count: int = 2000, **options: float) -> set[int]:
     given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
     rows = torch.tensor(logits).expand(count, -1)
     random = torch.Generator().manual_seed(0)
-    return set(choose(rows, given["temperature"], int(given["top_k"]), given["top_p"], random).tolist())
+    return set(sample_token(rows, given["temperature"], int(given["top_k"]), given["top_p"], random).tolist())
 
 
 def test_draws_stay_within_what_was_asked_for() -> None:
@@ -34,16 +34,16 @@ def test_draws_stay_within_what_was_asked_for() -> None:
 def test_draws_have_the_model_s_probabilities() -> None:
     rows = torch.tensor([0.7, 0.3]).log().expand(20_000, -1)
     random = torch.Generator().manual_seed(0)
-    share = choose(rows, 1.0, 0, 1.0, random).float().mean()
+    share = sample_token(rows, 1.0, 0, 1.0, random).float().mean()
     assert share == pytest.approx(0.3, abs=0.01)
-    cooler = choose(rows, 0.5, 0, 1.0, random).float().mean()
+    cooler = sample_token(rows, 0.5, 0, 1.0, random).float().mean()
     assert cooler == pytest.approx(0.09 / (0.09 + 0.49), abs=0.01)
 
 
 def test_the_most_likely_text_is_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = MemoryLM(SHAPE, 9).eval()
+    net = RecurrentLM(SHAPE, 9).eval()
     prompt = torch.randint(9, (50,))
-    tokens = list(continue_text(net, prompt, 12, temperature=0))
+    tokens = list(generate_tokens(net, prompt, 12, temperature=0))
     everything = torch.cat([prompt, torch.tensor(tokens)])[None]
     logits, _ = net(everything, net.zero_state(1))
     assert logits[0, 49:-1].argmax(-1).tolist() == tokens
@@ -55,7 +55,7 @@ def test_the_most_likely_text_is_the_model_s_own(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_seed_decides() -> None:
-    net = MemoryLM(SHAPE, 9).eval()
+    net = RecurrentLM(SHAPE, 9).eval()
     prompt = torch.tensor([1])
-    assert list(continue_text(net, prompt, 30, seed=1)) == list(continue_text(net, prompt, 30, seed=1))
-    assert list(continue_text(net, prompt, 30, seed=1)) != list(continue_text(net, prompt, 30, seed=2))
+    assert list(generate_tokens(net, prompt, 30, seed=1)) == list(generate_tokens(net, prompt, 30, seed=1))
+    assert list(generate_tokens(net, prompt, 30, seed=1)) != list(generate_tokens(net, prompt, 30, seed=2))

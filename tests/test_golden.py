@@ -11,19 +11,21 @@ from conftest import Command, Figure, make_text
 from helpers import fit, last, losses
 from processes import run
 
-from mmrec.checkpoint import VERSION, load_trained
+from mmrec.checkpoints.checkpoint import VERSION, load_model
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"
 COURSE = DATA / "course.json"
 PROMPT = "1: to be or not"
+BATCHES = ["--data.batch_size=2", "--data.seq_len=64"]
+"""Of what is stored."""
 
 pytestmark = pytest.mark.reliability
 
 
 def logits(path: Path) -> torch.Tensor:
     """Return the logits after each character of the prompt."""
-    trained = load_trained(path)
+    trained = load_model(path)
     tokens = torch.from_numpy(trained.tokenizer.encode(PROMPT).astype("int64"))[None]
     with torch.no_grad():
         return trained.net(tokens, trained.net.zero_state(1))[0][0]
@@ -31,7 +33,7 @@ def logits(path: Path) -> torch.Tensor:
 
 def test_an_old_checkpoint_still_means_the_same(figure: Figure) -> None:
     """Made by ``python tests/test_golden.py``, once for each format version; older ones are kept."""
-    assert VERSION == 1, "keep this file's checkpoint, add one of the new version, and test both"
+    assert VERSION == 2, "keep these files' checkpoints, add one of the new version, and test all"
     assert CHECKPOINT.stat().st_size < 200_000
     stored = torch.tensor(json.loads(CHECKPOINT.with_suffix(".json").read_text()))
     difference = float((logits(CHECKPOINT) - stored).abs().max())
@@ -40,14 +42,13 @@ def test_an_old_checkpoint_still_means_the_same(figure: Figure) -> None:
 
 
 def test_an_old_checkpoint_can_be_trained_on(mmrec: Command, prepared: Path) -> None:
-    more = ["--trainer.max_steps=60", "--trainer.max_epochs=-1", f"--ckpt_path={CHECKPOINT}", "--run=more"]
+    more = [*BATCHES, "--trainer.max_steps=60", "--trainer.max_epochs=-1", f"--ckpt_path={CHECKPOINT}", "--run=more"]
     assert mmrec(*fit(prepared, *more)) == 0
     assert last("more")["global_step"] == 60
 
 
 COMMAND = [
-    "--data.batch_size=2",
-    "--data.seq_len=64",
+    *BATCHES,
     "--trainer.precision=32-true",
     "--trainer.max_steps=50",
     "--trainer.max_epochs=-1",
@@ -72,10 +73,11 @@ def test_the_course_of_a_training(prepared: Path, tmp_path: Path, figure: Figure
 
 if __name__ == "__main__":  # make the data anew: in an empty folder
     from mmrec.cli import main
-    from mmrec.prepare import prepare
+    from mmrec.data.options import PrepareOptions
+    from mmrec.data.prepare import prepare
 
     Path("text.txt").write_text(make_text())
-    prepare(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters")
+    prepare(PrepareOptions(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters"))
     main(fit(Path("tokens"), *COMMAND, "--run=golden"))
     DATA.mkdir(exist_ok=True)
     CHECKPOINT.write_bytes(Path("lightning_logs/golden/checkpoints/last.ckpt").read_bytes())

@@ -11,9 +11,9 @@ import torch
 from conftest import Command
 from helpers import QUICK, checkpoints, fit
 
-from mmrec.checkpoint import load_trained
+from mmrec.checkpoints.checkpoint import load_model
 
-SETTINGS = [option for option in QUICK if not option.startswith("--model.shape")]
+SETTINGS = [option for option in QUICK if not option.startswith("--model.config")]
 STILL = ["--model.learning_rate=0", "--trainer.max_epochs=-1", "--trainer.max_steps=2"]
 
 
@@ -26,7 +26,7 @@ def model(mmrec: Command, small_root: Path, tmp_path: Path) -> Path:
 
 
 def weights(path: Path) -> dict[str, Any]:
-    return load_trained(path).net.state_dict()
+    return load_model(path).net.state_dict()
 
 
 def begin(*more: str) -> list[str]:
@@ -52,8 +52,8 @@ def test_the_first_update_begins_with_its_weights(
 
 def test_its_shape_comes_with_it_and_its_settings_do_not(mmrec: Command, model: Path) -> None:
     assert mmrec(*begin("-c", "tiny", *STILL, f"--init_from={model}", "--run=b")) == 0
-    net = load_trained(checkpoints("b") / "last.ckpt").net
-    assert net.shape == load_trained(model).net.shape
+    net = load_model(checkpoints("b") / "last.ckpt").net
+    assert net.config == load_model(model).net.config
     assert "weight_decay: 0.5" in Path("lightning_logs/b/config.yaml").read_text()
 
 
@@ -61,7 +61,7 @@ def test_going_on_does_not_need_it_any_more(mmrec: Command, model: Path) -> None
     assert mmrec(*begin("--trainer.max_steps=2", f"--init_from={model}", "--run=b")) == 0
     model.unlink()
     assert mmrec("fit", "--run=b", "--ckpt_path=last", "--trainer.max_steps=4") == 0
-    assert load_trained(checkpoints("b") / "last.ckpt").step == 4
+    assert load_model(checkpoints("b") / "last.ckpt").step == 4
 
 
 def test_it_is_scored_without_a_training(
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused(
     capsys.readouterr()
     for arguments, says in (
         (begin(init, "--data.data_dir=bytes"), "another tokenizer"),
-        (fit(Path("tokens"), init, "--model.shape.layers=3"), "another architecture: layers 2 there, 3 here"),
+        (fit(Path("tokens"), init, "--model.config.layers=3"), "another architecture: layers 2 there, 3 here"),
         (begin("--init_from=nowhere"), "nowhere: no such checkpoint"),
         (begin("--init_from=text.txt"), "text.txt: not a readable checkpoint"),
         (begin(f"--ckpt_path={model}"), "no training to go on with; begin one with its weights by --init_from"),

@@ -20,8 +20,8 @@ from helpers import assert_same_training, checkpoints, fit, last
 from processes import start, wait
 from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions
 
-from mmrec.checkpoint import read_checkpoint, whole_checkpoint
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
+from mmrec.core.errors import UserError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
@@ -32,7 +32,7 @@ OPTIONS = [
     "--trainer.val_check_interval=10",
     "--data.batch_size=4",
     "--data.seq_len=60",
-    "--model.shape.memories=[short, long]",
+    "--model.config.layer_types=[short, long]",
     "--last.every_n_train_steps=2",
     "--run=a",
 ]
@@ -84,7 +84,7 @@ def test_killed_at_any_moment(
         status = end(tmp_path, [*command, "--ckpt_path=last"] if begun else command, die, moment)
         assert status == -signal.SIGKILL, (moment, (tmp_path / "output.txt").read_text()[-2000:])
         if begun:
-            assert read_checkpoint(whole_checkpoint(folder / "last.ckpt"))["global_step"] > 0
+            assert read_checkpoint(find_intact_checkpoint(folder / "last.ckpt"))["global_step"] > 0
         survived += 1
         inside += moment[0] != "step"
         assert (
@@ -207,7 +207,7 @@ def test_a_small_disk(prepared: Path, tmp_path: Path, figure: Figure) -> None:
     if os.system(f"mount -t tmpfs -o size=200k tmpfs {small} 2>/dev/null"):
         pytest.skip("mounting is not allowed here")
     try:
-        wide = "--model.shape={dim: 32, layers: 1, heads: 2, ffn_dim: 24}"
+        wide = "--model.config={dim: 32, layers: 1, heads: 2, ffn_dim: 24}"
         command = [*fit(prepared, *OPTIONS), "--trainer.logger=false", wide, f"--trainer.default_root_dir={small}"]
         assert end(tmp_path, command) == 2
         assert "No space left on device" in (tmp_path / "output.txt").read_text().splitlines()[-1]

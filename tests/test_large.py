@@ -16,13 +16,13 @@ import pytest
 from conftest import Command
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
-from mmrec.large import work
-from mmrec.large.merge import Shards
-from mmrec.large.records import Rejected
-from mmrec.large.shards import Shard
-from mmrec.large.sources import SOURCES
-from mmrec.large.work import documents, hash_of
-from mmrec.tokens import TokenFolder, open_tokens
+from mmrec.data.corpora.large import LARGE_CORPORA
+from mmrec.data.pipeline import tokenize_shard as work
+from mmrec.data.pipeline.merge import Shards
+from mmrec.data.pipeline.records import Rejected
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.tokenize_shard import documents, hash_of
+from mmrec.data.store import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -89,8 +89,8 @@ def test_the_result_does_not_depend_on_the_workers(
     options = ["--drop_duplicates", "--val_split", "0.3"]
     assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
     # Threads that copy side by side, and pieces so small that most documents are cut by them.
-    monkeypatch.setattr("mmrec.large.merge.BYTES_AT_ONCE", 101)
-    monkeypatch.setattr("mmrec.large.merge.AT_ONCE", 20)
+    monkeypatch.setattr("mmrec.data.pipeline.merge.BYTES_AT_ONCE", 101)
+    monkeypatch.setattr("mmrec.data.pipeline.merge.AT_ONCE", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
@@ -120,7 +120,7 @@ def test_a_worker_reads_the_plan_once(mmrec: Command, tmp_path: Path, monkeypatc
 def test_more_files_than_tasks(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "texts")
     with monkeypatch.context() as patched:
-        patched.setattr("mmrec.large.engines.TASKS_OF_A_WORKER", 2)
+        patched.setattr("mmrec.data.pipeline.executors.TASKS_OF_A_WORKER", 2)
         assert mmrec("prepare", str(folder), "--output_dir", "few", "--workers", "1") == 0
     assert mmrec("prepare", str(folder), "--output_dir", "many", "--workers", "1") == 0
     assert tokens_of(Path("few")) == tokens_of(Path("many"))
@@ -142,7 +142,7 @@ def test_names_that_are_not_utf_8(mmrec: Command, tmp_path: Path) -> None:
 def test_tokens_that_are_gone_before_they_are_put_together(
     mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mmrec.large.prepare as preparing
+    import mmrec.data.pipeline.plan as preparing
 
     write_json_lines(tmp_path / "a.jsonl", texts())
     real = preparing.merge
@@ -222,18 +222,18 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["nothing.jsonl"], "no such file or folder"),
         (["c4", "empty"], "no file of a format that is read here"),
         (["a.jsonl", "--tokenizer", "characters"], "needs the whole text at once"),
-        (["a.jsonl", "--engine", "spark"], "unknown --engine 'spark'; known: local, ray, slurm"),
+        (["a.jsonl", "--executor", "spark"], "unknown --executor 'spark'; known: local, ray, slurm"),
         (["a.jsonl", "--workers", "0"], "--workers is 0; it must be at least 1"),
         (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body); at least two are needed"),
         (["a.jsonl", "--val_split", "2"], "it must lie between 0 and 1"),
-        (["a.jsonl", "--engine", "slurm"], "needs Slurm's sbatch"),
+        (["a.jsonl", "--executor", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),
         (["s4://bucket/x"], "cannot be reached: Protocol not known"),
         (["a.jsonl", "--encoding", "latin-1"], "--encoding is for --input_file and --input_dir"),
         (["a.jsonl", "--mirror", "there"], "--mirror is for the small corpora"),
         (["--input_dir", ".", "--drop_duplicates"], "--drop_duplicates is for large corpora"),
         (["b.txt", "--text_field", "body"], "--text_field is for large corpora"),
-        (["sample", "--engine", "ray"], "--engine is for large corpora"),
+        (["sample", "--executor", "ray"], "--executor is for large corpora"),
         (["a.jsonl", "--glob", "*.md"], "--glob is for --input_file and --input_dir"),
         (["c4"], "or get c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files elsewhere: mmrec"),
     ],
@@ -247,8 +247,8 @@ def test_bad_requests(
     message: str,
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    c4 = dataclasses.replace(SOURCES["c4"], url="http://127.0.0.1:9/c4")  # no network
-    monkeypatch.setitem(SOURCES, "c4", c4)
+    c4 = dataclasses.replace(LARGE_CORPORA["c4"], url="http://127.0.0.1:9/c4")  # no network
+    monkeypatch.setitem(LARGE_CORPORA, "c4", c4)
     write_json_lines(tmp_path / "a.jsonl", texts(5))
     (tmp_path / "b.txt").write_text("one text\n")
     (tmp_path / "empty").mkdir()

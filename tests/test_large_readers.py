@@ -18,12 +18,12 @@ import pytest
 from conftest import Figure
 from layouts import WIKI, page, record_of, texts, write_openwebtext, write_parquet, write_wikipedia
 
-from mmrec.errors import UserError
-from mmrec.large.mediawiki import split_dump
-from mmrec.large.readers import READERS
-from mmrec.large.records import LONGEST, Record, Rejected
-from mmrec.large.shards import Shard
-from mmrec.large.sources import find_shards, reader_of
+from mmrec.core.errors import UserError
+from mmrec.data.pipeline.mediawiki import split_dump
+from mmrec.data.pipeline.readers import READERS
+from mmrec.data.pipeline.records import LONGEST, Record, Rejected
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.sources import find_shards, reader_of
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -48,7 +48,7 @@ def test_json_lines_set_bad_records_aside(tmp_path: Path) -> None:
 
 
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmrec.large.readers.LONGEST", 1000)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.LONGEST", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "short"}) + "\n")
     assert read(Shard("jsonl", str(path))) == [Rejected("longer than 32 MiB", "line 1"), "short"]
@@ -76,7 +76,7 @@ def test_files_that_expand_absurdly_are_refused(
     """A few kilobytes that hold 20 MB, and a table that says one text 200 times."""
     zstd, parquet = pytest.importorskip("backports.zstd"), pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
-    monkeypatch.setattr("mmrec.large.records.LONGEST", 1 << 20)
+    monkeypatch.setattr("mmrec.data.pipeline.records.LONGEST", 1 << 20)
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
     member = tarfile.TarInfo("zeros.txt")
     member.size = 10**9
@@ -124,7 +124,7 @@ def test_names_and_links_in_archives_lead_nowhere(
 
 
 def test_text_files_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmrec.large.readers.PIECE", 100)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.PIECE", 100)
     path = tmp_path / "a.txt"
     text = "".join(f"line {i} of some Çöğü text\n" for i in range(50))
     path.write_text(text, encoding="utf-8")
@@ -136,8 +136,8 @@ def test_text_files_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_long_line_is_cut_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Chinese text often comes: a cut inside a character made the whole piece no text."""
-    monkeypatch.setattr("mmrec.large.readers.PIECE", 100)
-    monkeypatch.setattr("mmrec.large.readers.LONGEST", 100)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.PIECE", 100)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.LONGEST", 100)
     path = tmp_path / "a.txt"
     for text in ("a" * first + letter * 400 for first in range(4) for letter in ("ö", "春", "\U0001f600")):
         path.write_text(text, encoding="utf-8")
@@ -162,7 +162,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(shard) == [*texts(), Rejected("no text in text", "row 121")]
     with pytest.raises(UserError, match="has no column 'body', but text, id"):
         read(shard, "body")
-    monkeypatch.setattr("mmrec.large.readers.LONGEST", len(texts()[0]) - 1)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.LONGEST", len(texts()[0]) - 1)
     assert Rejected("longer than 32 MiB", "row 1") in read(shard)
     data = Path(shard.path).read_bytes()
     Path(shard.path).write_bytes(data[:-100])
@@ -185,7 +185,9 @@ def test_parquet_without_rows_without_text_and_with_repeated_text(
     assert written([1, 2], arrow.int64()) == [Rejected("no text in text", f"row {n}") for n in (1, 2)]
     repeated = ["ab", "abc" * 9] * 4
     assert written([*repeated], arrow.string()) == repeated
-    monkeypatch.setattr("mmrec.large.readers.LONGEST", 20)  # the groups with the longer one are read by reference
+    monkeypatch.setattr(
+        "mmrec.data.pipeline.readers.LONGEST", 20
+    )  # the groups with the longer one are read by reference
     found = written([*repeated], arrow.string())
     assert found[::2] == repeated[::2]
     assert found[1::2] == [Rejected("longer than 32 MiB", f"row {n}") for n in (2, 4, 6, 8)]
@@ -207,8 +209,8 @@ def test_a_parquet_file_of_one_row_group_is_read_bit_by_bit(tmp_path: Path, monk
             asked.append(size or 0)
             return super().read(size)
 
-    monkeypatch.setattr("mmrec.large.readers.PIECE", 1 << 16)
-    monkeypatch.setattr("mmrec.large.readers.open_raw", Recorder)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.PIECE", 1 << 16)
+    monkeypatch.setattr("mmrec.data.pipeline.readers.open_raw", Recorder)
     assert read(Shard("parquet", str(tmp_path / "a.parquet"))) == data
     assert (tmp_path / "a.parquet").stat().st_size > 4_000_000
     assert max(asked) < 2_000_000

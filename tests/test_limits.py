@@ -28,7 +28,7 @@ def test_loaders_that_are_asked_for_again_go_on(mmrec: Command, prepared: Path) 
 
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_a_run_of_short_epochs_goes_on(epochs: int, mmrec: Command, prepared: Path) -> None:
-    schedule = ["--model.final_lr_share=1"]
+    schedule = ["--model.min_lr_ratio=1"]
     assert mmrec(*fit(prepared, *SHORT, "--run=whole", *schedule)) == 0
     assert mmrec(*fit(prepared, *SHORT, "--run=parts", *schedule, f"--trainer.max_epochs={epochs}")) == 0
     assert mmrec("fit", "--run=parts", "--ckpt_path=last", "--trainer.max_epochs=4") == 0

@@ -11,11 +11,12 @@ from conftest import Command
 from helpers import checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
-from mmrec.checkpoint import load_trained
-from mmrec.losses import confidence, confidence_weight, nats
-from mmrec.model import reset_rows
-from mmrec.stream import IGNORE, RowStream
-from mmrec.tokens import open_tokens
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.store import open_tokens
+from mmrec.inference.metrics import token_nll
+from mmrec.model import reset_state_rows
+from mmrec.training.losses import confidence, confidence_weight
 
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
@@ -44,14 +45,14 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
     assert losses("with", "train/loss") == losses("without", "train/loss")
     assert losses("with", "val/loss") == losses("without", "val/loss")
 
-    tokens, net = open_tokens(prepared), load_trained(checkpoints("with") / "last.ckpt").net
-    stream, state = RowStream(tokens.train, 2, 64), net.zero_state(2)
+    tokens, net = open_tokens(prepared), load_model(checkpoints("with") / "last.ckpt").net
+    stream, state = SegmentSampler(tokens.train, 2, 64), net.zero_state(2)
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
-            logits, state = net(batch.inputs, reset_rows(state, batch.fresh))
+            logits, state = net(batch.inputs, reset_state_rows(state, batch.reset_mask))
     count = (batch.targets != IGNORE).sum()
-    loss = (nats(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
+    loss = (token_nll(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
     (expected,) = torch.autograd.grad(loss, net.embedding.weight)
 
     def kept(run: str) -> torch.Tensor:

@@ -19,14 +19,14 @@ import torch
 from conftest import REPOSITORY, Command
 
 from mmrec import MemoryLM
-from mmrec.errors import UserError
-from mmrec.memory import Memory, load_memory, model_hash, save_memory
-from mmrec.model import MemoryLM as Net
-from mmrec.model import Shape
-from mmrec.reading import pieces, read_on
+from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
+from mmrec.core.errors import UserError
+from mmrec.inference.scoring import iter_nll, pieces
+from mmrec.model import ModelConfig
+from mmrec.model import RecurrentLM as Net
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
-SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def net(seed: int = 0) -> Net:
 def test_a_memory_comes_back_to_the_bit(tmp_path: Path) -> None:
     model = net()
     tokens = np.frombuffer(b"something that is read " * 300, dtype=np.uint8)
-    *_, (_, memory) = read_on(model, tokens, Memory.empty(model))
+    *_, (_, memory) = iter_nll(model, tokens, SavedState.empty(model))
     save_memory(tmp_path / "a.mem", memory, "hash")
     back = load_memory(tmp_path / "a.mem", model, "hash")
     assert back.position == memory.position == len(tokens)
@@ -55,7 +55,7 @@ def test_a_memory_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "a.mem"
-    *_, (_, memory) = read_on(model, np.arange(50) % 7, Memory.empty(model))
+    *_, (_, memory) = iter_nll(model, np.arange(50) % 7, SavedState.empty(model))
     save_memory(path, memory, "hash")
     whole, choose = path.read_bytes(), random.Random(0)
     for number in range(200):
@@ -93,9 +93,9 @@ def test_costs_are_those_of_one_pass() -> None:
     tokens = torch.randint(256, (5000,))
     logits, _ = model(tokens[None], model.zero_state(1))
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
-    memory, found = Memory.empty(model), []
+    memory, found = SavedState.empty(model), []
     for part in tokens.numpy().astype(np.uint16)[:3000], tokens.numpy().astype(np.uint16)[3000:]:
-        for nats, after in read_on(model, part, memory):
+        for nats, after in iter_nll(model, part, memory):
             found.append(nats)
             memory = after
     torch.testing.assert_close(torch.cat(found)[1:], expected, rtol=1e-4, atol=1e-4)
@@ -159,7 +159,7 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
     other.load_memory(tmp_path / "x.mem")
     assert other.memory.position == 3000
     assert other.generate(length=30, temperature=0) == written
-    other.memory = Memory.empty(other._trained.net)
+    other.memory = SavedState.empty(other._trained.net)
     assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
     for wrong in ({"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}, {"length": -1}):
         (name,) = wrong
@@ -198,7 +198,7 @@ def test_bad_requests(
     Path("greek.txt").write_text("αβγ")
     Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     model = net()
-    save_memory(Path("other.mem"), Memory.empty(model), "another hash")
+    save_memory(Path("other.mem"), SavedState.empty(model), "another hash")
     assert mmrec(*args) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from mmrec.metrics import ScoreByPosition, TextScore
+from mmrec.inference.metrics import MetricsByPosition, TextMetrics
 
 
 def test_the_figures_are_those_of_the_definitions() -> None:
-    score = TextScore()
+    score = TextMetrics()
     score.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1, 1], [2, 1], [3, 2]]))
     result = {name: float(value) for name, value in score.compute().items()}
     assert result["loss"] == 2.0
@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_the_definitions() -> None:
 
 def test_cutting_the_text_does_not_change_them() -> None:
     nats, lengths = torch.rand(1000), torch.randint(1, 4, (1000, 2))
-    whole, parts = TextScore(), TextScore()
+    whole, parts = TextMetrics(), TextMetrics()
     whole.update(nats, lengths)
     for a, b in zip(nats.split(7), lengths.split(7), strict=True):
         parts.update(a, b)
@@ -31,7 +31,7 @@ def test_cutting_the_text_does_not_change_them() -> None:
 
 
 def test_a_million_small_terms_lose_nothing() -> None:
-    score = TextScore()
+    score = TextMetrics()
     for _ in range(100):
         score.update(torch.full((10_000,), 0.1), torch.ones(10_000, 2))
     assert math.isclose(float(score.compute()["loss"]), 0.1, rel_tol=1e-7)
@@ -40,7 +40,7 @@ def test_a_million_small_terms_lose_nothing() -> None:
 @pytest.mark.parametrize("size", [1, 7, 1000, 5000])
 def test_positions_are_in_their_bands(size: int) -> None:
     nats, lengths = torch.rand(5000), torch.randint(1, 4, (5000, 2))
-    score = ScoreByPosition()
+    score = MetricsByPosition()
     for first in range(0, 5000, size):
         score.update(nats[first : first + size], lengths[first : first + size], 100 + first)
     bands = score.compute()
@@ -53,7 +53,7 @@ def test_positions_are_in_their_bands(size: int) -> None:
 
 
 def test_a_band_without_tokens_is_left_out() -> None:
-    score = ScoreByPosition()
+    score = MetricsByPosition()
     score.update(torch.rand(10), torch.ones(10, 2), 1 << 20)
     assert list(score.compute()) == [1 << 20]
-    assert ScoreByPosition().compute() == {}
+    assert MetricsByPosition().compute() == {}

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmrec.errors import UserError
-from mmrec.model import LongMemory, MemoryLM, Shape, State, reset_rows
-from mmrec.ops import chunked, reference
+from mmrec.core.errors import UserError
+from mmrec.model import (
+    LAYER_TYPES,
+    GatedDeltaNet,
+    Gates,
+    LayerState,
+    ModelConfig,
+    RecurrentLayer,
+    RecurrentLM,
+    State,
+    apply_reset,
+    reset_state_rows,
+)
+from mmrec.model.decode import Decoder
+from mmrec.model.ops import chunked, reference
+from mmrec.model.statistics import layer_statistics
 
 VOCABULARY = 11
-SMALL = Shape(dim=16, layers=3, memories=("short", "long"), heads=2, ffn_dim=24)
+SMALL = ModelConfig(dim=16, layers=3, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
-def model() -> MemoryLM:
-    return MemoryLM(SMALL, VOCABULARY).double().eval()
+def model() -> RecurrentLM:
+    return RecurrentLM(SMALL, VOCABULARY).double().eval()
 
 
 def tokens(rows: int, length: int) -> Tensor:
@@ -67,9 +78,9 @@ def test_no_token_sees_a_later_one() -> None:
 def test_rows_are_independent_and_a_reset_row_starts_anew() -> None:
     net, x = model(), tokens(3, 20)
     _, state = net(tokens(3, 33), net.zero_state(3))
-    logits, _ = net(x, reset_rows(state, torch.tensor([False, True, False])))
-    fresh, _ = net(x[1:2], net.zero_state(1))
-    torch.testing.assert_close(logits[1:2], fresh, rtol=1e-9, atol=1e-11)
+    logits, _ = net(x, reset_state_rows(state, torch.tensor([False, True, False])))
+    reset_mask, _ = net(x[1:2], net.zero_state(1))
+    torch.testing.assert_close(logits[1:2], reset_mask, rtol=1e-9, atol=1e-11)
     carried, _ = net(x[2:], [(past[2:], memory[2:]) for past, memory in state])
     torch.testing.assert_close(logits[2:], carried, rtol=1e-9, atol=1e-11)
 
@@ -86,7 +97,7 @@ def test_state_size_does_not_depend_on_the_text() -> None:
     net = model()
     for length in (1, 100):
         _, state = net(tokens(1, length), net.zero_state(1))
-        assert sum(x.numel() for layer in state for x in layer) == net.state_count()
+        assert sum(x.numel() for layer in state for x in layer) == net.state_size()
 
 
 def test_the_state_keeps_nothing_else_in_memory() -> None:
@@ -100,17 +111,17 @@ def test_the_state_keeps_nothing_else_in_memory() -> None:
     [
         ({"dim": 30, "heads": 4}, "multiple"),
         ({"layers": 0}, "at least 1"),
-        ({"memories": ["shrot"]}, "did you mean 'short'"),
-        ({"memories": []}, "empty"),
+        ({"layer_types": ["shrot"]}, "did you mean 'short'"),
+        ({"layer_types": []}, "empty"),
     ],
 )
-def test_a_wrong_shape_is_refused(wrong: dict, says: str) -> None:
+def test_a_wrong_config_is_refused(wrong: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Shape(**wrong)
+        ModelConfig(**wrong)
 
 
 def test_dropout_acts_in_training_only() -> None:
-    net, x = MemoryLM(SMALL, VOCABULARY, dropout=0.5), tokens(1, 12)
+    net, x = RecurrentLM(SMALL, VOCABULARY, dropout=0.5), tokens(1, 12)
     state = net.zero_state(1)
     assert not torch.equal(net(x, state)[0], net(x, state)[0])
     net.eval()
@@ -120,8 +131,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_a_strength_of_two_turns_the_memory_around() -> None:
     """The eigenvalue of the memory's map along the key: 1 - strength, down to -1."""
     for negative, least in ((False, 0.0), (True, -1.0)):
-        shape = Shape(dim=8, layers=1, memories=("long",), heads=1, ffn_dim=8, conv_width=1)
-        memory = LongMemory(replace(shape, negative_eigenvalues=negative)).double()
+        memory = GatedDeltaNet(dim=8, heads=1, conv_width=1, negative_eigenvalues=negative).double()
         with torch.no_grad():
             memory.project.weight.zero_()
             memory.project.weight[8:16].copy_(torch.eye(8))  # the keys are the inputs, the values nothing
@@ -142,21 +152,21 @@ def test_every_parameter_is_trained() -> None:
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("kinds", [["short"], ["long"], ["short", "long"]])
-def test_a_fresh_token_forgets_all_before_it(kinds: list[str]) -> None:
+@pytest.mark.parametrize("layer_types", [["short"], ["long"], ["short", "long"]])
+def test_a_fresh_token_forgets_all_before_it(layer_types: list[str]) -> None:
     """Documents read in one row, or each alone from the zero state: the same logits, gradients and last state."""
-    net = MemoryLM(Shape(dim=16, layers=2, heads=2, ffn_dim=24, memories=kinds), 11).double()
+    net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, layer_types=layer_types), 11).double()
     lengths = [1, 2, 40, 3, 64]
     tokens = torch.randint(11, (1, sum(lengths)))
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    fresh = torch.zeros_like(tokens, dtype=torch.bool)
-    fresh[:, starts] = True
+    reset_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    reset_mask[:, starts] = True
     before = net(torch.randint(11, (1, 9)), net.zero_state(1))[1]
 
     def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.autograd.grad(logits.sin().sum(), list(net.parameters())))
 
-    together, last = net(tokens, before, fresh)
+    together, last = net(tokens, before, reset_mask)
     alone = []
     for start, length in zip(starts, lengths, strict=True):
         logits, state = net(tokens[:, start : start + length], net.zero_state(1))
@@ -168,6 +178,46 @@ def test_a_fresh_token_forgets_all_before_it(kinds: list[str]) -> None:
     for a, b in zip(gradients(together), gradients(torch.cat(alone, dim=1)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     # Carried on across calls: the bound may stand in another call than what it cuts off.
-    first, state = net(tokens[:, :20], before, fresh[:, :20])
-    second, _ = net(tokens[:, 20:], state, fresh[:, 20:])
+    first, state = net(tokens[:, :20], before, reset_mask[:, :20])
+    second, _ = net(tokens[:, 20:], state, reset_mask[:, 20:])
     torch.testing.assert_close(torch.cat([first, second], dim=1), together, rtol=1e-9, atol=1e-9)
+
+
+class Ema(RecurrentLayer):
+    """An exponential moving average of the inputs: a recurrent layer of one's own, without an op or a step."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(dim))
+
+    def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        size = len(self.logit)
+        return torch.zeros(rows, 0, size, device=device, dtype=dtype), torch.zeros(
+            rows, size, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        decay = apply_reset(self.gates(x).log_decay, reset_mask).exp()
+        outputs, h = [], state[1]
+        for t in range(x.shape[1]):
+            h = decay[:, t] * h + (1 - decay[:, t]) * x[:, t]
+            outputs.append(h)
+        return torch.stack(outputs, dim=1), (state[0], h)
+
+    def gates(self, x: Tensor) -> Gates:
+        decay = self.logit.sigmoid().expand_as(x)
+        return Gates(decay.log(), {"decay": decay})
+
+
+def test_a_layer_of_one_s_own_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYER_TYPES, "ema", lambda config: Ema(config.dim))
+    net = RecurrentLM(ModelConfig(dim=16, layers=2, layer_types=("ema", "long"), heads=2, ffn_dim=8), VOCABULARY)
+    x = tokens(1, 20)
+    with torch.no_grad():
+        logits, _ = net.eval()(x, net.zero_state(1))
+    decoder = Decoder(net, net.zero_state(1))
+    found = torch.stack([decoder.step(int(token)).clone() for token in x[0]])
+    torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
+    statistics = layer_statistics(net, x[0])[0]
+    assert statistics.half_lives.tolist() == pytest.approx(16 * [1.0])
+    assert statistics.gates == pytest.approx({"decay": 0.5})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmrec.ops import chunked, fused, reference
+from mmrec.model.ops import chunked, fused, reference
 
 LENGTHS = [1, 2, 31, 32, 33, 63, 100]
 Op = Callable[..., tuple[Tensor, Tensor]]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmrec.model import MemoryLM, Shape
-from mmrec.optim import Combined, make_optimizer, split_parameters, warmup_cosine
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.training.optim import CombinedOptimizer, make_optimizer, split_parameters, warmup_cosine
 
-SHAPE = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
-def step(net: MemoryLM, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(net: RecurrentLM, optimizer: torch.optim.Optimizer, seed: int) -> None:
     x = torch.randint(7, (2, 12), generator=torch.Generator().manual_seed(seed))
     logits, _ = net(x, net.zero_state(2))
     optimizer.zero_grad()
@@ -24,7 +24,7 @@ def step(net: MemoryLM, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 def test_every_parameter_is_in_one_group() -> None:
-    net = MemoryLM(SHAPE, 7)
+    net = RecurrentLM(SHAPE, 7)
     matrices, embeddings, rest = split_parameters(net)
     assert sorted(map(id, matrices + embeddings + rest)) == sorted(map(id, net.parameters()))
     assert len(embeddings) == 1  # tied
@@ -35,7 +35,7 @@ def test_every_parameter_is_in_one_group() -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_decays_norms_and_biases_do_not_decay(name: str) -> None:
-    net = MemoryLM(SHAPE, 7)
+    net = RecurrentLM(SHAPE, 7)
     optimizer = make_optimizer(net, name, 0.1, 0.5, (0.9, 0.99))
     free = [p for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
     assert sorted(map(id, free)) == sorted(map(id, split_parameters(net)[2]))
@@ -43,11 +43,11 @@ def test_decays_norms_and_biases_do_not_decay(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_stored_state_goes_on_the_same(name: str) -> None:
-    net = MemoryLM(SHAPE, 7)
+    net = RecurrentLM(SHAPE, 7)
     optimizer = make_optimizer(net, name, 1e-2, 0.1, (0.9, 0.99))
     for seed in range(3):
         step(net, optimizer, seed)
-    other = MemoryLM(SHAPE, 7)
+    other = RecurrentLM(SHAPE, 7)
     other.load_state_dict(net.state_dict())
     again = make_optimizer(other, name, 1e-2, 0.1, (0.9, 0.99))
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -58,9 +58,9 @@ def test_a_stored_state_goes_on_the_same(name: str) -> None:
 
 
 def test_a_schedule_reaches_every_member_also_after_loading() -> None:
-    net = MemoryLM(SHAPE, 7)
+    net = RecurrentLM(SHAPE, 7)
     optimizer = make_optimizer(net, "muon", 0.1, 0.1, (0.9, 0.99))
-    assert isinstance(optimizer, Combined)
+    assert isinstance(optimizer, CombinedOptimizer)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule = LambdaLR(optimizer, lambda number: 1 / (number + 1))
     step(net, optimizer, 0)

@@ -10,19 +10,19 @@ from conftest import Command
 from helpers import fit, last
 from processes import run
 
-from mmrec.checkpoint import load_trained
+from mmrec.checkpoints.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
 
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = ["--trainer.devices=2", "--trainer.strategy=sharded"]
-LOSSES = ["--model.second_token=0.5", "--model.confidence_penalty=0.3"]
+LOSSES = ["--model.mtp_loss_weight=0.5", "--model.confidence_penalty=0.3"]
 EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epochs=-1", "--trainer.max_steps=20"]
 
 
 def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of the last checkpoint of ``run``, put together where it is in shards."""
-    return load_trained(folder / "lightning_logs" / run / "checkpoints" / "last.ckpt").net.state_dict()
+    return load_model(folder / "lightning_logs" / run / "checkpoints" / "last.ckpt").net.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     """FSDP: each process keeps a part of every weight, and writes its own part of the checkpoint."""
     options = [*EXACT[1:3], "--trainer.precision=32-true", "--model.optimizer=adamw"]
     # A rate that does not depend on how many updates are planned.
-    options += ["--data.batch_size=2", "--model.final_lr_share=1.0", *FSDP]
+    options += ["--data.batch_size=2", "--model.min_lr_ratio=1.0", *FSDP]
     # Validations on the way: what the first process shows of them must not wait for the others.
     validated = ["--trainer.val_check_interval=10", "--trainer.limit_val_batches=2"]
     run(tmp_path, *fit(prepared, *options, *validated, "--trainer.max_steps=20", "--run=whole"), ranks=2)
@@ -65,7 +65,7 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     assert len(list((folder / "last.ckpt").glob("*.distcp"))) == 2
     run(tmp_path, "fit", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=20", ranks=2)
     ends = [
-        load_trained(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
+        load_model(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
     ]
     assert [end.step for end in ends] == [20, 20]
     whole, parts = (end.net.state_dict() for end in ends)

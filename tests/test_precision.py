@@ -10,7 +10,7 @@ import yaml
 from conftest import Command
 from helpers import fit
 
-from mmrec.precision import native_precision
+from mmrec.core.precision import native_precision
 
 
 def has(monkeypatch: pytest.MonkeyPatch, cuda: bool, **units: bool) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from conftest import SHAKESPEARE, Command
 
-from mmrec.corpora.base import Document
-from mmrec.errors import UserError
-from mmrec.prepare import default_split, prepare, split_documents
-from mmrec.tokens import MANIFEST, open_tokens, verify_tokens
+from mmrec.core.errors import UserError
+from mmrec.data.corpora.base import Document
+from mmrec.data.options import PrepareOptions
+from mmrec.data.prepare import prepare
+from mmrec.data.split import default_split, split_documents
+from mmrec.data.store import MANIFEST, open_tokens, verify_tokens
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_text_is_split_before_its_last_part(source: Path, tmp_path: Path, text: str) -> None:
-    folder = prepare(input_file=source, output_dir=tmp_path / "out", val_split=0.25)
+    folder = prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "out", val_split=0.25))
     cut = int(len(text) * 0.75)
     assert (tmp_path / "out" / "train.txt").read_text() == text[:cut]
     assert (tmp_path / "out" / "val.txt").read_text() == text[cut:]
@@ -42,7 +44,7 @@ def test_one_text_is_split_before_its_last_part(source: Path, tmp_path: Path, te
 
 def test_the_manifest_says_sizes_hashes_tokenizer_and_split(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(input_file=source, output_dir=out, tokenizer="bpe", vocab_size=300)
+    prepare(PrepareOptions(input_file=source, output_dir=out, tokenizer="bpe", vocab_size=300))
     manifest = json.loads((out / MANIFEST).read_text())
     for name, entry in manifest["files"].items():
         data = (out / name).read_bytes()
@@ -99,7 +101,7 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text(f"document {i}\n" * 10)
     out = tmp_path / "out"
-    prepare(input_dir=tmp_path, output_dir=out)
+    prepare(PrepareOptions(input_dir=tmp_path, output_dir=out))
     val = (out / "val.txt").read_text()
     assert json.loads((out / MANIFEST).read_text())["split"]["rule"] == "whole documents"
     assert 1 <= len({line for line in val.splitlines() if line}) < 12
@@ -107,7 +109,7 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="the real file is not at hand")
 def test_tiny_shakespeare_is_split_as_everyone_does(tmp_path: Path) -> None:
-    folder = prepare("tiny_shakespeare", output_dir=tmp_path / "out", mirror=str(SHAKESPEARE.parent))
+    folder = prepare(PrepareOptions("tiny_shakespeare", output_dir=tmp_path / "out", mirror=str(SHAKESPEARE.parent)))
     assert (len(folder.train), len(folder.val)) == (1_003_854, 111_540)
     assert folder.tokenizer.vocab_size == 65
 
@@ -117,9 +119,9 @@ def test_tiny_shakespeare_is_split_as_everyone_does(tmp_path: Path) -> None:
 
 def test_the_same_again_changes_nothing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    prepare(input_file=source, output_dir=out)
+    prepare(PrepareOptions(input_file=source, output_dir=out))
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    prepare(input_file=source, output_dir=out)
+    prepare(PrepareOptions(input_file=source, output_dir=out))
     assert "already prepared" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
@@ -127,21 +129,21 @@ def test_the_same_again_changes_nothing(source: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize("change", [{"val_split": 0.3}, {"tokenizer": "characters"}])
 def test_another_request_needs_force(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     out = tmp_path / "out"
-    prepare(input_file=source, output_dir=out)
+    prepare(PrepareOptions(input_file=source, output_dir=out))
     before = snapshot(out)
     with pytest.raises(UserError, match="--force"):
-        prepare(input_file=source, output_dir=out, **change)
+        prepare(PrepareOptions(input_file=source, output_dir=out, **change))
     assert snapshot(out) == before
-    prepare(input_file=source, output_dir=out, force=True, **change)
+    prepare(PrepareOptions(input_file=source, output_dir=out, force=True, **change))
     assert snapshot(out) != before
     verify_tokens(out)
 
 
 def test_a_changed_source_needs_force(source: Path, tmp_path: Path) -> None:
-    prepare(input_file=source, output_dir=tmp_path / "out")
+    prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "out"))
     source.write_text(source.read_text() + "more")
     with pytest.raises(UserError, match="--force"):
-        prepare(input_file=source, output_dir=tmp_path / "out")
+        prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -150,15 +152,15 @@ def test_a_folder_with_something_else_is_never_touched(source: Path, tmp_path: P
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"holds something else \(thesis\.txt\)"):
-        prepare(input_file=source, output_dir=out, force=force)
+        prepare(PrepareOptions(input_file=source, output_dir=out, force=force))
     assert snapshot(out) == {"thesis.txt": b"years of work"}
 
 
 def test_a_file_in_the_way(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
-        prepare(input_file=source, output_dir=source)
+        prepare(PrepareOptions(input_file=source, output_dir=source))
     with pytest.raises(UserError, match="cannot be written"):
-        prepare(input_file=source, output_dir=source / "inside")
+        prepare(PrepareOptions(input_file=source, output_dir=source / "inside"))
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -201,14 +203,14 @@ def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
 )
 def test_a_bad_request_writes_nothing(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        prepare(output_dir=tmp_path / "out", **options)
+        prepare(PrepareOptions(output_dir=tmp_path / "out", **options))
     assert not any(tmp_path.iterdir())
 
 
 def test_a_split_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abcdefgh")
     with pytest.raises(UserError, match="too little text"):
-        prepare(input_file=tmp_path / "short.txt", output_dir=tmp_path / "out", val_split=0.01)
+        prepare(PrepareOptions(input_file=tmp_path / "short.txt", output_dir=tmp_path / "out", val_split=0.01))
     assert not (tmp_path / "out").exists()
 
 

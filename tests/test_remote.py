@@ -15,11 +15,11 @@ import torch
 from conftest import Command
 from helpers import fit, last
 
-from mmrec import remote
-from mmrec.errors import UserError
-from mmrec.remote import RemoteTokens, open_remote_tokens
-from mmrec.stream import RowStream, TextLoader
-from mmrec.tokens import open_tokens
+from mmrec.core.errors import UserError
+from mmrec.data import remote_store as remote
+from mmrec.data.batches import SegmentSampler, StatefulEvalLoader
+from mmrec.data.remote_store import RemoteTokens, open_remote_tokens
+from mmrec.data.store import open_tokens
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def test_any_index_gives_what_a_memory_map_gives(prepared: Path, url: str) -> No
 
 def test_the_stream_is_the_same(prepared: Path, url: str) -> None:
     here, there = open_tokens(prepared), open_remote_tokens(url, 4096)
-    streams = [RowStream(tokens.train, 3, 32, seed=1, segment_len=100) for tokens in (here, there)]
+    streams = [SegmentSampler(tokens.train, 3, 32, seed=1, segment_len=100) for tokens in (here, there)]
     for number in range(0, 2 * len(streams[0]), 5):
         one, other = (stream.batch(number) for stream in streams)
         for a, b in zip(one[:3], other[:3], strict=True):
             assert torch.equal(a, b)
         assert one.group == other.group
-    for a, b in zip(TextLoader(here.val, 100), TextLoader(there.val, 100), strict=True):
+    for a, b in zip(StatefulEvalLoader(here.val, 100), StatefulEvalLoader(there.val, 100), strict=True):
         assert torch.equal(a.inputs, b.inputs)
 
 

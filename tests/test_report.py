@@ -11,7 +11,7 @@ import pytest
 from conftest import Command
 from helpers import fit
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.report.charts import Line, line_chart, spread_chart, ticks
 from mmrec.report.page import render
 from mmrec.report.run import read_run
@@ -102,7 +102,7 @@ def test_the_page_of_a_run(mmrec: Command, prepared: Path, capsys: pytest.Captur
 def test_a_run_that_was_stopped_before_any_validation(
     mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     monkeypatch.setattr(LastCheckpoint, "_agreed_signal", lambda self, trainer: 15 * (trainer.global_step == 20))
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 143
@@ -137,7 +137,7 @@ def test_a_run_that_is_still_going_or_was_killed(mmrec: Command, prepared: Path)
 
 
 def test_a_run_that_failed_says_so(mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmrec.callbacks import GradientGuard
+    from mmrec.training.callbacks.checkpointing import GradientGuard
 
     def fail(*_: object) -> None:
         raise UserError("the gradient <is> not finite at step 3")

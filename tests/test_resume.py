@@ -28,8 +28,8 @@ EVERYTHING = [
     "--data.seq_len=150",
     "--data.segment_len=300",
     "--data.interleave=2",
-    "--model.shape.memories=[short, long]",
-    "--model.second_token=0.3",
+    "--model.config.layer_types=[short, long]",
+    "--model.mtp_loss_weight=0.3",
     "--model.confidence_penalty=0.2",
     "--last.every_n_train_steps=1",
 ]
@@ -49,7 +49,7 @@ def test_from_every_saved_step(
     figure: Figure,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mmrec import callbacks
+    from mmrec.training.callbacks import checkpointing as callbacks
 
     saved: list[Path] = []
     write = callbacks.write_checkpoint

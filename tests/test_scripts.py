@@ -72,6 +72,19 @@ def test_prepare_and_train_as_the_plan_has_it(script: Script, text: str, capsys:
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps * 3 // 2
 
 
+def test_the_best_model_is_kept_only_where_it_is_asked_for(
+    script: Script, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = [*PLAN, "--data_dir", prepared, "--epochs", "1", "--no-save_best_model"]
+    assert script("train_base_model", *plan) == 0
+    assert "validation (carried, " in capsys.readouterr().out
+    folder = Path("lightning_logs/version_0/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+    assert script("train_base_model", *PLAN, "--data_dir", prepared, "--epochs", "2", "--resume", "version_0") == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+
+
 def test_a_folder_as_the_plan_has_it(script: Script) -> None:
     Path("texts").mkdir()
     for number in range(5):
@@ -149,7 +162,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def quickstart(checkout: Path, mirror: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    quick = ["--model.shape={dim: 16, layers: 2, heads: 2, ffn_dim: 24}", "--trainer.limit_val_batches=2"]
+    quick = ["--model.config={dim: 16, layers: 2, heads: 2, ffn_dim: 24}", "--trainer.limit_val_batches=2"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MMREC_MIRROR": str(mirror)}
     return subprocess.run(
         [str(checkout / "scripts" / "quickstart"), *quick, "--data.seq_len=64", *more],

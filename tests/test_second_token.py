@@ -11,13 +11,13 @@ from conftest import Command
 from helpers import checkpoints, fit, last
 from torch.nn import functional as F
 
-from mmrec.checkpoint import load_trained
-from mmrec.model import reset_rows
-from mmrec.second_token import SecondToken, second_targets
-from mmrec.stream import IGNORE, RowStream
-from mmrec.tokens import open_tokens
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.store import open_tokens
+from mmrec.model import reset_state_rows
+from mmrec.training.mtp import MTPHead, mtp_targets
 
-SECOND = "--model.second_token=0.5"
+SECOND = "--model.mtp_loss_weight=0.5"
 
 
 def steps(number: int) -> list[str]:
@@ -26,21 +26,21 @@ def steps(number: int) -> list[str]:
 
 def test_second_targets_end_with_one_that_is_not_scored() -> None:
     targets = torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])
-    assert second_targets(targets).tolist() == [[2, 3, IGNORE], [IGNORE, IGNORE, IGNORE]]
-    assert second_targets(targets[:, :1]).tolist() == [[IGNORE], [IGNORE]]
+    assert mtp_targets(targets).tolist() == [[2, 3, IGNORE], [IGNORE, IGNORE, IGNORE]]
+    assert mtp_targets(targets[:, :1]).tolist() == [[IGNORE], [IGNORE]]
 
 
 def gradient_by_hand(run: str, data: Path, weight: float) -> torch.Tensor:
     """Return the gradient of the embedding at the fourth update of a training whose weights never change."""
     saved = last(run)["state_dict"]
-    net = load_trained(checkpoints(run) / "last.ckpt").net
-    second = SecondToken(net.shape.dim)
-    second.load_state_dict({k.removeprefix("second."): v for k, v in saved.items() if k.startswith("second.")})
-    stream, state = RowStream(open_tokens(data).train, 2, 64), net.zero_state(2)
+    net = load_model(checkpoints(run) / "last.ckpt").net
+    second = MTPHead(net.config.dim)
+    second.load_state_dict({k.removeprefix("mtp_head."): v for k, v in saved.items() if k.startswith("mtp_head.")})
+    stream, state = SegmentSampler(open_tokens(data).train, 2, 64), net.zero_state(2)
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
-            hidden, state = net.hidden(batch.inputs, reset_rows(state, batch.fresh))
+            hidden, state = net.hidden(batch.inputs, reset_state_rows(state, batch.reset_mask))
     loss = F.cross_entropy(net.head(hidden).flatten(0, 1), batch.targets.flatten())
     ahead = net.head(second(hidden[:, :-1]))
     loss = loss + weight * F.cross_entropy(ahead.flatten(0, 1), batch.targets[:, 1:].flatten())
@@ -52,7 +52,7 @@ def test_what_is_learned_from_is_both_losses_and_the_second_fades(mmrec: Command
     # No rate, and an average of gradients that keeps the last alone: the optimizer's state tells it.
     still = ["--model.learning_rate=0", "--model.dropout=0", "--model.optimizer=adamw", "--model.beta1=0"]
     still += ["--trainer.gradient_clip_val=1e9", "--data.interleave=1", *steps(4)]
-    assert mmrec(*fit(prepared, *still, "--model.second_token=0.8", "--run=a")) == 0
+    assert mmrec(*fit(prepared, *still, "--model.mtp_loss_weight=0.8", "--run=a")) == 0
     vocab_size = open_tokens(prepared).tokenizer.vocab_size
     states: Any = last("a")["optimizer_states"][0]["state"].values()
     (kept,) = (state["exp_avg"] for state in states if state["exp_avg"].shape == (vocab_size, 16))
@@ -68,10 +68,12 @@ def test_a_row_of_one_token_has_no_second(mmrec: Command, prepared: Path) -> Non
 def test_the_model_is_the_same_with_and_without(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, SECOND, *steps(3), "--run=a")) == 0
     file = checkpoints("a") / "last.ckpt"
-    names = load_trained(file).net.state_dict().keys()
-    assert {name for name in last("a")["state_dict"] if not name.startswith("second.")} == {f"net.{n}" for n in names}
+    names = load_model(file).net.state_dict().keys()
+    assert {name for name in last("a")["state_dict"] if not name.startswith("mtp_head.")} == {
+        f"net.{n}" for n in names
+    }
     data = f"--data.data_dir={prepared}"
-    for options in ([], ["--model.second_token=0.1"]):
+    for options in ([], ["--model.mtp_loss_weight=0.1"]):
         assert mmrec("validate", data, f"--ckpt_path={file}", *options) == 0
     for options in (["--run=without"], [SECOND, "--run=with"]):
         assert mmrec(*fit(prepared, *steps(3), f"--init_from={file}", *options)) == 0
@@ -81,11 +83,11 @@ def test_the_model_is_the_same_with_and_without(mmrec: Command, prepared: Path) 
 def test_it_cannot_begin_or_end_on_the_way(
     mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str], before: str, after: str
 ) -> None:
-    assert mmrec(*fit(prepared, f"--model.second_token={before}", *steps(2), "--run=a")) == 0
+    assert mmrec(*fit(prepared, f"--model.mtp_loss_weight={before}", *steps(2), "--run=a")) == 0
     kept = (checkpoints("a") / "last.ckpt").read_bytes()
-    change = [f"--model.second_token={after}", "--trainer.max_steps=4"]
+    change = [f"--model.mtp_loss_weight={after}", "--trainer.max_steps=4"]
     capsys.readouterr()
     assert mmrec("fit", "--run=a", "--ckpt_path=last", *change) == 2
-    assert f"trained with model.second_token {before}, and cannot go on with {after}" in capsys.readouterr().err
+    assert f"trained with model.mtp_loss_weight {before}, and cannot go on with {after}" in capsys.readouterr().err
     assert (checkpoints("a") / "last.ckpt").read_bytes() == kept
     assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=4") == 0

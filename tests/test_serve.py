@@ -15,28 +15,28 @@ from conftest import make_text
 from safetensors.torch import save
 from serving import Client, make_service
 
-from mmrec.checkpoint import Trained
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import KIND, SavedState, load_memory, model_hash, save_memory
 from mmrec.cli import main
-from mmrec.generate import continue_text
-from mmrec.memory import KIND, Memory, load_memory, model_hash, save_memory
-from mmrec.model import MemoryLM, Shape
-from mmrec.serve.protocol import CompletionAsked, ScoreAsked
-from mmrec.serve.service import Ended, Piece, Service
+from mmrec.inference.generate import generate_tokens
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.serve.protocol import CompletionRequest, ScoreRequest
+from mmrec.serve.service import Finished, Piece, Service
 from mmrec.serve.transcript import StopFinder
 from mmrec.tokenizers import ByteTokenizer
 
 
 def of_bytes(memories: Path) -> Service:
     torch.manual_seed(0)
-    shape = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
-    return make_service(Trained(MemoryLM(shape, 256).eval(), ByteTokenizer(), 0), memories)
+    config = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
+    return make_service(LoadedModel(RecurrentLM(config, 256).eval(), ByteTokenizer(), 0), memories)
 
 
-def opened(small_model: Trained, path: Path) -> Memory:
+def opened(small_model: LoadedModel, path: Path) -> SavedState:
     return load_memory(path, small_model.net, model_hash(small_model.net, small_model.tokenizer))
 
 
-def assert_same(one: Memory, other: Memory) -> None:
+def assert_same(one: SavedState, other: SavedState) -> None:
     assert one.position == other.position
     torch.testing.assert_close([one.logits, *one.state], [other.logits, *other.state], rtol=1e-4, atol=1e-4)
 
@@ -107,29 +107,29 @@ def test_stops_are_found_however_the_text_comes() -> None:
 
 def test_pieces_are_whole_characters(memories: Path) -> None:
     service, text = of_bytes(memories), "Çay, üç şişe, öğle çorbas\u0131… 😀"
-    *_, score = service.score(ScoreAsked(text=text))
+    *_, score = service.score(ScoreRequest(text=text))
     assert score is not None
     assert score["pieces"]["text"] == list(text)
     assert score["tokens"] == len(text.encode()) - 1
     assert sum(score["pieces"]["nats"]) == pytest.approx(score["nats"], abs=1e-3)
 
-    asked = CompletionAsked(prompt=text, max_tokens=300, seed=0)
+    asked = CompletionRequest(prompt=text, max_tokens=300, seed=0)
     events = list(service.complete(asked))
     pieces = [event.text for event in events if isinstance(event, Piece)]
-    (ended,) = (event for event in events if isinstance(event, Ended))
+    (ended,) = (event for event in events if isinstance(event, Finished))
     assert ended.tokens == 300
     # A model of random weights writes bytes at random; some of them are characters of several bytes.
     prompt = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    drawn = bytes(continue_text(service._net, prompt, 300, 1.0, seed=0))
+    drawn = bytes(generate_tokens(service._net, prompt, 300, 1.0, seed=0))
     assert "".join(pieces) == drawn.decode("utf-8", errors="replace")
     assert any(len(piece.encode()) > 1 and "\ufffd" not in piece for piece in pieces)
 
 
-# Memories
+# StateStore
 
 
 def test_going_on_from_a_memory(
-    client: Client, memories: Path, small_root: Path, small_model: Trained, tmp_path: Path
+    client: Client, memories: Path, small_root: Path, small_model: LoadedModel, tmp_path: Path
 ) -> None:
     text = make_text()
     kept = client.good("POST", "/v1/memories", {"name": "book", "text": text[:3000]})
@@ -160,7 +160,7 @@ def test_what_was_written_is_remembered(client: Client) -> None:
     assert (read["text"], read["memory"]["position"]) == ("", 5)
 
 
-def test_memories_go_in_and_out(client: Client, small_model: Trained, tmp_path: Path) -> None:
+def test_memories_go_in_and_out(client: Client, small_model: LoadedModel, tmp_path: Path) -> None:
     assert client.good("GET", "/v1/memories") == {"object": "list", "data": []}
     for name in ("b", "a"):
         client.good("POST", "/v1/memories", {"name": name, "text": "to be or not to be"})
@@ -210,12 +210,12 @@ def test_names_in_a_path(client: Client, memories: Path) -> None:
     assert (memories.parent / "secret.mem").exists()
 
 
-def test_bad_uploads(client: Client, memories: Path, small_model: Trained, tmp_path: Path) -> None:
+def test_bad_uploads(client: Client, memories: Path, small_model: LoadedModel, tmp_path: Path) -> None:
     model = model_hash(small_model.net, small_model.tokenizer)
-    empty = Memory.empty(small_model.net)
+    empty = SavedState.empty(small_model.net)
     path = tmp_path / "x.mem"
 
-    def saved(memory: Memory, of: str = model) -> bytes:
+    def saved(memory: SavedState, of: str = model) -> bytes:
         save_memory(path, memory, of)
         return path.read_bytes()
 
@@ -227,12 +227,12 @@ def test_bad_uploads(client: Client, memories: Path, small_model: Trained, tmp_p
         (b"\xff" * 100, "is not a readable memory"),
         (bytes(damaged), "damaged"),
         (saved(empty, "0" * 64), "the memory of another model"),
-        (saved(Memory(empty.state[1:], empty.logits, 3)), "does not hold what a memory of this model does"),
-        (saved(Memory([(past, inner[:, :1]), *others], empty.logits, 3)), "does not hold"),
+        (saved(SavedState(empty.state[1:], empty.logits, 3)), "does not hold what a memory of this model does"),
+        (saved(SavedState([(past, inner[:, :1]), *others], empty.logits, 3)), "does not hold"),
         (save({"logits": empty.logits.bfloat16()}, {"format": KIND.format, "version": KIND.version}), "damaged"),
-        (saved(Memory([(past, inner + torch.nan), *others], empty.logits, 3)), "not finite"),
-        (saved(Memory([(past, inner + 1e38), *others], empty.logits, 3)), "larger than reading ever makes them"),
-        (saved(Memory(empty.state, empty.logits + 1e38, 3)), "larger than reading ever makes them"),
+        (saved(SavedState([(past, inner + torch.nan), *others], empty.logits, 3)), "not finite"),
+        (saved(SavedState([(past, inner + 1e38), *others], empty.logits, 3)), "larger than reading ever makes them"),
+        (saved(SavedState(empty.state, empty.logits + 1e38, 3)), "larger than reading ever makes them"),
     ):
         status, answer = client.ask("PUT", "/v1/memories/a/file", data, content_type="application/octet-stream")
         assert status == 400, says
@@ -243,9 +243,9 @@ def test_bad_uploads(client: Client, memories: Path, small_model: Trained, tmp_p
     assert status == 413
 
 
-def test_a_damaged_or_foreign_file_in_the_folder(client: Client, memories: Path, small_model: Trained) -> None:
+def test_a_damaged_or_foreign_file_in_the_folder(client: Client, memories: Path, small_model: LoadedModel) -> None:
     (memories / "bad.mem").write_bytes(b"nothing")
-    save_memory(memories / "other.mem", Memory.empty(small_model.net), "another")
+    save_memory(memories / "other.mem", SavedState.empty(small_model.net), "another")
     assert [(m["id"], m["usable"]) for m in client.good("GET", "/v1/memories")["data"]] == [("other", False)]
     for name in ("bad", "other"):
         status, answer = client.ask("POST", "/v1/completions", {"memory": name})

@@ -15,31 +15,31 @@ from safetensors.torch import load_file
 from serving import LIMITS, Client, make_service, running
 from torch import Tensor
 
-from mmrec.checkpoint import Trained
-from mmrec.model import MemoryLM, Shape
-from mmrec.reading import CHUNK
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.inference.scoring import CHUNK
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import as_logprobs, rows_of, token_names
-from mmrec.serve.protocol import CompletionAsked
-from mmrec.serve.service import Begun
+from mmrec.serve.protocol import CompletionRequest
+from mmrec.serve.service import Started
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, make_tokenizer
 
 TEXT = "Çay, üç şişe: öğle çorbas\u0131… 😀\nto be or not to be\n" * 60
 
 
 @pytest.fixture(params=TOKENIZERS)
-def model(request: pytest.FixtureRequest) -> Trained:
+def model(request: pytest.FixtureRequest) -> LoadedModel:
     """A model of random weights, which likes some tokens much better than others."""
     tokenizer = make_tokenizer(request.param, TEXT, "", 264 if request.param == "bpe" else None)
-    shape = Shape(dim=16, layers=2, memories=("short", "long"), heads=2, ffn_dim=24)
-    net = MemoryLM(shape, tokenizer.vocab_size).eval()
+    config = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
+    net = RecurrentLM(config, tokenizer.vocab_size).eval()
     with torch.no_grad():
         net.head.weight.mul_(30)
-    return Trained(net, tokenizer, 0)
+    return LoadedModel(net, tokenizer, 0)
 
 
 @torch.inference_mode()
-def plain(trained: Trained, tokens: list[int]) -> Tensor:
+def plain(trained: LoadedModel, tokens: list[int]) -> Tensor:
     """Return the log probabilities of each token but the first, in one pass of the plain model."""
     logits, _ = trained.net(torch.tensor([tokens]), trained.net.zero_state(1))
     return logits[0, :-1].log_softmax(-1)
@@ -52,7 +52,7 @@ def spelled(name: str) -> bytes:
     return name.encode()
 
 
-def assert_plain(trained: Trained, found: dict[str, Any], tokens: list[int], count: int) -> None:
+def assert_plain(trained: LoadedModel, found: dict[str, Any], tokens: list[int], count: int) -> None:
     """Compare ``logprobs`` of the whole text ``tokens`` with those of the plain model."""
     expected = plain(trained, tokens)
     names = [trained.tokenizer.token_bytes(token) for token in range(trained.tokenizer.vocab_size)]
@@ -88,7 +88,7 @@ def merged(events: list[Any], index: int = 0) -> tuple[str, dict[str, list[Any]]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_a_prompt_is_scored_as_by_the_plain_model(model: Trained, memories: Path, count: int) -> None:
+def test_a_prompt_is_scored_as_by_the_plain_model(model: LoadedModel, memories: Path, count: int) -> None:
     tokens = model.tokenizer.encode(TEXT).tolist()
     assert CHUNK < len(tokens) < LIMITS.prompt_tokens  # it is read in several chunks
     with running(make_service(model, memories)) as client:
@@ -109,7 +109,7 @@ def test_a_prompt_is_scored_as_by_the_plain_model(model: Trained, memories: Path
         assert merged(events) == (TEXT, choice["logprobs"])
 
 
-def test_what_is_written_is_scored_before_temperature(model: Trained, memories: Path) -> None:
+def test_what_is_written_is_scored_before_temperature(model: LoadedModel, memories: Path) -> None:
     prompt = model.tokenizer.encode(TEXT[:70]).tolist()
     asked = {"prompt": prompt, "max_tokens": 60, "temperature": 1.7, "top_p": 0.9, "seed": 3, "logprobs": 2}
     with running(make_service(model, memories)) as client:
@@ -211,8 +211,8 @@ def test_nothing_to_give_back(client: Client) -> None:
 
 
 def test_tokens_that_end_inside_a_character(memories: Path) -> None:
-    net = MemoryLM(Shape(dim=16, layers=1, heads=2, ffn_dim=24), 256).eval()
-    with running(make_service(Trained(net, ByteTokenizer(), 0), memories)) as client:
+    net = RecurrentLM(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=24), 256).eval()
+    with running(make_service(LoadedModel(net, ByteTokenizer(), 0), memories)) as client:
         (choice,) = client.complete(prompt=[65, 0xF0, 0x9F], echo=True, logprobs=0, max_tokens=0)["choices"]
         assert choice["text"] == "A\ufffd"
         assert choice["logprobs"]["tokens"] == ["A", "bytes:\\xf0", "bytes:\\x9f"]
@@ -233,17 +233,17 @@ def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
     assert own[0] == pytest.approx(own[1] - 1)
 
 
-def test_bad_tokens(client: Client, small_model: Trained) -> None:
+def test_bad_tokens(client: Client, small_model: LoadedModel) -> None:
     size = small_model.tokenizer.vocab_size
-    kinds = "must be a text, the numbers of its tokens, or a list of either"
+    layer_types = "must be a text, the numbers of its tokens, or a list of either"
     for prompt, says in (
         ([size], f"there is no token {size}; the model's are 0 to {size - 1}"),
         ([[0], [-1]], "there is no token -1"),
         ([10**30], "there is no token 1000"),
         ([[]], "must not be empty without a memory"),
-        ([[0], "to be"], kinds),
-        ([True], kinds),
-        (5, kinds),
+        ([[0], "to be"], layer_types),
+        ([True], layer_types),
+        (5, layer_types),
     ):
         status, answer = client.ask("POST", "/v1/completions", {"prompt": prompt})
         assert (status, answer["error"]["param"]) == (400, "prompt")
@@ -262,7 +262,7 @@ def test_prompts_given_back_count_once_a_choice(client: Client) -> None:
 
 @pytest.mark.slow
 def test_the_harness_gets_the_model_s_figures(
-    small_model: Trained, mmrec: Command, small_root: Path, tmp_path: Path
+    small_model: LoadedModel, mmrec: Command, small_root: Path, tmp_path: Path
 ) -> None:
     for needed in ("lm_eval", "tenacity", "aiohttp"):
         pytest.importorskip(needed)
@@ -291,13 +291,13 @@ def test_the_harness_gets_the_model_s_figures(
 
 
 @pytest.mark.slow
-def test_a_long_prompt_is_scored_part_by_part(small_model: Trained, memories: Path) -> None:
+def test_a_long_prompt_is_scored_part_by_part(small_model: LoadedModel, memories: Path) -> None:
     limits = Limits()
     service = make_service(small_model, memories, limits)
     text = (make_text() * 11)[: limits.prompt_tokens]
-    asked = CompletionAsked(prompt=text, echo=True, logprobs=5, max_tokens=0)
+    asked = CompletionRequest(prompt=text, echo=True, logprobs=5, max_tokens=0)
     begun, *events = service.complete(asked)
-    assert begun == Begun(limits.prompt_tokens)
+    assert begun == Started(limits.prompt_tokens)
     parts = limits.prompt_tokens // CHUNK
     assert events[:parts] == [None] * parts  # a client that goes away ends the work after any of them
     with running(make_service(small_model, memories, replace(limits, running=1))) as client:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import KEY, LIMITS, Client, make_service, running
 
-from mmrec.checkpoint import Trained
+from mmrec.checkpoints.checkpoint import LoadedModel
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -50,7 +50,7 @@ def until(page: Any, condition: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(small_model: Trained, memories: Path, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(small_model: LoadedModel, memories: Path, tmp_path: Path) -> None:
     service = make_service(small_model, memories, replace(LIMITS, max_tokens=4096))
     with running(service, KEY) as client, browser() as chromium:
         page = chromium.new_page()

@@ -23,10 +23,10 @@ import pytest
 from conftest import REPOSITORY, Command
 from serving import KEY, LIMITS, Client, make_service, running
 
-from mmrec.checkpoint import Trained
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.core.errors import UserError
 from mmrec.serve.command import listen
-from mmrec.serve.protocol import CompletionAsked, ScoreAsked
+from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 
 # What is refused
 
@@ -108,7 +108,7 @@ def test_other_hosts_and_pages_are_refused(client: Client) -> None:
     assert client.ask("POST", "/v1/score", {"text": "to be"}, origin=f"http://127.0.0.1:{port}")[0] == 200
 
 
-def test_the_key(small_model: Trained, memories: Path) -> None:
+def test_the_key(small_model: LoadedModel, memories: Path) -> None:
     with running(make_service(small_model, memories), KEY, loopback=False) as client:
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
             for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("DELETE", "/v1/memories/a")):
@@ -123,11 +123,11 @@ def test_the_key(small_model: Trained, memories: Path) -> None:
         assert client.ask("GET", "/")[0] == 200
 
 
-def test_more_than_may_wait_are_told_to_come_back(small_model: Trained, memories: Path) -> None:
+def test_more_than_may_wait_are_told_to_come_back(small_model: LoadedModel, memories: Path) -> None:
     service = make_service(small_model, memories, replace(LIMITS, running=1, waiting=1))
     go_on = threading.Event()
 
-    def waits(_: ScoreAsked) -> Iterator[dict[str, Any]]:
+    def waits(_: ScoreRequest) -> Iterator[dict[str, Any]]:
         assert go_on.wait(30)
         yield {"done": True}
 
@@ -146,7 +146,7 @@ def test_more_than_may_wait_are_told_to_come_back(small_model: Trained, memories
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_ends_the_work(small_model: Trained, memories: Path, stream: bool) -> None:
+def test_who_goes_away_ends_the_work(small_model: LoadedModel, memories: Path, stream: bool) -> None:
     limits = replace(LIMITS, running=1, waiting=3, max_tokens=10**8)  # hours of writing
     with running(make_service(small_model, memories, limits)) as client:
         body = json.dumps({"prompt": "to be", "max_tokens": 10**8, "stream": stream}).encode()
@@ -165,7 +165,7 @@ def test_who_goes_away_ends_the_work(small_model: Trained, memories: Path, strea
         assert len(client.text(prompt="to be", max_tokens=5)) == 5
 
 
-def test_the_server_ends_while_it_writes(small_model: Trained, memories: Path) -> None:
+def test_the_server_ends_while_it_writes(small_model: LoadedModel, memories: Path) -> None:
     with ExitStack() as after:
         with running(make_service(small_model, memories, replace(LIMITS, max_tokens=10**8))) as client:
             asked = {"max_tokens": 10**8, "stream": True}
@@ -174,7 +174,7 @@ def test_the_server_ends_while_it_writes(small_model: Trained, memories: Path) -
         assert b"the server is being stopped" in response.read()
 
 
-def test_too_many_memories(small_model: Trained, memories: Path) -> None:
+def test_too_many_memories(small_model: LoadedModel, memories: Path) -> None:
     with running(make_service(small_model, memories, replace(LIMITS, memories=2))) as client:
         for name in ("a", "b", "a"):
             client.good("POST", "/v1/memories", {"name": name, "text": "to be"})
@@ -199,7 +199,7 @@ def test_too_many_memories(small_model: Trained, memories: Path) -> None:
 def test_random_requests_are_answered(client: Client) -> None:
     """Whatever is asked, the server does not fail."""
     choose = random.Random(0)
-    fields = [*CompletionAsked.model_fields, "text", "name", "suffix"]
+    fields = [*CompletionRequest.model_fields, "text", "name", "suffix"]
     values = [None, True, 0, 1, -1, 2.5, 1e-320, 1e-38, 5e-7, 1e400, 10**30, "", "to be", "a", "../a", "\0", "ü", []]
     values += [{}, ["to be", "to be"], [""], [[1]], {"include_usage": True}, "t" * 3000, (1 << 63) - 1]
     statuses = set()

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec.errors import UserError
-from mmrec.stream import IGNORE, RowLoader, RowStream, TextLoader, WindowLoader
+from mmrec.core.errors import UserError
+from mmrec.data.batches import IGNORE, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
 
 
-def stream(total: int, rows: int, length: int, **options: int | float) -> RowStream:
-    return RowStream(np.arange(total, dtype=np.uint32), rows, length, **options)  # type: ignore[arg-type]
+def stream(total: int, rows: int, length: int, **options: int | float) -> SegmentSampler:
+    return SegmentSampler(np.arange(total, dtype=np.uint32), rows, length, **options)  # type: ignore[arg-type]
 
 
 @settings(max_examples=150, deadline=None)
@@ -51,7 +51,7 @@ def test_rows_continue_from_batch_to_batch_until_the_segment_ends() -> None:
     for number in range(len(one) - 1):
         goes_on = one.batch(number).targets[:, -1] == one.batch(number + 1).inputs[:, 0]
         assert goes_on.all() or number % 5 == 4  # only at its end may a row go elsewhere
-        assert one.batch(number).fresh.tolist() == [number % 5 == 0] * 2
+        assert one.batch(number).reset_mask.tolist() == [number % 5 == 0] * 2
 
 
 def test_groups_of_rows_are_read_in_turn_and_each_continues() -> None:
@@ -89,10 +89,10 @@ def test_each_epoch_cuts_the_text_elsewhere() -> None:
 
 def test_resets_are_as_frequent_as_asked() -> None:
     one = stream(80_000, 4, 10, segment_len=10, reset_probability=0.3)
-    share = torch.stack([one.batch(n).fresh for n in range(len(one))]).float().mean()
+    share = torch.stack([one.batch(n).reset_mask for n in range(len(one))]).float().mean()
     assert 0.28 < share < 0.32
     never = stream(4000, 4, 10, reset_probability=0.0)
-    assert not any(never.batch(n).fresh.any() for n in range(len(never)))
+    assert not any(never.batch(n).reset_mask.any() for n in range(len(never)))
 
 
 def test_the_seed_decides() -> None:
@@ -104,15 +104,15 @@ def test_the_seed_decides() -> None:
 @given(stop=st.integers(0, 60))
 def test_a_loader_goes_on_where_its_state_says(stop: int) -> None:
     one = stream(600, 2, 15)
-    whole = RowLoader(one)
+    whole = TrainLoader(one)
     expected = [batch for _ in range(3) for batch in whole]
-    first, seen = RowLoader(one), []
+    first, seen = TrainLoader(one), []
     while len(seen) < stop:
         for batch in first:
             seen.append(batch)
             if len(seen) == stop:
                 break
-    second = RowLoader(one)
+    second = TrainLoader(one)
     second.load_state_dict(first.state_dict())
     while len(seen) < len(expected):
         seen.extend(itertools.islice(second, len(expected) - len(seen)))
@@ -124,8 +124,8 @@ def test_a_loader_goes_on_where_its_state_says(stop: int) -> None:
 @pytest.mark.parametrize("stop", [7, 20])
 def test_the_same_rows_on_another_number_of_processes(stop: int) -> None:
     """The rule of resuming: what 2 processes of 2 rows read is what 1 process of 4 rows reads, from any place."""
-    one = RowLoader(stream(600, 4, 15))
-    pair = [RowLoader(stream(600, 2, 15, rank=rank, world_size=2)) for rank in range(2)]
+    one = TrainLoader(stream(600, 4, 15))
+    pair = [TrainLoader(stream(600, 2, 15, rank=rank, world_size=2)) for rank in range(2)]
     for loader in pair:
         loader.load_state_dict(one.state_dict() | {"position": stop})
     one.load_state_dict(pair[0].state_dict())
@@ -135,9 +135,9 @@ def test_the_same_rows_on_another_number_of_processes(stop: int) -> None:
 
 
 def test_another_cut_is_refused_within_an_epoch_and_taken_up_at_its_end() -> None:
-    before = RowLoader(stream(600, 4, 15))
+    before = TrainLoader(stream(600, 4, 15))
     state = before.state_dict()
-    after = RowLoader(stream(600, 3, 15))
+    after = TrainLoader(stream(600, 3, 15))
     with pytest.raises(UserError, match="rows 4 there, 3 here"):
         after.load_state_dict(state | {"position": 2 * len(before) + 1})
     after.load_state_dict(state | {"position": 2 * len(before)})
@@ -145,19 +145,19 @@ def test_another_cut_is_refused_within_an_epoch_and_taken_up_at_its_end() -> Non
 
 
 def test_a_loader_is_as_long_as_an_epoch() -> None:
-    loader = RowLoader(stream(600, 2, 15))
+    loader = TrainLoader(stream(600, 2, 15))
     assert len(list(loader)) == len(list(loader)) == len(loader)
 
 
 @settings(max_examples=100, deadline=None)
 @given(total=st.integers(2, 300), length=st.integers(1, 100))
 def test_a_text_is_read_once_and_to_its_end(total: int, length: int) -> None:
-    loader = TextLoader(np.arange(total), length)
+    loader = StatefulEvalLoader(np.arange(total), length)
     batches = list(loader)
     assert len(batches) == len(loader)
     assert torch.cat([b.inputs for b in batches], dim=1).tolist() == [list(range(total - 1))]
     assert torch.cat([b.targets for b in batches], dim=1).tolist() == [list(range(1, total))]
-    assert [bool(b.fresh) for b in batches] == [True] + [False] * (len(batches) - 1)
+    assert [bool(b.reset_mask) for b in batches] == [True] + [False] * (len(batches) - 1)
 
 
 @pytest.mark.parametrize(("total", "rows", "length"), [(10, 1, 10), (10, 8, 2), (0, 1, 1)])
@@ -165,17 +165,17 @@ def test_too_short_a_text_is_refused(total: int, rows: int, length: int) -> None
     with pytest.raises(UserError, match="too few"):
         stream(total, rows, length)
     with pytest.raises(UserError, match="at least 2"):
-        TextLoader(np.zeros(1), 4)
+        StatefulEvalLoader(np.zeros(1), 4)
 
 
 @settings(max_examples=100, deadline=None)
 @given(total=st.integers(2, 300), window=st.integers(1, 100), rows=st.integers(1, 5))
 def test_windows_score_every_token_once_from_an_empty_memory(total: int, window: int, rows: int) -> None:
-    loader = WindowLoader(np.arange(total), window, rows)
+    loader = WindowedEvalLoader(np.arange(total), window, rows)
     batches = list(loader)
     assert len(batches) == len(loader)
     assert torch.cat([b.targets.flatten() for b in batches]).tolist() == list(range(1, total))
     for batch in batches:
         assert (batch.inputs + 1 == batch.targets).all()
-        assert batch.fresh.all()
+        assert batch.reset_mask.all()
         assert (batch.inputs[:, 0] % window == 0).all()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmrec.errors import UserError
-from mmrec.text_files import read_text
+from mmrec.core.errors import UserError
+from mmrec.core.text_files import read_text
 
 
 def write(path: Path, data: bytes) -> Path:

@@ -11,9 +11,9 @@ from conftest import Command, make_text
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from mmrec.errors import UserError
-from mmrec.tokenizer_files import PROBE, read_tokenizer
-from mmrec.tokens import open_tokens
+from mmrec.core.errors import UserError
+from mmrec.data.store import open_tokens
+from mmrec.tokenizers.loading import PROBE, read_tokenizer
 
 
 def write_foreign(path: Path, prefix_space: bool = False) -> HFTokenizer:

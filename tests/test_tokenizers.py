@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.tokenizers import (
     TOKENIZERS,
     BPETokenizer,
@@ -87,7 +87,8 @@ def test_a_long_text_has_the_same_tokens_wherever_it_is_cut(text: str, monkeypat
     """With line ends of either kind, and with none at all."""
     tokenizers = (BPE, CharacterTokenizer(text))
     whole = [tokenizer.encode(text) for tokenizer in tokenizers]
-    monkeypatch.setattr("mmrec.tokenizers.PIECE", 100)
+    for module in ("characters", "streaming"):
+        monkeypatch.setattr(f"mmrec.tokenizers.{module}.PIECE", 100)
     for tokenizer, tokens in zip(tokenizers, whole, strict=True):
         np.testing.assert_array_equal(tokenizer.encode(text), tokens)
     with pytest.raises(UserError, match=rf"'\u2026' \(number {len(text) + 1} of"):

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from conftest import Figure
 
-from mmrec.errors import UserError
-from mmrec.tokenizers import CharacterTokenizer
-from mmrec.tokens import (
+from mmrec.core.errors import UserError
+from mmrec.data.store import (
     NEEDED,
     HashedFile,
     TokenFolder,
@@ -27,6 +26,7 @@ from mmrec.tokens import (
     verify_tokens,
     write_tokens,
 )
+from mmrec.tokenizers import CharacterTokenizer
 
 TEXTS = {"train": "abracadabra\n" * 20, "val": "cadabra\n" * 3}
 

@@ -16,9 +16,9 @@ from conftest import REPOSITORY, Command
 from helpers import fit
 
 from mmrec import MemoryLM
-from mmrec.reading import pieces
+from mmrec.data.store import open_tokens
+from mmrec.inference.scoring import pieces
 from mmrec.tokenizers import TOKENIZERS, StreamDecoder, Tokenizer, make_tokenizer
-from mmrec.tokens import open_tokens
 
 SENTENCES = """\
 Sabah erkenden uyandım; ışık, perdenin arasından ince bir çizgi gibi sızıyordu.

@@ -28,7 +28,7 @@ def die(moment: Moment) -> None:
 
 
 def _after_step(count: int, action: Callable[[], object]) -> None:
-    from mmrec.callbacks import LastCheckpoint
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
 
     steps, before = 0, LastCheckpoint.on_train_batch_end
 
@@ -43,7 +43,7 @@ def _after_step(count: int, action: Callable[[], object]) -> None:
 
 
 def _inside_save(stage: str, count: int, share: float) -> None:
-    from mmrec import checkpoint
+    from mmrec.checkpoints import checkpoint
 
     saves = 0
     save = checkpoint.torch.save

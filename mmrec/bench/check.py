@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmrec.errors import UserError
-from mmrec.ops import chunked, reference
+from mmrec.core.errors import UserError
+from mmrec.model.ops import chunked, reference
 
 TOLERANCE = 1e-3
 """Of float32, relative to the largest number of each result."""

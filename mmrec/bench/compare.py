@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from mmrec.baselines.models import BASELINES
+from mmrec.baselines.tables import print_table
 from mmrec.bench.check import check_ops
-from mmrec.bench.peers import PEERS
 from mmrec.bench.plot import plot
 from mmrec.bench.tasks import RACES
-from mmrec.errors import UserError, nearest
-from mmrec.precision import native_precision
-from mmrec.tokens import open_tokens
+from mmrec.core.errors import UserError, nearest
+from mmrec.core.precision import native_precision
+from mmrec.data.store import open_tokens
 
 OURS = "mmrec"
 NANOGPT_LOSS = 1.8857
@@ -66,7 +67,7 @@ def bench(
     Raises:
         UserError: a name is unknown, a package is missing, or an op differs from its reference.
     """
-    for kind, given, known in (("measure", measures, MEASURES), ("peer", peers, PEERS)):
+    for kind, given, known in (("measure", measures, MEASURES), ("peer", peers, BASELINES)):
         for name in given:
             if name not in known:
                 raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}{nearest(name, known)}")
@@ -205,14 +206,6 @@ def show(
         rows.append(cells)
     names = list(found[0])
     print_table(title, [label, names[0], *(part for name in names[1:] for part in (name, f"{OURS} / {name}"))], rows)
-
-
-def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns under a title."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    print(f"\n{title}")
-    for row in (head, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
 def show_reading(found: dict[str, list[Any]], total: int) -> None:

@@ -16,19 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmrec.allocation import keep_pages
-from mmrec.bench.peers import GPT, LSTM, Cache, make_peer, size
-from mmrec.decode import Decoder
-from mmrec.model import MemoryLM, reset_rows
-from mmrec.optim import make_optimizer, warmup_cosine
-from mmrec.precision import FULL, MIXED
-from mmrec.second_token import SecondToken, second_targets, second_weight
-from mmrec.stream import IGNORE, RowStream, TextLoader, WindowLoader
-from mmrec.tokens import open_tokens
+from mmrec.baselines.models import GPT, LSTM, Cache, make_baseline, size
+from mmrec.baselines.training import RECIPES, detached, loss_of, loss_with_second, optimizer_of, reset_rows, start
+from mmrec.core.allocation import keep_freed_pages
+from mmrec.data.batches import SegmentSampler, StatefulEvalLoader, WindowedEvalLoader
+from mmrec.data.store import open_tokens
+from mmrec.model import RecurrentLM
+from mmrec.model.decode import Decoder
+from mmrec.training.mtp import MTPHead, mtp_weight
+from mmrec.training.optim import warmup_cosine
 
 
 def peak_memory() -> int:
@@ -38,63 +36,6 @@ def peak_memory() -> int:
     except OSError:
         return 0
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def detached(state: Any) -> Any:
-    """Return ``state``, of any nesting, cut off from the graph that made it."""
-    if isinstance(state, Tensor):
-        return state.detach()
-    if isinstance(state, list | tuple):
-        return type(state)(detached(part) for part in state)
-    return state
-
-
-def fresh_rows(model: nn.Module, state: Any, fresh: Tensor) -> Any:
-    """Return ``state`` with the rows where ``fresh`` [B] is true as before any text."""
-    if isinstance(model, MemoryLM):
-        return reset_rows(state, fresh)
-    return tuple(part.masked_fill(fresh[None, :, None], 0) for part in state)
-
-
-def loss_of(
-    model: nn.Module, inputs: Tensor, targets: Tensor, state: Any, precision: str = FULL
-) -> tuple[Tensor, Any]:
-    """Return the mean loss in nats/token, and the state after the last token."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
-        logits, state = model(inputs, state)
-    return mean_nats(logits, targets), state
-
-
-def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over the targets that are scored, in nats/token."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-
-
-def loss_with_second(
-    model: MemoryLM, second: SecondToken, weight: float, inputs: Tensor, targets: Tensor, state: Any, precision: str
-) -> tuple[Tensor, Any]:
-    """Return the mean loss plus ``weight`` times that of the tokens after the targets, and the state at the end."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
-        hidden, state = model.hidden(inputs, state)
-        logits, ahead = model.head(hidden), model.head(second(hidden))
-    return mean_nats(logits, targets) + weight * mean_nats(ahead, second_targets(targets)), state
-
-
-def optimizer_of(
-    model: nn.Module, learning_rate: float, weight_decay: float, second: SecondToken | None = None
-) -> Optimizer:
-    """Ours for our model; AdamW on the others, without weight decay on vectors, as nanoGPT does."""
-    if isinstance(model, MemoryLM):
-        return make_optimizer(model, "muon", learning_rate, weight_decay, (0.9, 0.99), second)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
-
-
-def start(model: nn.Module, rows: int) -> Any:
-    """Return what training starts to read from: nothing for attention, else the zero state."""
-    return None if isinstance(model, GPT) else model.zero_state(rows)  # type: ignore[operator]
 
 
 def train_speed(
@@ -110,7 +51,7 @@ def train_speed(
         precision: of the matrix products, Lightning's name.
         step_tokens: tokens of an update, where a row is shorter.
     """
-    model = make_peer(peer, vocab_size, length)
+    model = make_baseline(peer, vocab_size, length)
     optimizer = optimizer_of(model, 1e-3, 0.1)
 
     def update(rows: int, length: int) -> None:
@@ -145,7 +86,7 @@ def decode_speed(peer: str, position: int, vocab_size: int, seconds: float, toke
     grows with the square of the position, and what the numbers are makes no difference to the speed.
     """
     capacity = position + tokens
-    model = make_peer(peer, vocab_size, capacity).eval()
+    model = make_baseline(peer, vocab_size, capacity).eval()
     if isinstance(model, GPT):
         state: Any = model.zero_state(1, capacity)
         state.memory[..., :position, :].normal_()
@@ -154,7 +95,7 @@ def decode_speed(peer: str, position: int, vocab_size: int, seconds: float, toke
         state = start(model, 1)
         for first in range(0, position, 4096):
             _, state = model(torch.randint(vocab_size, (1, min(4096, position - first))), state)
-    decoder = Decoder(model, state) if isinstance(model, MemoryLM) else None
+    decoder = Decoder(model, state) if isinstance(model, RecurrentLM) else None
     read = state
 
     def write() -> None:
@@ -188,7 +129,7 @@ def reading(peer: str, total: int, vocab_size: int, block: int = 1024) -> dict[s
     ``block`` tokens are read at a time, or an eighth of all if that is fewer.
     """
     block = min(block, total // 8)
-    model = make_peer(peer, vocab_size, block).eval()
+    model = make_baseline(peer, vocab_size, block).eval()
     state = start(model, 1)
     parts, memory = [], []
     model(torch.randint(vocab_size, (1, block)), state)
@@ -206,22 +147,6 @@ def reading(peer: str, total: int, vocab_size: int, block: int = 1024) -> dict[s
     return {"seconds_per_token": parts, "peak_bytes": memory, "state_bytes": state_bytes(state)}
 
 
-RECIPES: dict[str, dict[str, float]] = {
-    "mmrec": {
-        "rows": 8,
-        "length": 128,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.1,
-        "warmup": 50,
-        "final": 0.05,
-        "second_token": 0.3,
-    },
-    # nanoGPT's CPU preset: 12 windows of 64, chosen at random.
-    "gpt": {"rows": 12, "length": 64, "learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 100, "final": 0.1},
-    "lstm": {"rows": 8, "length": 256, "learning_rate": 3e-3, "weight_decay": 0.1, "warmup": 50, "final": 0.05},
-}
-"""How each learns; the others as the LSTM, but on windows chosen at random."""
-
 INTERLEAVE = 8
 """Groups of rows that a model with a state reads in turn."""
 
@@ -232,7 +157,7 @@ RACES: dict[str, dict[str, float]] = {
         "learning_rate": 4e-3,
         "warmup": 20,
         "tokens": 245_760,
-        "second_token": 0.0,
+        "mtp_loss_weight": 0.0,
     },
     # The preset's 2,000 updates end at 1.90 here; with a fifth more it gets there.
     "gpt": {"tokens": 1_843_200},
@@ -262,23 +187,23 @@ def learning(
     recipe = RECIPES.get(peer, RECIPES["lstm"]) | (RACES.get(peer, {}) if race else {})
     tokens = int(recipe.get("tokens", tokens))
     rows, length = int(recipe["rows"]), int(recipe["length"])
-    model = make_peer(peer, data.tokenizer.vocab_size, length)
-    carries = isinstance(model, MemoryLM | LSTM)
-    second_share = recipe.get("second_token", 0.0)
-    second = SecondToken(model.shape.dim) if isinstance(model, MemoryLM) and second_share else None
+    model = make_baseline(peer, data.tokenizer.vocab_size, length)
+    carries = isinstance(model, RecurrentLM | LSTM)
+    second_share = recipe.get("mtp_loss_weight", 0.0)
+    second = MTPHead(model.config.dim) if isinstance(model, RecurrentLM) and second_share else None
     optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"], second)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = tokens // (rows * length)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
-    stream = RowStream(data.train, rows, length, seed, interleave=INTERLEAVE)
+    stream = SegmentSampler(data.train, rows, length, seed, interleave=INTERLEAVE)
     memories: dict[int, Any] = {}
     random = np.random.default_rng(seed)
 
     def batch(number: int) -> tuple[Tensor, Tensor, Any, int]:
         if carries:
-            inputs, targets, fresh, group = stream.batch(number)
+            inputs, targets, reset_mask, group = stream.batch(number)
             state = memories[group] if group in memories else start(model, rows)
-            return inputs, targets, fresh_rows(model, state, fresh), group
+            return inputs, targets, reset_rows(model, state, reset_mask), group
         at = random.integers(len(data.train) - length - 1, size=rows)[:, None] + np.arange(length + 1)
         window = torch.from_numpy(data.train[at].astype(np.int64))
         return window[:, :-1], window[:, 1:], start(model, rows), 0
@@ -286,7 +211,7 @@ def learning(
     def score() -> float:
         model.eval()
         total, state = 0.0, start(model, 1)
-        loader = TextLoader(data.val, 2048) if carries else WindowLoader(data.val, length, 32)
+        loader = StatefulEvalLoader(data.val, 2048) if carries else WindowedEvalLoader(data.val, length, 32)
         with torch.inference_mode():
             for inputs, targets, *_ in loader:
                 loss, after = loss_of(model, inputs, targets, state if carries else start(model, len(inputs)))
@@ -300,8 +225,8 @@ def learning(
     for step in range(steps):
         began = time.monotonic()
         inputs, targets, state, group = batch(step)
-        if isinstance(model, MemoryLM) and second is not None:
-            weight = second_weight(second_share, step, steps)
+        if isinstance(model, RecurrentLM) and second is not None:
+            weight = mtp_weight(second_share, step, steps)
             loss, state = loss_with_second(model, second, weight, inputs, targets, state, precision)
         else:
             loss, state = loss_of(model, inputs, targets, state, precision)
@@ -329,7 +254,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
-    keep_pages()
+    keep_freed_pages()
     torch.manual_seed(0)
     before = peak_memory()
     result = TASKS[request.pop("task")](**request)

@@ -9,34 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmrec.checkpoint import Trained, load_trained
-from mmrec.errors import UserError
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.core.errors import UserError
+from mmrec.data.batches import WindowedEvalLoader
+from mmrec.data.store import open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
-from mmrec.memory import Memory
-from mmrec.reading import read_on, tokens_of
-from mmrec.runs import CheckpointOptions
-from mmrec.stream import WindowLoader
-from mmrec.tokens import open_tokens_for
+from mmrec.inference.metrics import token_nll
+from mmrec.inference.scoring import iter_nll, tokens_of
 
 ROWS = 32
 """Windows that are read side by side."""
 
 
-def carried(trained: Trained, text: np.ndarray) -> Tensor:
+def carried(trained: LoadedModel, text: np.ndarray) -> Tensor:
     """Return what each token but the first cost, [tokens - 1] in nats, with all before it read."""
-    parts = [nats for nats, _ in read_on(trained.net, text, Memory.empty(trained.net))]
+    parts = [nats for nats, _ in iter_nll(trained.net, text, SavedState.empty(trained.net))]
     return torch.cat(parts)[1:].double()
 
 
 @torch.inference_mode()
-def windowed(trained: Trained, text: np.ndarray, window: int) -> Tensor:
+def windowed(trained: LoadedModel, text: np.ndarray, window: int) -> Tensor:
     """Return the same with a memory that is emptied after every ``window`` tokens."""
     parts = []
-    for inputs, targets, *_ in WindowLoader(text, window, ROWS):
+    for inputs, targets, *_ in WindowedEvalLoader(text, window, ROWS):
         logits, _ = trained.net(inputs, trained.net.zero_state(len(inputs)))
-        parts.append(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none"))
+        parts.append(token_nll(logits, targets))
     return torch.cat(parts).double()
 
 
@@ -72,7 +72,7 @@ def carry(
         raise UserError(f"--window is {window}; it must be at least 1")
     if data_dir is None and not files:
         raise UserError("there is no text to score; give --data_dir, --files or both")
-    trained = load_trained(checkpoint.path())
+    trained = load_model(checkpoint.path())
     texts: dict[str, np.ndarray] = {}
     if data_dir is not None:
         texts[str(data_dir)] = np.asarray(open_tokens_for(data_dir, trained.tokenizer).val)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mmrec.errors import UserError, nearest
+from mmrec.core.errors import UserError, nearest
+from mmrec.core.options import Parser, call
 from mmrec.evals.carry import carry
 from mmrec.evals.learned import learned
 from mmrec.evals.length import length
 from mmrec.evals.recipes import SMALL
-from mmrec.parsing import Parser, call
 
 OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
     "length": (length, "what the same text costs after up to a million tokens more were read before it"),

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrec.allocation import keep_pages
-from mmrec.errors import UserError
+from mmrec.core.allocation import keep_freed_pages
+from mmrec.core.errors import UserError
 from mmrec.evals.models import check_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.report import print_table, save, save_plot
@@ -52,7 +52,7 @@ def learned(
         if steps < 1:
             raise UserError(f"--steps is {steps}; it must be at least 1")
         recipe = dataclasses.replace(recipe, steps=steps)
-    keep_pages()
+    keep_freed_pages()
     path = output_dir / f"{task}.json"
     results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
     if path.exists():
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 def described(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as JSON holds it, to tell whether two are the same."""
     plain = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    plain |= {"task": type(recipe.task()).__name__, "shape": recipe.shape.as_dict()}
+    plain |= {"task": type(recipe.task()).__name__, "config": recipe.config.as_dict()}
     described: dict[str, Any] = json.loads(json.dumps(plain))
     return described
 

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mmrec.bench.peers import GPT
-from mmrec.bench.tasks import RECIPES, loss_of, optimizer_of
-from mmrec.checkpoint import load_trained
-from mmrec.errors import UserError
+from mmrec.baselines.models import GPT
+from mmrec.baselines.training import RECIPES, loss_of, optimizer_of
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.core.errors import UserError
+from mmrec.core.precision import native_precision
+from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
-from mmrec.model import MemoryLM
-from mmrec.optim import warmup_cosine
-from mmrec.precision import native_precision
-from mmrec.runs import CheckpointOptions
-from mmrec.tokens import TokenFolder, open_tokens_for
+from mmrec.inference.metrics import token_nll
+from mmrec.model import RecurrentLM
+from mmrec.training.optim import warmup_cosine
 
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""
@@ -55,9 +55,7 @@ def cost(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, leng
         logits, state = net(rows[:, :-1], state)
         wanted = max(0, -1 - first)  # what is predicted here lies before what is scored
         if wanted < logits.shape[1]:
-            predicted, targets = logits[:, wanted:].flatten(0, 1).float(), rows[:, 1 + wanted :].flatten()
-            nats = F.cross_entropy(predicted, targets, reduction="none")
-            scored.append(nats.view(len(rows), -1))
+            scored.append(token_nll(logits[:, wanted:], rows[:, 1 + wanted :]).view(len(rows), -1))
     return torch.cat(scored, dim=1)
 
 
@@ -78,7 +76,7 @@ def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], span
     found = []
     for position in tqdm(positions, desc="positions", disable=not sys.stderr.isatty()):
         starts, length = (blocks, BLOCK) if position <= APART else (begins, BLOCK * BLOCKS)
-        state = net.zero_state(len(starts)) if isinstance(net, MemoryLM) else None
+        state = net.zero_state(len(starts)) if isinstance(net, RecurrentLM) else None
         found.append(cost(net, text, starts, position, length, state).double().view(spans, -1).mean(1).numpy())
     return np.stack(found)
 
@@ -129,7 +127,7 @@ def length(
     Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
-    trained = load_trained(checkpoint.path())
+    trained = load_model(checkpoint.path())
     data = open_tokens_for(data_dir, trained.tokenizer)
     places = sorted(set(positions))
     if not places or places[0] < 1:

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmrec.bench.peers import GPT, LSTM, check_peer, mamba2, mingru
-from mmrec.errors import UserError, nearest
-from mmrec.model import MemoryLM, Shape
-from mmrec.stream import IGNORE
+from mmrec.baselines.models import GPT, LSTM, check_baseline, mamba2, mingru
+from mmrec.core.errors import UserError, nearest
+from mmrec.data.batches import IGNORE
+from mmrec.inference.metrics import token_nll
+from mmrec.model import ModelConfig, RecurrentLM
 
 OURS: dict[str, dict[str, Any]] = {"mmrec": {}, "mmrec-negative": {"negative_eigenvalues": True}}
-"""The variants of our model: what each changes of a shape."""
+"""The variants of our model: what each changes of a config."""
 Build = Callable[[int, int, int, int], nn.Module]
 """Makes a model of (vocabulary, longest text in tokens, width, layers)."""
 
-PEERS: dict[str, Build] = {
+BASELINES: dict[str, Build] = {
     "gpt": lambda vocab_size, length, dim, layers: GPT(vocab_size, length, dim, layers),
     "lstm": lambda vocab_size, length, dim, layers: LSTM(vocab_size, dim, layers),
     "mingru": lambda vocab_size, length, dim, layers: mingru(vocab_size, dim, layers),
@@ -47,19 +47,19 @@ def layer_parameters(model: nn.Module) -> int:
 
 def check_model(name: str) -> None:
     """Raise UserError where there is no model ``name``, or its package is missing."""
-    known = [*OURS, *PEERS]
+    known = [*OURS, *BASELINES]
     if name not in known:
         raise UserError(f"no model {name!r}; known: {', '.join(known)}{nearest(name, known)}")
-    if name in PEERS:
-        check_peer(name)
+    if name in BASELINES:
+        check_baseline(name)
 
 
-def make_model(name: str, shape: Shape, vocab_size: int, length: int) -> nn.Module:
-    """Return the model ``name``: ours of ``shape``, or a peer with as many layers and parameters in them.
+def make_model(name: str, config: ModelConfig, vocab_size: int, length: int) -> nn.Module:
+    """Return the model ``name``: ours of ``config``, or a peer with as many layers and parameters in them.
 
     Args:
-        name: of :data:`OURS` or :data:`PEERS`.
-        shape: of our model.
+        name: of :data:`OURS` or :data:`BASELINES`.
+        config: of our model.
         vocab_size: N.
         length: the longest text, in tokens; a GPT has positions for no more.
 
@@ -68,17 +68,17 @@ def make_model(name: str, shape: Shape, vocab_size: int, length: int) -> nn.Modu
     """
     check_model(name)
     if name in OURS:
-        return MemoryLM(replace(shape, **OURS[name]), vocab_size)
-    build = PEERS[name]
+        return RecurrentLM(replace(config, **OURS[name]), vocab_size)
+    build = BASELINES[name]
     with torch.device("meta"):
-        wanted = layer_parameters(MemoryLM(shape, 2))
+        wanted = layer_parameters(RecurrentLM(config, 2))
 
         def distance(dim: int) -> int:
-            return abs(layer_parameters(build(2, 2, dim, shape.layers)) - wanted)
+            return abs(layer_parameters(build(2, 2, dim, config.layers)) - wanted)
 
-        dims = range(8, 3 * shape.dim + 1, 4)
+        dims = range(8, 3 * config.dim + 1, 4)
         best = min(dims, key=distance)
-    return build(vocab_size, length, best, shape.layers)
+    return build(vocab_size, length, best, config.layers)
 
 
 class Asked(nn.Module):
@@ -108,4 +108,4 @@ class Asked(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, state: object) -> Tensor:
         """Return the mean loss of the answers, in nats."""
         logits, answers, _ = self(tokens, targets, state)
-        return F.cross_entropy(logits, answers)
+        return token_nll(logits, answers, "mean")

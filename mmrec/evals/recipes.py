@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from mmrec.evals.tasks import MQAR, S5, Copy, Induction, KeyValue, Parity, Passkey
 from mmrec.evals.training import Recipe
-from mmrec.model import Shape
+from mmrec.model import ModelConfig
 
 
-def _shape(dim: int, heads: int, *memories: str) -> Shape:
+def _config(dim: int, heads: int, *layer_types: str) -> ModelConfig:
     """Return two layers with a narrow feed-forward network: these tasks ask for memory, not for knowledge."""
-    return Shape(dim=dim, layers=2, memories=memories, heads=heads, ffn_dim=dim)
+    return ModelConfig(dim=dim, layers=2, layer_types=layer_types, heads=heads, ffn_dim=dim)
 
 
-BOTH = _shape(64, 2, "short", "long")
+BOTH = _config(64, 2, "short", "long")
 """The short memory tells the long one what is worth keeping: with two long ones passkeys are lost on the way."""
-LONG = _shape(64, 2, "long")
+LONG = _config(64, 2, "long")
 
 SMALL: dict[str, Recipe] = {
     # One head: 4 heads would each hold a matrix of 32 x 32, too small for 128 pairs.
-    "mqar": Recipe(MQAR, _shape(128, 1, "long"), (4, 8, 16, 32, 64, 128), (4, 16, 64, 128), 500),
+    "mqar": Recipe(MQAR, _config(128, 1, "long"), (4, 8, 16, 32, 64, 128), (4, 16, 64, 128), 500),
     "passkey": Recipe(Passkey, BOTH, (64, 256, 1024, 4096), (1024, 4096, 16384, 65536), 600),
     "kv": Recipe(KeyValue, BOTH, (16, 32, 64), (64, 128, 256), 300),
     "copy": Recipe(Copy, BOTH, (8, 16, 32, 64), (32, 64, 128), 400),
@@ -29,6 +29,6 @@ SMALL: dict[str, Recipe] = {
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
 FULL: dict[str, Recipe] = {
     # 1.3 billion tokens, as many as one run of zoology's sweep reads: 64 epochs of 100,000 rows of 256 are 1.6.
-    "mqar": Recipe(MQAR, _shape(128, 1, "long"), PAIRS, (4, 16, 64, 128, 256), 20_000, tokens=65_536),
+    "mqar": Recipe(MQAR, _config(128, 1, "long"), PAIRS, (4, 16, 64, 128, 256), 20_000, tokens=65_536),
     "passkey": Recipe(Passkey, BOTH, (64, 256, 1024, 4096), (1024, 4096, 16384, 65536), 5000, tokens=65_536),
 }

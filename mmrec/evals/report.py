@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmrec.bench.compare import print_table
+from mmrec.baselines.tables import print_table
 
 __all__ = ["print_table", "save", "save_plot"]
 

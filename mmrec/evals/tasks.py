@@ -1,7 +1,7 @@
 """Made-up tasks whose answers stand in what was read: recall, and keeping track of a state.
 
 A task makes rows of tokens and, at the places that ask, the token that answers; everywhere else the target is
-:data:`mmrec.stream.IGNORE`. Every row of a batch asks equally often. Legend of shapes: B rows, T tokens.
+:data:`mmrec.data.batches.IGNORE`. Every row of a batch asks equally often. Legend of shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.stream import IGNORE
+from mmrec.data.batches import IGNORE
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, [B, T] int64 both."""

@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mmrec.bench.peers import GPT, LSTM
-from mmrec.bench.tasks import optimizer_of, start
+from mmrec.baselines.models import GPT, LSTM
+from mmrec.baselines.training import optimizer_of, start
+from mmrec.core.precision import MIXED, native_precision
 from mmrec.evals.models import Asked, layer_parameters, make_model
 from mmrec.evals.tasks import Task
-from mmrec.model import MemoryLM, Shape
-from mmrec.optim import warmup_cosine
-from mmrec.precision import MIXED, native_precision
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.training.optim import warmup_cosine
 
 CHUNK = 4096
 """Tokens of a row that are read at a time in a test; beyond that only models with a state go on."""
@@ -36,7 +36,7 @@ class Recipe:
 
     Args:
         task: makes the task.
-        shape: of our model; the others have as many layers and parameters.
+        config: of our model; the others have as many layers and parameters.
         levels: taught one after the other, in shares of the first half of all updates; then all but mostly the last.
         tests: levels tested, the taught ones and beyond.
         steps: updates.
@@ -47,7 +47,7 @@ class Recipe:
     """
 
     task: Callable[[], Task]
-    shape: Shape
+    config: ModelConfig
     levels: Sequence[int]
     tests: Sequence[int]
     steps: int
@@ -74,9 +74,9 @@ def teach(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     random, task = np.random.default_rng(seed), recipe.task()
     longest = max(task.length(level) for level in recipe.levels)
-    model = make_model(name, recipe.shape, task.vocab_size, longest)
+    model = make_model(name, recipe.config, task.vocab_size, longest)
     asked = Asked(model)
-    rate = recipe.learning_rate if isinstance(model, MemoryLM) else recipe.peer_rate
+    rate = recipe.learning_rate if isinstance(model, RecurrentLM) else recipe.peer_rate
     optimizer = optimizer_of(model, rate, 0.0)
     schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, recipe.steps // 20, recipe.steps, 0.02))
     mixed = native_precision("cpu") == MIXED
@@ -113,7 +113,7 @@ def test(asked: Asked, task: Task, level: int, recipe: Recipe, seed: int, longes
     to the next, and read no more than :data:`CHUNK` tokens.
     """
     model, length = asked.model.eval(), task.length(level)
-    carries = isinstance(model, MemoryLM | LSTM)
+    carries = isinstance(model, RecurrentLM | LSTM)
     if not carries and length > (longest if isinstance(model, GPT) else CHUNK):
         return None
     random = np.random.default_rng(TEST_SEED + seed)

@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from mmrec.checkpoint import Trained, load_trained
-from mmrec.errors import UserError
-from mmrec.runs import CheckpointOptions
-from mmrec.tokens import staged
-from mmrec.weights import save_weights
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.weights import save_weights
+from mmrec.core.errors import UserError
+from mmrec.data.store import staged
 
 Format = Literal["hf", "safetensors", "onnx"]
 OURS = re.compile(
@@ -41,7 +41,7 @@ def export(
         UserError: something that was given is wrong; nothing has been changed.
     """
     _check_target(output_dir, force)
-    trained = load_trained(checkpoint.path())
+    trained = load_model(checkpoint.path())
     with staged(output_dir) as folder:
         _write(format, folder, trained)
         for path in folder.iterdir():
@@ -51,7 +51,7 @@ def export(
     print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
 
 
-def _write(format: Format, folder: Path, trained: Trained) -> None:
+def _write(format: Format, folder: Path, trained: LoadedModel) -> None:
     if format == "safetensors":
         save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step)
         return

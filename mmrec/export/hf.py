@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.model import MemoryLM, Shape, State, reset_rows
+from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
@@ -43,14 +43,14 @@ class MmrecConfig(PreTrainedConfig):
 
     Args:
         vocab_size: number of different tokens, N.
-        shape: of :class:`mmrec.model.Shape`, by name; its defaults if left out.
+        shape: what :meth:`mmrec.model.ModelConfig.as_dict` returns; the defaults of its fields if left out.
         kwargs: of every config of the library.
     """
 
     model_type = "mmrec"
 
     def __init__(self, vocab_size: int = 256, shape: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        known = Shape(**shape or {})
+        known = ModelConfig.from_dict(shape or {})
         self.vocab_size, self.shape = vocab_size, known.as_dict()
         self.use_cache = kwargs.pop("use_cache", True)
         own = {
@@ -71,7 +71,7 @@ class StateCache:
     """What was read, in the place of the library's cache of keys and values; its size is constant.
 
     Attributes:
-        state: of B texts, as :meth:`MemoryLM.forward` returns it.
+        state: of B texts, as :meth:`RecurrentLM.forward` returns it.
         length: tokens that were read, padding too.
     """
 
@@ -90,7 +90,7 @@ class StateCache:
 
 
 class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
-    """:class:`mmrec.model.MemoryLM`, as the library calls a model."""
+    """:class:`mmrec.model.RecurrentLM`, as the library calls a model."""
 
     config_class = MmrecConfig
     _tied_weights_keys = {"net.head.weight": "net.embedding.weight"}  # noqa: RUF012 -- the library's own form
@@ -98,7 +98,7 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MmrecConfig) -> None:
         super().__init__(config)
-        self.net = MemoryLM(Shape(**config.shape), config.vocab_size)
+        self.net = RecurrentLM(ModelConfig.from_dict(config.shape), config.vocab_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,13 +165,13 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
                 raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be [B, at least {length}]")
             real = real & attention_mask[:, -length:].bool()
-        fresh = past_key_values is None
+        first_call = past_key_values is None
         # In float32 whatever the weights are: small steps would be lost in less.
         cache = past_key_values or StateCache(self.net.zero_state(len(input_ids), dtype=torch.float32))
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         if bool(real.all()):
             logits, cache.state = self._read(input_ids, cache.state, keep)
-        elif fresh:
+        elif first_call:
             logits, cache.state = self._read_padded(input_ids, cache.state, real)
         else:
             logits, cache.state = self._read_on_padded(input_ids, cache.state, real)
@@ -198,10 +198,10 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
         """
         order = real.int().argsort(dim=1, stable=True)
         first = (~real).sum(1, keepdim=True)
-        fresh = torch.arange(tokens.shape[1], device=tokens.device) == first
-        logits, state = self.net(tokens.masked_fill(~real, 0).gather(1, order), state, fresh)
+        reset_mask = torch.arange(tokens.shape[1], device=tokens.device) == first
+        logits, state = self.net(tokens.masked_fill(~real, 0).gather(1, order), state, reset_mask)
         places = (first + real.cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)
-        return logits.gather(1, places.unsqueeze(-1).expand_as(logits)), reset_rows(state, ~real.any(1))
+        return logits.gather(1, places.unsqueeze(-1).expand_as(logits)), reset_state_rows(state, ~real.any(1))
 
     def _read_on_padded(self, tokens: Tensor, state: State, real: Tensor) -> tuple[Tensor, State]:
         """Read rows on, token by token; a row keeps its state where it has padding."""
@@ -222,7 +222,7 @@ def _chosen(there: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(there.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def save(folder: Path, net: MemoryLM, tokenizer: Tokenizer) -> None:
+def save(folder: Path, net: RecurrentLM, tokenizer: Tokenizer) -> None:
     """Write a model and its tokenizer as a folder of the library."""
     # Padding is a token that the model does not have, and that no text is cut into.
     fast = PreTrainedTokenizerFast(
@@ -234,7 +234,7 @@ def save(folder: Path, net: MemoryLM, tokenizer: Tokenizer) -> None:
         model_input_names=["input_ids", "attention_mask"],
     )
     with torch.device("meta"):
-        model = MmrecForCausalLM(MmrecConfig(tokenizer.vocab_size, net.shape.as_dict()))
+        model = MmrecForCausalLM(MmrecConfig(tokenizer.vocab_size, net.config.as_dict()))
     model.net = net
     # Not in the config: there it would have to be a token of the model.
     model.generation_config.pad_token_id = fast.pad_token_id

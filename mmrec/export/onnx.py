@@ -13,9 +13,9 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
+from mmrec.checkpoints.state_file import model_hash
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.memory import model_hash
-from mmrec.model import MemoryLM, State
+from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
 FORMAT, VERSION = "mmrec-onnx", "1"
@@ -47,7 +47,7 @@ EXACT: dict[Callable[..., Any], Callable[..., Any]] = {
 class Step(nn.Module):
     """A token of each row [B, 1] and the state in; the logits of the next [B, N] and the state out."""
 
-    def __init__(self, net: MemoryLM) -> None:
+    def __init__(self, net: RecurrentLM) -> None:
         super().__init__()
         self.net = net
 
@@ -56,7 +56,7 @@ class Step(nn.Module):
         return logits[:, -1], state
 
 
-def save(folder: Path, net: MemoryLM, tokenizer: Tokenizer) -> None:
+def save(folder: Path, net: RecurrentLM, tokenizer: Tokenizer) -> None:
     """Write ``model.onnx``, and beside it ``tokenizer.json`` of the library tokenizers.
 
     The state goes by the names that it has in a memory of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; what

@@ -7,7 +7,7 @@ import json
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 from mmrec.tokenizers import (
     SEPARATOR_BYTES,
     BPETokenizer,

@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmrec import __version__
-from mmrec.errors import UserError
+from mmrec.checkpoints.runs import find_folder
+from mmrec.core.errors import UserError
 from mmrec.report.charts import Line, line_chart, spread_chart
 from mmrec.report.run import Curve, Run, read_run
-from mmrec.runs import find_folder
 
 Rows = list[tuple[str, str]]
 
@@ -154,7 +154,7 @@ def _layers(run: Run) -> list[dict[str, str]]:
     for name in sorted(half_lives, key=_number):
         row = {"layer": name.replace("_", ", "), "half-life": f"{_last(half_lives[name]):,.1f}"}
         row["state"] = f"{_last(norms[name]):.3f}" if name in norms else ""
-        for gate in ("forget", "input", "write", "output"):
+        for gate in ("recurrence", "input", "write", "output"):
             curve = gates.get(f"{name}_{gate}")
             row[gate] = f"{_last(curve):.3f}" if curve else ""
         rows.append(row)

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmrec.errors import UserError
-from mmrec.runs import BEST, CHECKPOINTS, CONFIG, HISTORY, LAST, PREVIOUS
+from mmrec.checkpoints.runs import BEST, CHECKPOINTS, CONFIG, HISTORY, LAST, PREVIOUS
+from mmrec.core.errors import UserError
 
 Curve = dict[int, float]
 """Values by the number of updates after which they were taken, in order."""

@@ -18,11 +18,11 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mmrec.serve.guard import Guard, error_response, read_body
+from mmrec.serve.guard import Authentication, error_response, read_body
 from mmrec.serve.logprobs import joined
-from mmrec.serve.protocol import ApiError, CompletionAsked, ReadAsked, ScoreAsked, parse
-from mmrec.serve.service import Begun, Ended, Event, Piece, Service
-from mmrec.serve.workers import ClientGone, Work, Workers, while_waited_for
+from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest, parse
+from mmrec.serve.service import Event, Finished, Piece, Service, Started
+from mmrec.serve.workers import ClientGone, Work, Workers, cancel_on_disconnect
 
 JSON, BINARY = "application/json", "application/octet-stream"
 FILE_ROOM = 1 << 16
@@ -47,7 +47,7 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
         workers.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, key=key, loopback=loopback)
+    app.add_middleware(Authentication, key=key, loopback=loopback)
 
     @app.exception_handler(ApiError)
     async def _refused(_: Request, error: ApiError) -> Response:
@@ -68,7 +68,7 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
 
     async def only_answer(request: Request, work: Work[dict[str, Any]]) -> dict[str, Any]:
         try:
-            return await while_waited_for(request, anext(work))
+            return await cancel_on_disconnect(request, anext(work))
         finally:
             work.close()
 
@@ -83,7 +83,7 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), CompletionAsked)
+        asked = parse(await read_body(request, JSON, service.limits.body_bytes), CompletionRequest)
         if asked.model not in (None, service.name):
             message = f"there is no model {asked.model!r}, but {service.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -92,10 +92,10 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
         answer = Answer(service.name, asked.logprobs is not None)
         with ExitStack() as stack:
             stack.callback(work.close)
-            begun = await while_waited_for(request, anext(work))  # what is wrong is found before it
-            assert isinstance(begun, Begun)
+            begun = await cancel_on_disconnect(request, anext(work))  # what is wrong is found before it
+            assert isinstance(begun, Started)
             if not asked.stream:
-                return Response(await while_waited_for(request, answer.whole(begun, work)), media_type=JSON)
+                return Response(await cancel_on_disconnect(request, answer.whole(begun, work)), media_type=JSON)
             stack.pop_all()  # the stream ends the work itself
         return StreamingResponse(
             answer.stream(begun, work, asked.stream_options.include_usage), media_type="text/event-stream"
@@ -103,7 +103,7 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
 
     @app.post("/v1/score")
     async def score(request: Request) -> dict[str, Any]:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ScoreAsked)
+        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ScoreRequest)
         return await only_answer(request, workers.start(service.score(asked)))
 
     @app.get("/v1/memories")
@@ -112,7 +112,7 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
 
     @app.post("/v1/memories", status_code=201)
     async def read_memory(request: Request) -> dict[str, Any]:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ReadAsked)
+        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ReadRequest)
         return await only_answer(request, workers.start(service.read(asked)))
 
     @app.get("/v1/memories/{name}")
@@ -155,7 +155,7 @@ class Answer:
             "model": model,
         }
 
-    async def whole(self, begun: Begun, work: Work[Event]) -> str:
+    async def whole(self, begun: Started, work: Work[Event]) -> str:
         """Return the answer when all is written."""
         pieces: dict[int, list[Piece]] = {}
         choices: list[str] = []
@@ -163,19 +163,19 @@ class Answer:
         async for event in work:
             if isinstance(event, Piece):
                 pieces.setdefault(event.index, []).append(event)
-            elif isinstance(event, Ended):
+            elif isinstance(event, Finished):
                 written += event.tokens
                 choices.append(self._choice(event.index, pieces.pop(event.index, []), event))
         return self._body(choices, usage=_usage(begun, written))
 
-    async def stream(self, begun: Begun, work: Work[Event], with_usage: bool) -> AsyncIterator[str]:
+    async def stream(self, begun: Started, work: Work[Event], with_usage: bool) -> AsyncIterator[str]:
         """Yield the answer as it is written, as server-sent events."""
         written = 0
         try:
             async for event in work:
                 if isinstance(event, Piece):
                     yield _sent(self._body([self._choice(event.index, [event])]))
-                elif isinstance(event, Ended):
+                elif isinstance(event, Finished):
                     written += event.tokens
                     yield _sent(self._body([self._choice(event.index, [], event)]))
             if with_usage:
@@ -189,7 +189,7 @@ class Answer:
     def _body(self, choices: list[str], **further: Any) -> str:
         return _with(self._head | further, "choices", f"[{', '.join(choices)}]")
 
-    def _choice(self, index: int, pieces: list[Piece], ended: Ended | None = None) -> str:
+    def _choice(self, index: int, pieces: list[Piece], ended: Finished | None = None) -> str:
         choice = {
             "index": index,
             "text": "".join(piece.text for piece in pieces),
@@ -205,7 +205,7 @@ def _with(fields: dict[str, Any], name: str, value: str) -> str:
     return f"{json.dumps(fields)[:-1]}, {json.dumps(name)}: {value}}}"
 
 
-def _usage(begun: Begun, written: int) -> dict[str, int]:
+def _usage(begun: Started, written: int) -> dict[str, int]:
     read = begun.prompt_tokens
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 

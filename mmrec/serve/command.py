@@ -12,12 +12,12 @@ from types import FrameType
 
 import uvicorn
 
-from mmrec.checkpoint import load_trained
-from mmrec.errors import UserError
-from mmrec.runs import CHECKPOINTS, CheckpointOptions
+from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
+from mmrec.core.errors import UserError
 from mmrec.serve.app import create_app
 from mmrec.serve.limits import DEFAULT, Limits
-from mmrec.serve.memories import Memories
+from mmrec.serve.memories import StateStore
 from mmrec.serve.service import Service
 from mmrec.serve.workers import Workers
 
@@ -102,9 +102,9 @@ def serve(
     with listening:
         key = find_key(loopback)
         path = checkpoint.path()
-        trained = load_trained(path)
+        trained = load_model(path)
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
-        service = Service(name, trained, Memories(memories, trained, limits), limits)
+        service = Service(name, trained, StateStore(memories, trained, limits), limits)
         shown = f"[{host}]" if ":" in host else host
         locked = ", with a key" if key else ""
         print(f"{name}: http://{shown}:{listening.getsockname()[1]}{locked}; Ctrl-C stops", flush=True)

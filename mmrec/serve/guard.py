@@ -26,7 +26,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers)
 
 
-class Guard:
+class Authentication:
     """Refuses a request before its body is read.
 
     A page of another site can make its reader's browser ask a server on loopback. Its requests carry that site's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mmrec.errors import UserError
+from mmrec.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Named memories: files of :mod:`mmrec.memory` in one folder, bounded in number and size."""
+"""Named memories: files of :mod:`mmrec.checkpoints.state_file` in one folder, bounded in number and size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoint import Trained
-from mmrec.errors import UserError
-from mmrec.memory import Memory, load_memory, memory_header, model_hash, save_memory
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState, load_memory, memory_header, model_hash, save_memory
+from mmrec.core.errors import UserError
 from mmrec.serve.limits import Limits
 from mmrec.serve.protocol import ApiError
 
@@ -23,7 +23,7 @@ LARGEST = 1e6
 """Of the numbers in an uploaded memory; those that come of reading are some thousand times smaller."""
 
 
-class Memories:
+class StateStore:
     """The memories of one model. Every method may be called from any thread.
 
     Args:
@@ -32,7 +32,7 @@ class Memories:
         limits: of their number and size.
     """
 
-    def __init__(self, folder: Path, trained: Trained, limits: Limits) -> None:
+    def __init__(self, folder: Path, trained: LoadedModel, limits: Limits) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -40,17 +40,17 @@ class Memories:
         self._folder, self._net, self._limits = folder, trained.net, limits
         self._model = model_hash(trained.net, trained.tokenizer)
         self._writing = threading.Lock()
-        self.bytes_of_one = 4 * (trained.net.state_count() + trained.tokenizer.vocab_size)  # a file's numbers
+        self.bytes_of_one = 4 * (trained.net.state_size() + trained.tokenizer.vocab_size)  # a file's numbers
 
-    def load(self, name: str | None) -> Memory:
+    def load(self, name: str | None) -> SavedState:
         """Return the memory ``name``, or an empty one for None; :class:`ApiError` where there is none."""
         if name is None:
-            return Memory.empty(self._net)
+            return SavedState.empty(self._net)
         path = self.path(name)
         with _named(path, name):
             return load_memory(path, self._net, self._model)
 
-    def save(self, name: str, memory: Memory) -> dict[str, Any]:
+    def save(self, name: str, memory: SavedState) -> dict[str, Any]:
         """Keep ``memory`` as ``name``, in place of what had that name; return what :meth:`about` does."""
         path = self.path(name, there=False)
         with self._writing, _named(path, name):

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mmrec.errors import one_line
+from mmrec.core.errors import one_line
 from mmrec.serve.limits import Limits
 
 MOST_STOPS, LONGEST_STOP = 4, 64
@@ -63,7 +63,7 @@ class StreamOptions(Asked):
     include_usage: bool = False
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(Asked):
     """Of ``POST /v1/completions``."""
 
     model: str | None = None
@@ -95,8 +95,8 @@ class CompletionAsked(Asked):
         try:
             return validate(value)
         except ValidationError:  # one a kind of prompt, of which the first would mislead
-            kinds = "must be a text, the numbers of its tokens, or a list of either"
-            raise PydanticCustomError("prompt", kinds) from None
+            layer_types = "must be a text, the numbers of its tokens, or a list of either"
+            raise PydanticCustomError("prompt", layer_types) from None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -137,14 +137,14 @@ class CompletionAsked(Asked):
                 raise ApiError(400, message, param)
 
 
-class ScoreAsked(Asked):
+class ScoreRequest(Asked):
     """Of ``POST /v1/score``."""
 
     text: str
     memory: str | None = None
 
 
-class ReadAsked(Asked):
+class ReadRequest(Asked):
     """Of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``."""
 
     name: str

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoint import Trained
-from mmrec.errors import UserError
-from mmrec.generate import draw_text
-from mmrec.memory import Memory
-from mmrec.metrics import TextScore
-from mmrec.reading import expect_on, read_on
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.state_file import SavedState
+from mmrec.core.errors import UserError
+from mmrec.inference.generate import generate_with_logits
+from mmrec.inference.metrics import TextMetrics
+from mmrec.inference.scoring import iter_logits, iter_nll
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, Row, as_logprobs, rows_of, token_names
-from mmrec.serve.memories import Memories
-from mmrec.serve.protocol import ApiError, CompletionAsked, ReadAsked, ScoreAsked
+from mmrec.serve.memories import StateStore
+from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest
 from mmrec.serve.transcript import Transcript
 from mmrec.tokenizers import StreamDecoder, token_lengths
 
 
 @dataclass(frozen=True)
-class Begun:
+class Started:
     """All that was asked for is in order, and writing begins."""
 
     prompt_tokens: int
@@ -42,7 +42,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     """Choice ``index`` is written: why it ended ("stop" or "length"), its tokens, and the memory that was kept."""
 
     index: int
@@ -51,7 +51,7 @@ class Ended:
     memory: dict[str, Any] | None
 
 
-Event = Begun | Piece | Ended
+Event = Started | Piece | Finished
 
 
 class Service:
@@ -67,14 +67,14 @@ class Service:
         limits: of a request.
     """
 
-    def __init__(self, name: str, trained: Trained, memories: Memories, limits: Limits) -> None:
+    def __init__(self, name: str, trained: LoadedModel, memories: StateStore, limits: Limits) -> None:
         self.name, self.memories, self.limits = name, memories, limits
         self._net, self._tokenizer = trained.net, trained.tokenizer
         self._lengths = torch.from_numpy(token_lengths(trained.tokenizer))
         self._names = token_names(trained.tokenizer)
 
-    def complete(self, asked: CompletionAsked) -> Iterator[Event | None]:
-        """Write what was asked for. Whatever is wrong with it is raised before :class:`Begun`."""
+    def complete(self, asked: CompletionRequest) -> Iterator[Event | None]:
+        """Write what was asked for. Whatever is wrong with it is raised before :class:`Started`."""
         prompts = [self._encode(prompt, "prompt") for prompt in asked.prompts]
         count = sum(map(len, prompts))
         self._check_length(count, "prompt")
@@ -84,7 +84,7 @@ class Service:
         before = self.memories.load(asked.memory)
         if asked.save_memory is not None:
             self.memories.path(asked.save_memory, there=False)
-        yield Begun(count)
+        yield Started(count)
         first = secrets.randbits(62) if asked.seed is None else asked.seed
         for number, prompt in enumerate(prompts):
             read, echo = yield from self._read_prompt(asked, prompt, before)
@@ -94,14 +94,14 @@ class Service:
                 yield from self._write(asked, index, first + index, read, begin)
 
     def _read_prompt(
-        self, asked: CompletionAsked, prompt: np.ndarray, memory: Memory
-    ) -> Generator[None, None, tuple[Memory, list[tuple[str, Logprobs | None]]]]:
+        self, asked: CompletionRequest, prompt: np.ndarray, memory: SavedState
+    ) -> Generator[None, None, tuple[SavedState, list[tuple[str, Logprobs | None]]]]:
         """Read a prompt; return the memory after it, and, where it is to be given back, that in pieces."""
         if not asked.echo:
             return (yield from self._read_on(prompt, memory)), []
         transcript, reached = Transcript(self._tokenizer, []), memory
         echo = []
-        for logits, part, after in expect_on(self._net, prompt, memory):
+        for logits, part, after in iter_logits(self._net, prompt, memory):
             found = self._rows(asked, logits, part)
             if reached.position == 0 and found[0] is not None:
                 found[0] = Row(found[0].token, None, {})  # nothing could predict it
@@ -113,13 +113,13 @@ class Service:
         return reached, [(text, logprobs) for text, logprobs in echo if text]
 
     def _write(
-        self, asked: CompletionAsked, index: int, seed: int, before: Memory, begin: int
+        self, asked: CompletionRequest, index: int, seed: int, before: SavedState, begin: int
     ) -> Iterator[Event | None]:
         transcript = Transcript(self._tokenizer, asked.stops, begin)
         nothing = torch.zeros(0, dtype=torch.int64)
         tokens: list[int] = []
         written = ""
-        drawn = draw_text(
+        drawn = generate_with_logits(
             self._net, nothing, asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed, memory=before
         )
         for token, logits in drawn:
@@ -137,25 +137,25 @@ class Service:
             # What was passed on is what is remembered: not the string that the text ended at.
             part = self._tokenizer.encode(written) if transcript.stopped else np.array(tokens, dtype=np.int64)
             kept = self.memories.save(asked.save_memory, (yield from self._read_on(part, before)))
-        yield Ended(index, "stop" if transcript.stopped else "length", len(tokens), kept)
+        yield Finished(index, "stop" if transcript.stopped else "length", len(tokens), kept)
 
-    def _rows(self, asked: CompletionAsked, logits: Tensor, tokens: Tensor) -> list[Row | None]:
+    def _rows(self, asked: CompletionRequest, logits: Tensor, tokens: Tensor) -> list[Row | None]:
         return [None] * len(tokens) if asked.logprobs is None else [*rows_of(logits, tokens, asked.logprobs)]
 
-    def _logprobs(self, asked: CompletionAsked, transcript: Transcript) -> Logprobs | None:
+    def _logprobs(self, asked: CompletionRequest, transcript: Transcript) -> Logprobs | None:
         return None if asked.logprobs is None else as_logprobs(transcript.rows(), self._names)
 
-    def score(self, asked: ScoreAsked) -> Iterator[dict[str, Any] | None]:
+    def score(self, asked: ScoreRequest) -> Iterator[dict[str, Any] | None]:
         """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""
         tokens = self._encode(asked.text, "text")
         self._check_length(len(tokens), "text")
         before = self.memories.load(asked.memory)
         begun = before.position > 0
-        decoder, total, done = StreamDecoder(self._tokenizer), TextScore(), 0
+        decoder, total, done = StreamDecoder(self._tokenizer), TextMetrics(), 0
         texts: list[str] = []
         costs: list[float | None] = []
         open_cost = 0.0
-        for nats, _ in read_on(self._net, tokens, before):
+        for nats, _ in iter_nll(self._net, tokens, before):
             part = torch.from_numpy(tokens[done : done + len(nats)].astype(np.int64))
             scored = slice(0 if begun or done else 1, None)
             total.update(nats[scored], self._lengths[part][scored])
@@ -180,7 +180,7 @@ class Service:
             "pieces": {"text": texts, "nats": costs},
         }
 
-    def read(self, asked: ReadAsked) -> Iterator[dict[str, Any] | None]:
+    def read(self, asked: ReadRequest) -> Iterator[dict[str, Any] | None]:
         """Read a text on from a memory and keep what was read; yield, at last, what is said of it."""
         self.memories.path(asked.name, there=False)
         tokens = self._encode(asked.text, "text")
@@ -191,10 +191,10 @@ class Service:
         """Keep an uploaded memory file; yield what is said of it."""
         yield self.memories.put(name, data)
 
-    def _read_on(self, tokens: np.ndarray, memory: Memory) -> Generator[None, None, Memory]:
+    def _read_on(self, tokens: np.ndarray, memory: SavedState) -> Generator[None, None, SavedState]:
         """Read tokens [T] on from ``memory``, yield between its chunks, and return the memory after them."""
         reached = memory
-        for _, after in read_on(self._net, tokens, memory):
+        for _, after in iter_nll(self._net, tokens, memory):
             reached = after
             yield None
         return reached

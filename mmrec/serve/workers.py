@@ -111,7 +111,7 @@ class Work(AsyncIterator[T]):
             self._works.discard(self)
 
 
-async def while_waited_for(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """Return what ``answer`` does, but give it up where the client goes; its body must have been read before.
 
     Raises:

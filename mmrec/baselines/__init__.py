@@ -1,0 +1,1 @@
+"""Other models, and what the comparisons with them share: one update, one score, tables."""

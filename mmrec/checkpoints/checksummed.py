@@ -1,0 +1,98 @@
+"""Tensors in a safetensors file that says what it is, and is sealed by a sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mmrec.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What such a file holds.
+
+    Attributes:
+        format: its name in the file.
+        version: of the format, in the file.
+        title: its name in messages.
+        remedy: what to do where it is damaged.
+    """
+
+    format: str
+    version: str
+    title: str
+    remedy: str
+
+
+def write_checksummed(path: Path, kind: Kind, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, contiguous and none of them shared, and ``metadata`` of them: whole, or not at all."""
+    metadata = {"format": kind.format, "version": kind.version, **metadata}
+    data = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read_checksummed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another kind."""
+    metadata, tensors = _open(path, kind, with_tensors=True)
+    digest = metadata.pop("sha256", None)
+    try:
+        whole = digest == _digest(tensors, metadata)
+    except TypeError:  # numbers of a kind that is never written
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: is damaged (wrong sha256); {kind.remedy}")
+    return tensors, metadata
+
+
+def read_metadata(path: Path, kind: Kind) -> dict[str, str]:
+    """Return the metadata of the tensors, which are neither read nor checked; raises as :func:`read_checksummed`."""
+    return _open(path, kind, with_tensors=False)[0]
+
+
+def _open(path: Path, kind: Kind, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a readable {kind.title} ({str(error)[:100]})") from None
+    if metadata.get("format") != kind.format:
+        raise UserError(f"{path}: is not a {kind.title} of mmrec")
+    version = metadata.get("version")
+    if version != kind.version:
+        raise UserError(f"{path}: {kind.title} format version {version}; this program reads {kind.version}")
+    return metadata, tensors
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return the numbers of a tensor in little-endian order, on any machine."""
+    array = tensor.numpy()
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()

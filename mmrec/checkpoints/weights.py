@@ -1,0 +1,44 @@
+"""A model without its training, as one safetensors file: weights, shape and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmrec.checkpoints.checksummed import Kind, read_checksummed, write_checksummed
+from mmrec.core.errors import UserError
+from mmrec.model import RecurrentLM
+from mmrec.tokenizers import Tokenizer
+
+SUFFIX = ".safetensors"
+KIND = Kind("mmrec-model", "1", "model file", "export it again")
+
+
+def save_weights(path: Path, net: RecurrentLM, tokenizer: Tokenizer, step: int) -> None:
+    """Write a model of ``step`` updates; a tied output layer is the embedding, and stands there once."""
+    weights = {name: weight.detach().contiguous() for name, weight in net.state_dict().items()}
+    if net.config.tie_embeddings:
+        del weights["head.weight"]
+    described = {"shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
+    metadata = {name: json.dumps(value) for name, value in described.items()} | {"step": str(step)}
+    write_checksummed(path, KIND, weights, metadata)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """Return the shape and the tokenizer, as a checkpoint describes them, all weights by name, and the step.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    weights, metadata = read_checksummed(path, KIND)
+    try:
+        description = {key: json.loads(metadata[key]) for key in ("shape", "tokenizer")}
+        step = int(metadata["step"])
+        if description["shape"].get("tie_embeddings"):
+            weights["head.weight"] = weights["embedding.weight"]
+    except (LookupError, ValueError, AttributeError):
+        raise UserError(f"{path}: does not describe its model; {KIND.remedy}") from None
+    return description, weights, step

@@ -1,0 +1,95 @@
+"""Reading a person's text file: strictly, and saying where it is not what it should be."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmrec.core.errors import UserError, nearest
+
+COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
+
+
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, in no order; what is hidden, and linked folders, are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of ``path`` with its line ends as they are; a byte order mark is left out.
+
+    Raises:
+        UserError: the file is missing, not readable, empty or binary, the encoding is unknown, or the bytes
+            are not in it; the message says where.
+    """
+    check_encoding(encoding)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give it as --input_dir") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode_text(data, path, encoding)
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise UserError where there is no such text encoding."""
+    try:
+        known = codecs.lookup(encoding)
+    except (LookupError, ValueError):
+        known = None
+    # Some codecs ("hex", "rot13") do not make text of bytes.
+    if known is None or not known._is_text_encoding:
+        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or latin-1"
+        raise UserError(f"unknown encoding {encoding!r}{hint}")
+
+
+def decode_text(data: bytes, path: Path, encoding: str) -> str:
+    """Return ``data``, the content of ``path``, as text; raises as :func:`read_text`."""
+    if not data:
+        raise UserError(f"{path}: is empty")
+    if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
+        where = data.index(b"\0")
+        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}); for UTF-16 give --encoding utf-16")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}); name its encoding, "
+            f"for example --encoding latin-1"
+        ) from None
+    except UnicodeError as error:  # what the rarer codecs raise, without a place
+        raise UserError(f"{path}: is not {encoding} ({error}); name its encoding, for example utf-8") from None
+    if not is_unicode(text):
+        raise UserError(f"{path}: as {encoding}, it holds halves of characters; name its encoding, for example utf-8")
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError(f"{path}: holds nothing but white space")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: half a surrogate pair, which Python lets through, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

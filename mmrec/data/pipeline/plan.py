@@ -1,0 +1,196 @@
+"""Preparing corpora that outgrow memory: plan, tokenize shard by shard, merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mmrec.core.errors import UserError
+from mmrec.core.optional import optional_import
+from mmrec.core.urls import filesystem, is_url, translate_errors
+from mmrec.data.corpora.large import HUB, LARGE_CORPORA
+from mmrec.data.options import PrepareOptions
+from mmrec.data.pipeline.download import download
+from mmrec.data.pipeline.executors import run_shards
+from mmrec.data.pipeline.merge import Shards, counts_table, merge
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.sources import files_of, find_shards
+from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, write_json
+from mmrec.data.resolve import ResolvedSource
+from mmrec.data.store import TokenFolder, open_tokens, read_manifest
+from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from mmrec.tokenizers.loading import read_tokenizer
+
+DEFAULT_SPLIT = 0.05
+LARGE_VOCABULARY = 32_768
+"""Of BPE for the named corpora, where no other size is asked for."""
+SAMPLE_SHARDS, SAMPLE_BYTES = 16, 1 << 21
+"""BPE is learned from the first documents of so many shards, so many bytes of each."""
+
+
+def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolder | None:
+    """Prepare a corpus of any size. What is done is kept, and the same command goes on after a stop.
+
+    Args:
+        options: as they were typed.
+        source: what they name; beside its ``output_dir``, NAME.work holds what is done so far.
+
+    Returns:
+        The token folder, or None where Slurm has yet to do the work.
+    """
+    optional_import("datatrove")
+    corpus = LARGE_CORPORA.get(source.corpus or "")
+    title = corpus.title if corpus else source.corpus or _listed(source.paths)
+    paths = source.paths or _downloaded(source.corpus or "", source.output_dir)
+    shards = find_shards(source.corpus, paths)
+    request = _request(options, shards, options.tokenizer or ("bpe" if corpus else "bytes"))
+    folder, digest = source.output_dir, _digest(request)
+    earlier = read_manifest(folder)
+    if earlier is not None and not options.force:
+        if earlier.get("request", {}).get("plan") != digest:
+            raise UserError(
+                f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
+                f"replace it by --force"
+            )
+        print(f"{folder}: already prepared, nothing to do")
+        return open_tokens(folder)
+    description: dict[str, Any] = {
+        "corpus": {"name": source.corpus or "paths", "title": title, "files": len(request["sizes"])},
+        "split": {"val_split": request["val_split"], "rule": "by a hash of each document"},
+        "request": {"plan": digest},
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            tokens = _carry_out(options, shards, request, folder, description)
+    except Timeout:
+        if not lock.exists():
+            raise UserError(f"{folder}: cannot be written, nor anything beside it") from None
+        raise UserError(f"{folder}: another mmrec prepare is at work on it") from None
+    if tokens is None:
+        print(f"handed to Slurm; once its jobs are done, the same command writes {folder}")
+    else:
+        print(f"{counts_table(tokens.manifest)}\nwritten to  {folder}")
+    return tokens
+
+
+def _request(options: PrepareOptions, shards: Sequence[Shard], tokenizer: str) -> dict[str, Any]:
+    """Return what decides the tokens, as plain values for JSON: the shards, the tokenizer and the split."""
+    given = None if tokenizer in TOKENIZERS else read_tokenizer(Path(tokenizer), documents=True)
+    if tokenizer == "characters":
+        raise UserError(f"--tokenizer {tokenizer} needs the whole text at once; for large corpora: bytes or bpe")
+    if tokenizer != "bpe" and options.vocab_size is not None:
+        raise UserError("--vocab_size is for --tokenizer bpe")
+    size = (options.vocab_size or LARGE_VOCABULARY) if tokenizer == "bpe" else None
+    return {
+        "shards": [shard.as_dict() for shard in shards],
+        "sizes": {path: _size(path) for path in sorted({shard.path for shard in shards})},
+        "text_field": options.text_field,
+        "tokenizer": [tokenizer, size] if given is None else given.state(),
+        "val_split": DEFAULT_SPLIT if options.val_split is None else options.val_split,
+        "drop_duplicates": options.drop_duplicates,
+    }
+
+
+def _digest(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _carry_out(
+    options: PrepareOptions,
+    shards: Sequence[Shard],
+    request: dict[str, Any],
+    folder: Path,
+    description: dict[str, Any],
+) -> TokenFolder | None:
+    """Tokenize the shards and merge them into ``folder``; None where Slurm has yet to do the work."""
+    work = folder.with_name(f"{folder.name}.work")
+    _plan_work(work, request, options.force)
+    tokenizer = _tokenizer(work, shards, request)
+    print(f"{description['corpus']['title']}: {len(shards):,} shards, {sum(request['sizes'].values()):,} bytes")
+    cores = os.cpu_count() or 1
+    workers = options.workers or cores
+    if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
+        return None
+    parts = Shards(work, [shard.part for shard in shards], float(request["val_split"]))
+    tokens = merge(parts, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
+    shutil.rmtree(work)
+    return tokens
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return f"the texts of {', '.join(Path(path).name for path in paths[:3])}"
+
+
+def _downloaded(corpus: str, output_dir: Path) -> list[str]:
+    """Return the local files of a corpus, fetched where they are missing."""
+    url = f"hf://datasets/{corpus.removeprefix(HUB)}" if corpus.startswith(HUB) else LARGE_CORPORA[corpus].url
+    files = LARGE_CORPORA[corpus].files if corpus in LARGE_CORPORA else "its .parquet or .jsonl files"
+    try:
+        return download(files_of(corpus, url), output_dir.with_name(f"{output_dir.name}.download"), url)
+    except UserError as error:
+        raise UserError(f"{error}; or get {files} elsewhere: mmrec prepare {corpus} FOLDER") from None
+
+
+def _size(path: str) -> int:
+    if is_url(path):
+        fs, inner = filesystem(path)
+        with translate_errors(path):
+            return int(fs.size(inner) or 0)
+    return Path(path).stat().st_size
+
+
+def _plan_work(work: Path, plan: dict[str, Any], force: bool) -> None:
+    """Make the work folder, or go on with it where it is of the same plan."""
+    if (work / PLAN).exists() and not force:
+        if read_json(work / PLAN) != plan:
+            raise UserError(
+                f"{work}: holds what is done of another request, or the files have changed; delete it, or "
+                f"begin anew by --force"
+            )
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / PLAN, plan)
+
+
+def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of the plan: that of the work folder, or made, and kept there."""
+    path = work / "tokenizer.json"
+    if path.exists():
+        return load_tokenizer(read_json(path))
+    match plan["tokenizer"]:
+        case ["bpe", size]:
+            sample = _sample(shards, plan["text_field"], plan["val_split"])
+            tokenizer: Tokenizer = BPETokenizer.train(sample, size, documents=True)
+        case ["bytes", None]:
+            tokenizer = ByteTokenizer(documents=True)
+        case state:
+            tokenizer = load_tokenizer(state)
+    write_json(path, tokenizer.state())
+    return tokenizer
+
+
+def _sample(shards: Sequence[Shard], field: str, val_split: float) -> Iterator[str]:
+    """Yield training documents from all over the corpus, the same ones each time."""
+    training = [shard for shard in shards if shard.part != "val"]
+    step = max(1, len(training) // SAMPLE_SHARDS)
+    for shard in training[::step][:SAMPLE_SHARDS]:
+        size = 0
+        for record in documents(shard, field):
+            if isinstance(record, str):
+                data = record.encode("utf-8")
+                if shard.part is None and int(hash_of(data)[0]) < int(val_split * 2**64):
+                    continue
+                yield record
+                size += len(data)
+                if size >= SAMPLE_BYTES:
+                    break

@@ -1,0 +1,232 @@
+"""One function a format: from a shard to its records, in their order, in bounded memory."""
+
+from __future__ import annotations
+
+import codecs
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from mmrec.core.errors import UserError
+from mmrec.core.optional import optional_import
+from mmrec.data.pipeline.mediawiki import read_mediawiki
+from mmrec.data.pipeline.records import (
+    LONGEST,
+    CutShort,
+    Record,
+    Rejected,
+    check_expansion,
+    decompressed,
+    naming,
+    open_raw,
+    open_shard,
+)
+from mmrec.data.pipeline.shards import Shard
+
+PIECE = 1 << 20
+"""Bytes of a text file that make one document, where the file is longer."""
+
+ROWS = 8
+"""Rows of a Parquet file that are held at once; each may be of LONGEST bytes."""
+
+
+def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
+    """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends.
+
+    A line of more than :data:`LONGEST` bytes is cut between two characters.
+    """
+    with open_shard(shard.path) as file:
+        start, half = 0, b""
+        while data := half + file.read(PIECE):
+            half = b""
+            if len(data) >= PIECE:
+                rest = file.readline(LONGEST)
+                data += rest
+                if len(rest) == LONGEST:
+                    end = _whole_characters(data)
+                    data, half = data[:end], data[end:]
+            yield _decoded(data, f"byte {start}")
+            start += len(data)
+
+
+def read_json_lines(shard: Shard, field: str) -> Iterator[Record]:
+    """A JSON object a line; its text is in ``field``."""
+    loads = optional_import("orjson").loads
+    with open_shard(shard.path) as file:
+        for number, line in enumerate(_lines(file), 1):
+            where = f"line {number}"
+            if line is None:
+                yield Rejected("longer than 32 MiB", where)
+            elif line.strip():
+                try:
+                    record = loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                except ValueError:
+                    yield Rejected("not JSON", where)
+                    continue
+                yield _field(record, field, where)
+
+
+def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
+    """A Parquet file; the text is in the column ``field``."""
+    parquet = optional_import("pyarrow.parquet")
+    with open_raw(shard.path) as file, naming(shard.path):
+        names = parquet.read_schema(file).names
+        if field not in names:
+            raise UserError(
+                f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
+            )
+        packed = file.seek(0, 2)
+        # By default whole columns of a row group are fetched at once: a file may be one row group.
+        bounded = {"buffer_size": PIECE, "pre_buffer": False}
+        table = parquet.ParquetFile(file, **bounded)
+        check_expansion(sum(table.metadata.row_group(g).total_byte_size for g in range(table.num_row_groups)), packed)
+        # The same with repeated texts as references to one: slow, as every batch has its own copy of that one.
+        referring = parquet.ParquetFile(file, **bounded, read_dictionary=[field])
+        row = size = 0
+        for group in range(table.num_row_groups):
+            source = referring if _longest_repeated(referring, group, field) > LONGEST else table
+            for batch in source.iter_batches(ROWS, row_groups=[group], columns=[field], use_threads=False):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    size += len(text) if isinstance(text, str) else 0
+                    check_expansion(size, packed)
+                    if isinstance(text, str) and len(text) > LONGEST:
+                        yield Rejected("longer than 32 MiB", f"row {row}")
+                    else:
+                        yield _field({field: text}, field, f"row {row}")
+
+
+def _longest_repeated(table: Any, group: int, field: str) -> int:
+    """Return the bytes of the longest text that rows of a row group refer to: each of a batch may be that one."""
+    compute = optional_import("pyarrow.compute")
+    batch = next(table.iter_batches(1, row_groups=[group], columns=[field], use_threads=False), None)
+    texts = None if batch is None else getattr(batch.column(0), "dictionary", None)
+    return 0 if texts is None else compute.max(compute.binary_length(texts)).as_py() or 0
+
+
+def read_tfrecord(shard: Shard, field: str) -> Iterator[Record]:
+    """Records of tf.Example, as TensorFlow Datasets writes them, without TensorFlow; checksums are checked.
+
+    Each record is its length (8 bytes, little-endian), a masked CRC-32C of that, the data, and one of them.
+    """
+    example = optional_import("tfrecord.example_pb2").Example
+    crc = optional_import("google_crc32c").value
+
+    def check(data: bytes, expected: bytes) -> None:
+        value = crc(data)
+        masked = ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        if struct.pack("<I", masked) != expected:
+            raise CutShort(f"wrong checksum in record {number}")
+
+    with open_shard(shard.path) as file:
+        number = 0
+        while head := file.read(12):
+            number += 1
+            if len(head) < 12:
+                raise CutShort(f"ends inside record {number}")
+            check(head[:8], head[8:])
+            (length,) = struct.unpack("<Q", head[:8])
+            where = f"record {number}"
+            if length > LONGEST:
+                _skip(file, length + 4)
+                yield Rejected("longer than 32 MiB", where)
+                continue
+            data = file.read(length + 4)
+            if len(data) < length + 4:
+                raise CutShort(f"ends inside record {number}")
+            check(data[:-4], data[-4:])
+            try:
+                features = example.FromString(data[:-4]).features.feature
+            except Exception:  # protobuf's DecodeError, wherever its version keeps it
+                yield Rejected("not a tf.Example", where)
+                continue
+            values = features[field].bytes_list.value if field in features else []
+            yield _decoded(values[0], where) if values else Rejected(f"no text in {field}", where)
+
+
+def read_tar(shard: Shard, field: str) -> Iterator[Record]:
+    """A tar of texts, a document each, as the files of OpenWebText; read as a stream, and never unpacked."""
+    with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            if not member.isfile() or member.name.endswith(".lock"):
+                continue
+            content = archive.extractfile(member) if member.size <= LONGEST else None
+            if content is None:
+                yield Rejected("longer than 32 MiB", member.name)
+            else:
+                yield _decoded(content.read(), member.name)
+
+
+def read_tar_of_tars(shard: Shard, field: str) -> Iterator[Record]:
+    """A tar that holds compressed tars of texts, as openwebtext.tar.xz; read as a stream, and never unpacked."""
+    with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r|") as outer:
+        for part in outer:
+            content = outer.extractfile(part) if part.isfile() and part.name.endswith("_data.xz") else None
+            if content is None:
+                continue
+            name = f"{shard.path}:{part.name}"
+            with (
+                naming(name),
+                decompressed(content, part.name) as inner,
+                tarfile.open(fileobj=inner, mode="r|") as tar,
+            ):
+                for member in tar:
+                    if not member.isfile() or member.name.endswith(".lock"):
+                        continue
+                    text = tar.extractfile(member) if member.size <= LONGEST else None
+                    where = f"{part.name}/{member.name}"
+                    yield _decoded(text.read(), where) if text is not None else Rejected("longer than 32 MiB", where)
+
+
+READERS: dict[str, Callable[[Shard, str], Iterator[Record]]] = {
+    "text": read_text_file,
+    "jsonl": read_json_lines,
+    "parquet": read_parquet,
+    "tfrecord": read_tfrecord,
+    "tar": read_tar,
+    "tars": read_tar_of_tars,
+    "mediawiki": read_mediawiki,
+}
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines of a file; None for one that is too long to hold."""
+    while line := file.readline(LONGEST):
+        if len(line) < LONGEST or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    while size > 0:
+        part = file.read(min(size, PIECE))
+        if not part:
+            raise CutShort("ends inside a record")
+        size -= len(part)
+
+
+def _field(record: Any, field: str, where: str) -> Record:
+    value = record.get(field) if isinstance(record, dict) else None
+    return value if isinstance(value, str) else Rejected(f"no text in {field}", where)
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return how much of ``data``, UTF-8, stands before a character at its end whose last bytes are missing."""
+    for back in (1, 2, 3):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # a character begins with it
+            size = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+            return len(data) - back if size > back else len(data)
+    return len(data)
+
+
+def _decoded(data: bytes, where: str) -> Record:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return Rejected("not UTF-8", where)

@@ -1,0 +1,108 @@
+"""From what was typed to the one source that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmrec.core.errors import UserError, nearest
+from mmrec.data.corpora import CORPORA
+from mmrec.data.corpora.large import HUB, LARGE_CORPORA
+from mmrec.data.options import PrepareOptions
+
+SMALL_BYTES = 10**9
+"""A single text file below this size is held in memory as a whole."""
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """What is to be prepared, and where it goes.
+
+    Attributes:
+        corpus: name of the corpus; None where only files and folders are named.
+        paths: the files and folders of a large corpus; none where it is to be downloaded.
+        input_file: of the corpus "file".
+        input_dir: of the corpus "directory".
+        output_dir: the token folder.
+        is_large: whether it is read shard by shard, instead of held in memory.
+    """
+
+    corpus: str | None
+    paths: tuple[str, ...]
+    input_file: Path | None
+    input_dir: Path | None
+    output_dir: Path
+    is_large: bool
+
+
+def resolve_source(options: PrepareOptions) -> ResolvedSource:
+    """Return the source that the options name.
+
+    Raises:
+        UserError: they name none, an unknown one, or options that are not for it.
+    """
+    name, paths = options.corpus, tuple(options.paths)
+    implied = "file" if options.input_file else "directory" if options.input_dir else None
+    if implied is None and name is not None and name not in CORPORA:
+        is_named = name in LARGE_CORPORA or name.startswith(HUB)
+        name, paths = (name, paths) if is_named else (None, (_existing(name), *paths))
+        if name is None and len(paths) == 1 and _is_small_text(paths[0]):
+            path = Path(paths[0])
+            return _small(options, ResolvedSource("file", (), path, None, Path("data", path.stem), False))
+        folder = Path("data") / _folder_name(name or paths[0])
+        return _large(options, ResolvedSource(name, paths, None, None, folder, True))
+    if name is None and implied is None:
+        raise UserError("name a corpus, for example tiny_shakespeare, or give --input_file or --input_dir")
+    if implied is not None and name not in (None, implied):
+        raise UserError(f"--input_{'file' if implied == 'file' else 'dir'} is not for the corpus {name!r}")
+    if paths:
+        raise UserError(f"{paths[0]}: the corpus {name or implied!r} takes no files of yours")
+    name = name or implied or ""
+    return _small(options, ResolvedSource(name, (), options.input_file, options.input_dir, Path("data", name), False))
+
+
+def _small(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
+    """Return a source that is held in memory; UserError where an option is for large corpora alone."""
+    if given := options.changed("text_field", "drop_duplicates", "executor", "slurm"):
+        raise UserError(
+            f"--{given[0]} is for large corpora, and for folders and files of many documents that are named without "
+            f"--input_file or --input_dir: mmrec prepare FOLDER"
+        )
+    return _written_to(options, source)
+
+
+def _large(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
+    """Return a source that is read shard by shard; UserError where an option is for small corpora alone."""
+    if options.verify:
+        return _written_to(options, source)
+    if given := options.changed("encoding", "glob"):
+        raise UserError(f"--{given[0]} is for --input_file and --input_dir; other texts are read as UTF-8")
+    if options.mirror is not None:
+        raise UserError("--mirror is for the small corpora; for a large one, name the files that you have")
+    return _written_to(options, source)
+
+
+def _written_to(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
+    return source if options.output_dir is None else replace(source, output_dir=options.output_dir)
+
+
+def _existing(path: str) -> str:
+    """Return ``path``, given where a corpus may stand; UserError where it is neither."""
+    if "://" in path or Path(path).exists():
+        return path
+    names = [*CORPORA, *LARGE_CORPORA]
+    raise UserError(
+        f"unknown corpus {path!r}, and no such file or folder; known: {', '.join(names)}, {HUB}OWNER/NAME"
+        f"{nearest(path, names)}"
+    )
+
+
+def _is_small_text(path: str) -> bool:
+    """Whether a path is a text file that is held in memory as a whole."""
+    file = Path(path)
+    return file.is_file() and file.suffix.lower() in ("", ".txt", ".md") and file.stat().st_size < SMALL_BYTES
+
+
+def _folder_name(path: str) -> str:
+    """Return a folder's name for a corpus or a path."""
+    return path.removeprefix(HUB).rstrip("/").rpartition("/")[2].partition(".")[0] or "corpus"

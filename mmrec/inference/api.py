@@ -1,0 +1,90 @@
+"""The program in a few lines of Python: ``from mmrec import MemoryLM``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.runs import find_checkpoint
+from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
+from mmrec.inference.generate import check_sampling, generate_tokens
+from mmrec.inference.scoring import iter_nll, pieces
+from mmrec.tokenizers import StreamDecoder
+
+
+class MemoryLM:
+    """A trained model with what it has read.
+
+        model = MemoryLM.load("best")
+        model.read(Path("book.txt").read_text())
+        print(model.generate("And then", length=200))
+        model.save_memory("book.mem")
+
+    Attributes:
+        memory: what was read; assign one to go on from it.
+    """
+
+    def __init__(self, trained: LoadedModel) -> None:
+        self._trained = trained
+        self._hash = model_hash(trained.net, trained.tokenizer)
+        self.memory = SavedState.empty(trained.net)
+
+    @classmethod
+    def load(cls, checkpoint: str = "best", run: str | None = None, root: Path | str = ".") -> MemoryLM:
+        """Load a checkpoint: best, last, or the path of one or of a run's folder. UserError where there is none."""
+        return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
+
+    def read(self, text: str) -> float:
+        """Read ``text`` on from the memory, which is then what was read; return what it cost, in nats a token.
+
+        Raises:
+            UserError: a character is not in the model's alphabet.
+        """
+        total, count, first = 0.0, 0, self.memory.position == 0
+        for piece in pieces(io.StringIO(text, newline="")):
+            tokens = self._trained.tokenizer.encode(piece)
+            for nats, memory in iter_nll(self._trained.net, tokens, self.memory):
+                self.memory = memory
+                total, count = total + float(nats.sum(dtype=torch.float64)), count + len(nats)
+        scored = count - first
+        return total / scored if scored > 0 else 0.0
+
+    def stream(
+        self,
+        prompt: str = "",
+        length: int = 500,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield a text that goes on from the memory and ``prompt``, as it is written. The memory stays as it is.
+
+        Raises:
+            UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
+        """
+        check_sampling(length, temperature, top_k, top_p)
+        tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
+        decoder = StreamDecoder(self._trained.tokenizer)
+        drawn = generate_tokens(
+            self._trained.net, tokens, length, temperature, top_k, top_p, seed, memory=self.memory
+        )
+        for token in drawn:
+            yield decoder.push(token)
+        yield decoder.flush()
+
+    def generate(self, prompt: str = "", length: int = 500, **options: float) -> str:
+        """Return the text of :meth:`stream` as a whole."""
+        return "".join(self.stream(prompt, length, **options))  # type: ignore[arg-type]
+
+    def save_memory(self, path: Path | str) -> None:
+        """Write the memory to a small file."""
+        save_memory(Path(path), self.memory, self._hash)
+
+    def load_memory(self, path: Path | str) -> None:
+        """Go on from a memory that this model has saved; UserError where it is another's, or damaged."""
+        self.memory = load_memory(Path(path), self._trained.net, self._hash)

@@ -1,0 +1,98 @@
+"""The "long" recurrent layer: Gated DeltaNet, a matrix a head that is told what to hold for a key."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmrec.model.layers import CausalConv, RMSNorm, l2_normalize
+from mmrec.model.ops import chunked
+from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
+from mmrec.model.state import LayerState
+
+
+class GatedDeltaNetProjection(NamedTuple):
+    """The parts of what :attr:`GatedDeltaNet.project` returns, before their biases and non-linearities."""
+
+    qkv: Tensor
+    """[..., 3 D]: queries, keys and values, each of H heads."""
+    decay: Tensor
+    """[..., H]"""
+    beta: Tensor
+    """[..., H], the writing strength."""
+    output_gate: Tensor
+    """[..., :attr:`GatedDeltaNet.GATE_RANK`]: a second map, ``gate``, makes D channels of it."""
+
+
+class GatedDeltaNet(RecurrentLayer):
+    """Gated delta rule: per head a matrix [K, V] that is told what to hold for a key, and corrects itself.
+
+    After Gated Delta Networks (Yang, Kautz, Hatamizadeh 2024), :func:`mmrec.model.ops.reference.gated_delta_rule`;
+    half-lives start log-uniform in 8..8192 tokens. Where it differs: the output gate is a sigmoid of a map of low
+    rank (there: SiLU of a full one); queries are not scaled by ``1 / sqrt(K)``, which the norm that follows would
+    take out again; values are as wide as keys (there: twice). docs/model.md has the equations.
+
+    Args:
+        dim: D, a multiple of ``heads``.
+        heads: H.
+        conv_width: tokens that the convolution sees, C.
+        negative_eigenvalues: let the writing strength beta be in 0..2 instead of 0..1 (Grazzi et al. 2024).
+    """
+
+    GATE_RANK = 16
+
+    def __init__(self, dim: int, heads: int, conv_width: int, negative_eigenvalues: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.beta_max = 2.0 if negative_eigenvalues else 1.0
+        self.sizes = [3 * dim, heads, heads, self.GATE_RANK]  # of the parts of GatedDeltaNetProjection
+        self.project = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.conv = CausalConv(3 * dim, conv_width)
+        half_life = torch.exp(torch.linspace(math.log(8), math.log(8192), heads))
+        self.log_rate = nn.Parameter(torch.log(math.log(2) / half_life))
+        self.decay_bias = nn.Parameter(torch.full((heads,), math.log(math.e - 1)))  # softplus of it is 1
+        self.beta_bias = nn.Parameter(torch.zeros(heads))
+        self.gate = nn.Linear(self.GATE_RANK, dim, bias=False)
+        self.norm = RMSNorm(dim // heads)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        past = self.conv.zero_state(rows, device, dtype)
+        size = past.shape[-1] // 3 // self.heads
+        return past, torch.zeros(rows, self.heads, size, size, device=device, dtype=dtype)
+
+    def split(self, projected: Tensor) -> GatedDeltaNetProjection:
+        """Return the parts of ``projected`` [..., any], the output of ``project``, as views."""
+        return GatedDeltaNetProjection(*projected.split(self.sizes, dim=-1))
+
+    def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        rows, length, _ = x.shape
+        dtype = state[1].dtype
+        parts = self.split(self.project(x))
+        qkv, past = self.conv(parts.qkv, state[0], reset_mask)
+        q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+        log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
+        beta = self.beta_max * self._write_gate(parts, dtype)
+        o, memory = chunked.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1])
+        o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
+        return self.output(o * self._output_gate(parts)), (past, memory)
+
+    def gates(self, x: Tensor) -> Gates:
+        parts = self.split(self.project(x))
+        write, output = self._write_gate(parts, torch.float32), self._output_gate(parts).float()
+        return Gates(self._log_decay(parts, torch.float32), {"write": write, "output": output})
+
+    def _log_decay(self, parts: GatedDeltaNetProjection, dtype: torch.dtype) -> Tensor:
+        return -self.log_rate.exp() * F.softplus(parts.decay.to(dtype) + self.decay_bias)
+
+    def _write_gate(self, parts: GatedDeltaNetProjection, dtype: torch.dtype) -> Tensor:
+        """Return beta as a share of its maximum, [B, T, H]."""
+        return (parts.beta.to(dtype) + self.beta_bias).sigmoid()
+
+    def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
+        return self.gate(parts.output_gate).sigmoid()

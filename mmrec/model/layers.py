@@ -1,0 +1,63 @@
+"""The layers that are not recurrent: causal convolution, normalization, and the feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmrec.model.ops import fused
+
+
+class CausalConv(nn.Module):
+    """Depth-wise convolution over the last C tokens, its past given and returned. [B, T, channels]."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def zero_state(self, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the inputs before the first token, [rows, C - 1, channels]."""
+        channels, width = self.weight.shape
+        return torch.zeros(rows, width - 1, channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, past: Tensor, reset_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if reset_mask is not None:
+            return fused.causal_conv_of_documents(x, past, self.weight, reset_mask)
+        return fused.causal_conv(x, past, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization over the last dimension, of size ``dim``."""
+
+    EPSILON = 1e-6
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.rms_norm(x, self.weight, self.EPSILON)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return ``x`` with its last dimension brought to length 1."""
+    # The epsilon stands inside the root: a zero vector then has a finite gradient.
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): [B, T, D] to the same.
+
+    Args:
+        dim: D.
+        ffn_dim: inner width, F.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.output = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(fused.swiglu(self.project(x)))

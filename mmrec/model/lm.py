@@ -1,0 +1,119 @@
+"""The language model: an embedding, blocks of a recurrent and a feed-forward layer, and the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmrec.model.config import LAYER_TYPES, ModelConfig
+from mmrec.model.layers import FeedForward, RMSNorm
+from mmrec.model.recurrent_layer import RecurrentLayer
+from mmrec.model.state import LayerState, State
+
+INITIAL_SCALE = 0.25
+"""Of the initial weights, relative to 1 / sqrt(inputs); measured better than 1 at the tiny size."""
+
+
+class Block(nn.Module):
+    """A recurrent layer and a feed-forward network, each pre-normalized and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: str, dropout: float) -> None:
+        super().__init__()
+        self.memory_norm = RMSNorm(config.dim)
+        self.memory = LAYER_TYPES[kind](config)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        y, state = self.memory(self.memory_norm(x), state, reset_mask)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.ffn(self.ffn_norm(x))), state
+
+
+class RecurrentLM(nn.Module):
+    """The language model: tokens and a state in, logits and the new state out.
+
+    Args:
+        config: the architecture.
+        vocab_size: number of different tokens, N.
+        dropout: share of activations dropped in training, after the embedding and each residual branch.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, kind, dropout) for kind in self.layer_types())
+        self.dropout = nn.Dropout(dropout)
+        self.norm = RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        self.tie()
+        self._initialize()
+
+    def tie(self) -> None:
+        """Make the output layer read the input embedding, where the config says so."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _initialize(self) -> None:
+        """Draw the matrices from a normal distribution; the branches' outputs are smaller, by the number of them."""
+        for parameter in self.matrices():
+            nn.init.normal_(parameter, std=INITIAL_SCALE * parameter.shape[1] ** -0.5)
+        for weight in (self.embedding.weight, self.head.weight):
+            nn.init.normal_(weight, std=INITIAL_SCALE * self.config.dim**-0.5)
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith("output"):
+                module.weight.data.mul_((2 * self.config.layers) ** -0.5)
+
+    def layer_types(self) -> list[str]:
+        """Return the name of each block's recurrent layer, as in the config."""
+        return [self.config.layer_types[i % len(self.config.layer_types)] for i in range(self.config.layers)]
+
+    def recurrent_layers(self) -> list[RecurrentLayer]:
+        """Return the recurrent layer of each block, the first block's first."""
+        layers = [block.get_submodule("memory") for block in self.blocks]
+        return [layer for layer in layers if isinstance(layer, RecurrentLayer)]
+
+    def matrices(self) -> list[Tensor]:
+        """Return the weights of all linear maps inside the blocks: neither embeddings nor convolutions."""
+        return [module.weight for module in self.blocks.modules() if isinstance(module, nn.Linear)]
+
+    def zero_state(self, rows: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> State:
+        """Return the state before the first token of ``rows`` texts; its size does not depend on the text."""
+        device = device or self.embedding.weight.device
+        dtype = dtype or self.embedding.weight.dtype
+        return [layer.zero_state(rows, device, dtype) for layer in self.recurrent_layers()]
+
+    def forward(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read tokens and predict, after each, the next one.
+
+        Args:
+            tokens: [B, T], integers below N.
+            state: what was read before, from :meth:`zero_state` or an earlier call. It is not changed.
+            reset_mask: [B, T], bool: tokens before which the state is set to zero; none if left out.
+
+        Returns:
+            Logits [B, T, N] and the state after the last token.
+        """
+        hidden, after = self.hidden(tokens, state, reset_mask)
+        logits: Tensor = self.head(hidden)
+        return logits, after
+
+    def hidden(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read as :meth:`forward` does, and return what ``head`` makes the logits of, [B, T, D]."""
+        x = self.dropout(self.embedding(tokens))
+        after: State = []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, layer_state = block(x, before, reset_mask)
+            after.append(layer_state)
+        return self.norm(x), after
+
+    def parameter_count(self) -> int:
+        """Return the number of trainable numbers; a tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def state_size(self) -> int:
+        """Return how many numbers the state of one text holds."""
+        state = self.zero_state(1, torch.device("meta"))
+        return sum(tensor.numel() for layer in state for tensor in layer)

@@ -1,0 +1,1 @@
+"""What trains a model: all that is Lightning's."""
