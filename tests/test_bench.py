@@ -117,7 +117,7 @@ def test_all_that_is_measured(
     monkeypatch.setattr(Runner, "measure", measure_here)
     for name in ("mmrec", "gpt"):
         monkeypatch.setitem(tasks.RACES, name, {**tasks.RACES[name], "tokens": 20_000})
-    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,16384] --tokens=40000"
+    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=20480"
     measures = "--measures=[train,decode,read,learn,race]"
     assert mmrec("bench", *options.split(), measures, "--peers=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
@@ -156,9 +156,9 @@ def test_a_wrong_request_is_refused(
 
 
 def test_learning_is_the_same_again(prepared: Path) -> None:
-    runs = [learning("mmrec", str(prepared), 20_480, seed=1, precision="32-true", evaluations=2) for _ in range(2)]
+    runs = [learning("mmrec", str(prepared), 10_240, seed=1, precision="32-true", evaluations=2) for _ in range(2)]
     assert [point["loss"] for point in runs[0]["course"]] == [point["loss"] for point in runs[1]["course"]]
-    other = learning("mmrec", str(prepared), 20_480, seed=2, precision="32-true", evaluations=2)
+    other = learning("mmrec", str(prepared), 10_240, seed=2, precision="32-true", evaluations=2)
     assert other["course"] != runs[0]["course"]
 
 
