@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, Command
 from helpers import fit, last
 
+from mmrec import __version__
 from mmrec.checkpoints.checkpoint import load_model
 
 # The main job
@@ -99,7 +101,9 @@ def test_early_stopping_stops(mmrec: Command, prepared: Path) -> None:
     assert last("a")["epoch"] == 2
 
 
-def test_another_corpus_with_bpe_and_adamw(mmrec: Command, tmp_path: Path, text: str) -> None:
+def test_another_corpus_with_bpe_and_adamw(
+    mmrec: Command, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     for i in range(6):
@@ -108,7 +112,16 @@ def test_another_corpus_with_bpe_and_adamw(mmrec: Command, tmp_path: Path, text:
         mmrec("prepare", "--input_dir", folder, "--output_dir", "d", "--tokenizer", "bpe", "--vocab_size", 300) == 0
     )
     assert mmrec(*fit(Path("d"), "--model.optimizer=adamw", "--trainer.max_epochs=1", "--run=a")) == 0
+    (states,) = last("a")["optimizer_states"]
+    kept = {name for one in states.get("members", [states]) for state in one["state"].values() for name in state}
+    assert kept == {"step", "exp_avg", "exp_avg_sq"}
+    capsys.readouterr()
     assert mmrec("generate", "--ckpt", "last", "--prompt", "que", "--length", 5) == 0
+    trained = load_model(Path("lightning_logs/a/checkpoints/last.ckpt"))
+    assert trained.tokenizer.vocab_size == 300
+    written = capsys.readouterr().out.removesuffix("\n")
+    assert written.startswith("que")
+    assert len(written) > len("que")
 
 
 # How they end
@@ -156,8 +169,11 @@ def test_help_names_every_command(mmrec: Command, capsys: pytest.CaptureFixture[
     assert all(name in shown for name in ("prepare", "fit", "validate", "test", "predict", "generate"))
     for command in ("prepare", "generate", "fit"):
         assert mmrec(command, "--help") == 0
-        assert "--" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"mmrec {command}" in shown
+        assert {"prepare": "--output_dir", "generate": "--prompt", "fit": "--ckpt_path"}[command] in shown
     assert mmrec("--version") == 0
+    assert capsys.readouterr().out == f"mmrec {__version__}\n"
 
 
 def test_every_option_of_ours_is_explained(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,3 +193,8 @@ def test_print_config_can_be_used_again(
     assert mmrec(*fit(prepared, "--trainer.max_epochs=1"), "--print_config") == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
     assert mmrec("fit", "--config=mine.yaml", "--run=a") == 0
+    printed, kept = (yaml.safe_load(Path(path).read_text()) for path in ("mine.yaml", "lightning_logs/a/config.yaml"))
+    assert {name: kept[name] for name in ("model", "data", "early_stopping")} == {
+        name: printed[name] for name in ("model", "data", "early_stopping")
+    }
+    assert last("a")["epoch"] == 0

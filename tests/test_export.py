@@ -149,7 +149,7 @@ def test_an_export_is_replaced_only_if_asked_for(
     Path("out/mine.txt").write_text("dear", encoding="utf-8")
     assert mmrec(*command, "--force") == 2
     assert "holds something else (mine.txt)" in capsys.readouterr().err
-    assert Path("out/mine.txt").exists()
+    assert Path("out/mine.txt").read_text(encoding="utf-8") == "dear"
 
 
 def test_nothing_is_left_of_an_export_that_fails(

@@ -77,6 +77,8 @@ def test_it_is_scored_without_a_training(
     shutil.copy(best, alone)
     assert score(alone, "--window=64") == score(model, "--window=64")
     assert mmrec("predict", f"--ckpt_path={model}", "--data.data_dir=tokens") == 0
+    scored = len(Path("tokens/val.txt").read_text()) - 1
+    assert f"predictions.tsv: {scored:,} tokens" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(

@@ -71,7 +71,7 @@ def test_a_folder_of_everything(mmrec: Command, tmp_path: Path, capsys: pytest.C
 
 
 def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from helpers import fit
+    from helpers import fit, last
 
     make_folder(tmp_path / "mine")
     options = ["--output_dir", "out", "--tokenizer", "bpe", "--vocab_size", "300", "--workers", "1"]
@@ -79,7 +79,12 @@ def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     assert open_tokens(Path("out")).tokenizer.vocab_size == 300
     reset = "--model.reset_at_documents=true"
     assert mmrec(*fit(Path("out"), "--trainer.max_steps=3", "--run=r", reset)) == 0
+    assert last("r")["global_step"] == 3
+    capsys.readouterr()
     assert mmrec("generate", "--run", "r", "--ckpt", "last", "--length", "5", "--prompt", "The") == 0
+    written = capsys.readouterr().out
+    assert written.startswith("The")
+    assert len(written) > len("The\n")
 
 
 def test_the_result_does_not_depend_on_the_workers(

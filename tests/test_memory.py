@@ -19,6 +19,7 @@ import torch
 from conftest import REPOSITORY, Command
 
 from mmrec import MemoryLM
+from mmrec.checkpoints.checkpoint import load_model
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.inference.scoring import iter_nll, pieces
@@ -232,7 +233,9 @@ def test_the_documentation_s_python_runs(trained: str, text: str, capsys: pytest
     for example in examples:
         exec(compile(example, "docs/memory.md", "exec"), {})
     assert capsys.readouterr().out
-    assert Path("book.mem").is_file()
+    loaded = load_model(Path("lightning_logs/a/checkpoints/best.ckpt"))
+    kept = load_memory(Path("book.mem"), loaded.net, model_hash(loaded.net, loaded.tokenizer))
+    assert kept.position >= 3000
 
 
 def test_the_documentation_s_commands_run(mmrec: Command, trained: str, text: str) -> None:
