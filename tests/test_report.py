@@ -161,7 +161,7 @@ def test_the_environment_is_that_of_the_training(mmrec: Command, prepared: Path)
     start = json.loads(Path("lightning_logs/a/history.jsonl").read_text().splitlines()[0])
     assert start["environment"]["torch"] == torch.__version__
     assert start["environment"]["devices"] == "1 x cpu"
-    assert start["hyperparameters"]["batch_size"] == 4
+    assert start["hyperparameters"]["batch_size"] == 2
     assert start["environment"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", start["environment"]["commit"])
 
 

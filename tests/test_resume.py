@@ -177,7 +177,7 @@ def test_two_processes_go_on_as_one_and_one_as_two(
 ) -> None:
     """The rule: rows x processes stay. The memory and the place of every row are then taken up by the others."""
     # Products in bfloat16 would differ more by the order of their sums.
-    options = ["--data.batch_size=2", "--trainer.max_epochs=2", "--model.dropout=0", "--trainer.precision=32-true"]
+    options = ["--trainer.max_epochs=2", "--model.dropout=0", "--trainer.precision=32-true"]
     options += ["--last.every_n_train_steps=3", "--trainer.callbacks+=tokens_read.TokensRead"]
     run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"), ranks=2)
     expected = read(tmp_path)
