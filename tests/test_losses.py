@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import checkpoints, fit, last, losses
+from helpers import BATCH, checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
 from mmrec.checkpoints.checkpoint import load_model
@@ -46,7 +46,7 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
     assert losses("with", "val/loss") == losses("without", "val/loss")
 
     tokens, net = open_tokens(prepared), load_model(checkpoints("with") / "last.ckpt").net
-    stream, state = SegmentSampler(tokens.train, 2, 64), net.zero_state(2)
+    stream, state = SegmentSampler(tokens.train, *BATCH), net.zero_state(BATCH[0])
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
