@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 
 from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.checkpoints.state_file import SavedState
-from mmrec.inference.scoring import iter_nll
+from mmrec.inference.reading import iter_nll
 
 CHOICES = 40
 

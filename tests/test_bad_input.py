@@ -39,7 +39,7 @@ BAD = {
     ),
     "no validation": (["fit", "--config=corpus/sample", "--trainer.val_check_interval=0"], "val_check_interval is 0"),
     "validation too late": (["fit", "--config=corpus/sample", "--trainer.val_check_interval=9999"], "an epoch has"),
-    "wrong top_p": (["generate", "--top_p=0"], "--top_p is 0"),
+    "wrong top_p": (["generate", "--top_p=0"], "top_p is 0"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from conftest import Command
 from torch import Tensor
 
 from mmrec.baselines.models import BASELINES, GPT, LSTM, make_baseline, size
-from mmrec.bench import tasks
+from mmrec.bench import measurements
 from mmrec.bench.check import check_ops
-from mmrec.bench.compare import Runner, at_time, ratios, time_to
-from mmrec.bench.tasks import learning
+from mmrec.bench.compare import Runner
+from mmrec.bench.measurements import TIME_TO_TARGET, LearningOptions, learning
+from mmrec.bench.tables import at_time, ratios, time_to
 from mmrec.model.ops import chunked
 
 
@@ -66,10 +68,10 @@ def test_reading_in_parts_is_reading_at_once(make: Callable[[], GPT | LSTM]) -> 
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_peers_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
-    peer = BASELINES[name]
-    if peer.package is not None:
-        pytest.importorskip(peer.package)
+def test_baselines_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
+    baseline = BASELINES[name]
+    if baseline.package is not None:
+        pytest.importorskip(baseline.package)
     model = make_baseline(name, 65, 64).eval()
     assert 0.9 < size(model) / 800_000 < 1.1
     tokens = torch.randint(65, (1, 64))
@@ -109,39 +111,41 @@ def test_all_that_is_measured(
     measure = Runner.measure
 
     def measure_here(self: Runner, **request: Any) -> dict[str, Any]:
-        if request["task"] == "train":
+        if request["measurement"] == "train":
             return measure(self, **request)
-        found: dict[str, Any] = tasks.TASKS[request.pop("task")](**request)
+        found: dict[str, Any] = measurements.MEASUREMENTS[request.pop("measurement")](**request)
         return found
 
     monkeypatch.setattr(Runner, "measure", measure_here)
     for name in ("mmrec", "gpt"):
-        monkeypatch.setitem(tasks.RACES, name, {**tasks.RACES[name], "tokens": 20_000})
-    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=20480"
-    measures = "--measures=[train,decode,read,learn,race]"
-    assert mmrec("bench", *options.split(), measures, "--peers=[gpt]", f"--data_dir={prepared}") == 0
+        monkeypatch.setitem(TIME_TO_TARGET, name, {**TIME_TO_TARGET[name], "max_tokens": 20_000})
+    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=40000"
+    measures = "--measures=[train,decode,read,learn,time_to_target]"
+    assert mmrec("bench", *options.split(), measures, "--baselines=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
     for name in ("mmrec", "gpt"):
         for found in results["train"]:
             assert [run["updates"] >= 1 and run["working_bytes"] > 0 for run in found[name]] == [True]
-        course = results["learn"][name][0]["course"]
-        assert course[-1]["loss"] < course[0]["loss"]
-        assert len(results["race"][name][0]["course"]) >= 16
-        assert results["race"][name][0]["course"][-1]["tokens"] <= 20_000
+        curve = results["learn"][name][0]["curve"]
+        assert curve[-1]["loss"] < curve[0]["loss"]
+        assert len(results["time_to_target"][name][0]["curve"]) >= 16
+        assert results["time_to_target"][name][0]["curve"][-1]["tokens"] <= 20_000
     cache = [found["gpt"][0]["state_bytes"] for found in results["decode"]]
     state = [found["mmrec"][0]["state_bytes"] for found in results["decode"]]
     assert cache[1] > 100 * cache[0]
     assert state[0] == state[1]
     assert results["read"]["mmrec"][0]["seconds_per_token"][0] > 0
     assert "mmrec / gpt" in capsys.readouterr().out
-    assert len(tasks.reading("mmrec", 100, 65)["seconds_per_token"]) == 8  # of fewer tokens than eight blocks
+    assert (
+        len(measurements.read_speed("mmrec", 100, 65)["seconds_per_token"]) == 8
+    )  # of fewer tokens than eight blocks
     assert Path("bench/results.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("--peers=[gtp]", "did you mean 'gpt'"),
+        ("--baselines=[gtp]", "did you mean 'gpt'"),
         ("--measures=[speed]", "no measure 'speed'"),
         ("--rounds=0", "at least 1"),
         ("--positions=[100,0]", "--positions is [100, 0]; it must list numbers of at least 8"),
@@ -156,16 +160,17 @@ def test_a_wrong_request_is_refused(
 
 
 def test_learning_is_the_same_again(prepared: Path) -> None:
-    runs = [learning("mmrec", str(prepared), 10_240, seed=1, precision="32-true", evaluations=2) for _ in range(2)]
-    assert [point["loss"] for point in runs[0]["course"]] == [point["loss"] for point in runs[1]["course"]]
-    other = learning("mmrec", str(prepared), 10_240, seed=2, precision="32-true", evaluations=2)
-    assert other["course"] != runs[0]["course"]
+    options = LearningOptions("mmrec", str(prepared), 10_240, seed=2, evaluations=2)
+    runs = [learning(replace(options, seed=1)) for _ in range(2)]
+    assert [point["loss"] for point in runs[0]["curve"]] == [point["loss"] for point in runs[1]["curve"]]
+    other = learning(options)
+    assert other["curve"] != runs[0]["curve"]
 
 
-def test_what_is_read_off_a_course() -> None:
-    course = [{"seconds": 10.0, "loss": 3.0}, {"seconds": 20.0, "loss": 2.0}, {"seconds": 30.0, "loss": 1.5}]
-    assert at_time(course, 25.0) == 2.0
-    assert at_time(course, 5.0) is None
-    assert time_to(course, 1.75) == pytest.approx(25.0)
-    assert time_to(course, 1.0) is None
+def test_figures_of_a_learning_curve() -> None:
+    curve = [{"seconds": 10.0, "loss": 3.0}, {"seconds": 20.0, "loss": 2.0}, {"seconds": 30.0, "loss": 1.5}]
+    assert at_time(curve, 25.0) == 2.0
+    assert at_time(curve, 5.0) is None
+    assert time_to(curve, 1.75) == pytest.approx(25.0)
+    assert time_to(curve, 1.0) is None
     assert ratios([{"x": 4.0}, {"failed": "no"}], [{"x": 2.0}, {"x": 1.0}], "x") == [2.0]

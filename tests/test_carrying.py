@@ -28,7 +28,7 @@ def test_each_group_of_rows_goes_on_with_its_own_memory(interleave: int, mmrec: 
     with torch.inference_mode():
         for number in range(25):
             batch = stream.batch(number)
-            _, expected[batch.group] = net(batch.inputs, reset_state_rows(expected[batch.group], batch.reset_mask))
+            _, expected[batch.stream] = net(batch.inputs, reset_state_rows(expected[batch.stream], batch.reset_mask))
     carried = last("a")["mmrec_progress"]["carried"]
     assert carried.keys() == expected.keys()
     for group, state in expected.items():

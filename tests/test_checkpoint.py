@@ -59,7 +59,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, broken, full)
-        with pytest.raises(UserError, match=r"a\.ckpt: cannot save the checkpoint: No space left"):
+        with pytest.raises(UserError, match=r"a\.ckpt: cannot be written: No space left"):
             write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
@@ -67,7 +67,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot save the checkpoint"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_checkpoint({}, tmp_path / "file" / "a.ckpt")
 
 

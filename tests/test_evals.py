@@ -1,4 +1,4 @@
-"""What the evaluations ask is right and cannot be guessed; what they measure is what they say."""
+"""The synthetic tasks have right answers that cannot be guessed; the evaluations measure what they say."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from helpers import fit
 
 from mmrec.baselines.models import GPT
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed
-from mmrec.evals.length import by_position, cost, train_gpt
-from mmrec.evals.models import BASELINES, OURS, Asked, layer_parameters, make_model
+from mmrec.evals.length import by_position, span_nll, train_gpt
+from mmrec.evals.models import BASELINES, OURS, SelectiveLogits, layer_parameters, make_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.tasks import MQAR, PERMUTATIONS, S5, Copy, Induction, KeyValue, Parity, Passkey, Task
-from mmrec.evals.training import Recipe, level_of, teach
+from mmrec.evals.training import Recipe, sample_level, train
 from mmrec.model import ModelConfig, RecurrentLM
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=16)
@@ -78,13 +78,13 @@ NAMES = [f"{type(task).__name__} {level}" for task, level in TASKS]
 
 
 @pytest.mark.parametrize(("task", "level"), TASKS, ids=NAMES)
-def test_what_is_asked_is_right(task: Task, level: int) -> None:
+def test_targets_are_the_answers(task: Task, level: int) -> None:
     inputs, targets = task.batch(np.random.default_rng(1), 50, level)
     assert inputs.shape == targets.shape == (50, task.length(level))
     assert 0 <= int(inputs.min()) <= int(inputs.max()) < task.vocab_size
-    assert len((targets != IGNORE).sum(1).unique()) == 1
+    assert len((targets != IGNORE_INDEX).sum(1).unique()) == 1
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
-        assert {at: token for at, token in enumerate(target) if token != IGNORE} == answers(task, row)
+        assert {at: token for at, token in enumerate(target) if token != IGNORE_INDEX} == answers(task, row)
     again, _ = task.batch(np.random.default_rng(1), 50, level)
     other, _ = task.batch(np.random.default_rng(2), 50, level)
     assert torch.equal(inputs, again)
@@ -95,7 +95,7 @@ def test_what_is_asked_is_right(task: Task, level: int) -> None:
 def test_answers_cannot_be_guessed(task: Task, level: int) -> None:
     """The most frequent answer at each place, known beforehand, is right no more often than chance says."""
     _, targets = task.batch(np.random.default_rng(3), 6000, level)
-    asked = targets[targets != IGNORE].view(len(targets), -1)
+    asked = targets[targets != IGNORE_INDEX].view(len(targets), -1)
     if isinstance(task, S5):
         asked = asked[:, 4:]  # the first products are few
     best = max(int(column.bincount().max()) / len(column) for column in asked.T)
@@ -112,10 +112,10 @@ def test_mqar_is_as_zoology_has_it() -> None:
     assert all(len(row.unique()) == 64 for row in (*keys, *values))
     assert torch.equal(inputs[:, 128::2].sort(1).values, keys.sort(1).values)
     assert not inputs[:, 129::2].any()
-    assert bool((targets[:, 128::2] != IGNORE).all())
+    assert bool((targets[:, 128::2] != IGNORE_INDEX).all())
     # With room to spare most keys are asked for soon after the pairs: about 1 / gap.
     _, targets = MQAR(tokens_of_a_pair=32).batch(np.random.default_rng(0), 4000, 1)
-    gaps = np.bincount((targets[:, 2::2] != IGNORE).nonzero()[:, 1].numpy(), minlength=15)
+    gaps = np.bincount((targets[:, 2::2] != IGNORE_INDEX).nonzero()[:, 1].numpy(), minlength=15)
     expected = np.arange(1, 16) ** -0.99
     np.testing.assert_allclose(gaps / gaps.sum(), expected / expected.sum(), atol=0.03)
 
@@ -127,22 +127,24 @@ def test_products_of_permutations_are_a_group() -> None:
         assert products[products[a, b], c] == products[a, products[b, c]]
 
 
-def test_what_counts_as_right() -> None:
-    right = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
-    assert [task.score(right) for task in (Copy(), Passkey(), Parity())] == [0.5, 0.25, 0.5]
-    assert Parity().score(right[:3]) == pytest.approx(2 / 3)
+def test_what_accuracy_counts() -> None:
+    correct = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
+    assert [task.accuracy(correct) for task in (Copy(), Passkey(), Parity())] == [0.5, 0.25, 0.5]
+    assert Parity().accuracy(correct[:3]) == pytest.approx(2 / 3)
 
 
 def test_levels_come_one_after_the_other() -> None:
-    recipe = replace(SMALL["mqar"], levels=(4, 8, 16), steps=600)
+    recipe = replace(SMALL["mqar"], train_levels=(4, 8, 16), steps=600)
     random = np.random.default_rng(0)
-    parts = [[level_of(recipe, step, random) for step in range(first, first + 100)] for first in range(0, 600, 100)]
+    parts = [
+        [sample_level(recipe, step, random) for step in range(first, first + 100)] for first in range(0, 600, 100)
+    ]
     assert [sorted(set(part)) for part in parts] == [[4], [4, 8], [4, 8, 16], *3 * [[4, 8, 16]]]
     assert parts[5].count(16) > 50
 
 
 @pytest.mark.parametrize("name", [*OURS, *BASELINES])
-def test_models_are_of_equal_size_and_asked_at_the_places_alone(name: str) -> None:
+def test_models_are_of_equal_size_and_score_target_positions_alone(name: str) -> None:
     if name in ("mingru", "mamba2"):
         pytest.importorskip({"mingru": "minGRU_pytorch", "mamba2": "transformers"}[name])
     config = ModelConfig(dim=64, layers=2, layer_types=("long",), heads=2, ffn_dim=64)
@@ -152,12 +154,12 @@ def test_models_are_of_equal_size_and_asked_at_the_places_alone(name: str) -> No
     state = None if isinstance(model, GPT) else model.zero_state(3)
     with torch.no_grad():
         every, _ = model(inputs, state)
-        asked = Asked(model)
-        logits, wanted, _ = asked(inputs, targets, state)
-        loss = asked.loss(inputs, targets, state)
-    assert torch.equal(wanted, targets[targets != IGNORE])
-    torch.testing.assert_close(logits, every[targets != IGNORE], atol=1e-5, rtol=1e-4)
-    expected = torch.nn.functional.cross_entropy(every.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        scorer = SelectiveLogits(model)
+        logits, wanted, _ = scorer(inputs, targets, state)
+        loss = scorer.loss(inputs, targets, state)
+    assert torch.equal(wanted, targets[targets != IGNORE_INDEX])
+    torch.testing.assert_close(logits, every[targets != IGNORE_INDEX], atol=1e-5, rtol=1e-4)
+    expected = torch.nn.functional.cross_entropy(every.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -168,23 +170,23 @@ def quick(**changes: Any) -> Recipe:
 
 
 def test_a_task_is_learned_and_the_same_seed_gives_the_same_figures() -> None:
-    found = teach("mmrec", quick(), 0)
+    found = train("mmrec", quick(), 0)
     assert found["accuracy"]["8"] > 0.9
-    assert found["course"][-1]["loss"] < found["course"][0]["loss"] / 2
-    one, same, other = (teach("mmrec", quick(steps=20), seed) for seed in (1, 1, 2))
+    assert found["curve"][-1]["loss"] < found["curve"][0]["loss"] / 2
+    one, same, other = (train("mmrec", quick(steps=20), seed) for seed in (1, 1, 2))
     assert one["accuracy"] == same["accuracy"]
-    assert one["course"] == same["course"] != other["course"]
+    assert one["curve"] == same["curve"] != other["curve"]
 
 
-def test_a_gpt_stops_at_the_length_that_it_was_taught() -> None:
-    assert teach("gpt", quick(steps=5), 0)["accuracy"]["16"] is None
+def test_a_gpt_stops_at_the_length_that_it_was_trained_on() -> None:
+    assert train("gpt", quick(steps=5), 0)["accuracy"]["16"] is None
 
 
 def test_a_long_row_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = quick(steps=30, tokens=1024)  # all test rows at once, however long the parts are
-    whole = teach("mmrec", recipe, 0)["accuracy"]
+    whole = train("mmrec", recipe, 0)["accuracy"]
     monkeypatch.setattr("mmrec.evals.training.CHUNK", 3)
-    assert teach("mmrec", recipe, 0)["accuracy"] == whole
+    assert train("mmrec", recipe, 0)["accuracy"] == whole
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing")
@@ -200,7 +202,7 @@ def test_runs_are_kept_and_added_to(
     assert {name: list(runs) for name, runs in both.items()} == {"mmrec": ["0", "1"], "gpt": ["0", "1"]}
     assert Path("eval/induction.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out.splitlines()
-    assert sum(line.split()[:1] == ["guessing"] and "25.0" in line for line in table) == 2
+    assert sum(line.split()[:1] == ["chance"] and "25.0" in line for line in table) == 2
     assert mmrec("eval", "induction", "--steps=6") == 2
     assert "of another recipe" in capsys.readouterr().err
     Path("eval/induction.json").write_text("[]")
@@ -211,10 +213,10 @@ def test_runs_are_kept_and_added_to(
 def test_every_recipe_can_be_made() -> None:
     for recipe in (*SMALL.values(), *FULL.values()):
         task = recipe.task()
-        for level in (*recipe.levels, *recipe.tests):
+        for level in (*recipe.train_levels, *recipe.test_levels):
             assert task.length(level) > 0
-        assert set(recipe.tests) & set(recipe.levels)
-        task.batch(np.random.default_rng(0), 1, min(recipe.tests))
+        assert set(recipe.test_levels) & set(recipe.train_levels)
+        task.batch(np.random.default_rng(0), 1, min(recipe.test_levels))
 
 
 def test_the_same_text_is_scored_after_all_that_stood_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ def test_the_same_text_is_scored_after_all_that_stood_before(monkeypatch: pytest
     monkeypatch.setattr("mmrec.evals.length.CHUNK", 7)
     starts = np.array([0, 100, 493])
     for before in (1, 3, 7, 8, 50):
-        found = cost(net, text, starts, before, 20, net.zero_state(3))
+        found = span_nll(net, text, starts, before, 20, net.zero_state(3))
         for start, nats in zip(starts, found, strict=True):
             rotated = torch.from_numpy(np.roll(text, before - start)[: before + 20].astype(np.int64))[None]
             with torch.no_grad():
@@ -254,7 +256,7 @@ def test_a_gpt_is_trained_to_compare_with(prepared: Path) -> None:
     data = open_tokens(prepared)
     before, after = (train_gpt(data, 64, 4096 * updates, 0) for updates in (1, 12))
     starts = np.arange(0, 2000, 100)
-    losses = [float(cost(model, np.asarray(data.val), starts, 8, 56, None).mean()) for model in (before, after)]
+    losses = [float(span_nll(model, np.asarray(data.val), starts, 8, 56, None).mean()) for model in (before, after)]
     assert losses[1] < losses[0] - 0.05
 
 

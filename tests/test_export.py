@@ -140,7 +140,7 @@ def test_nothing_is_left_of_an_export_that_fails(
     monkeypatch.setattr("mmrec.export.command._write", full)
     before = set(Path().iterdir())
     assert mmrec("export", "--format=hf", "--output_dir=out") == 2
-    assert capsys.readouterr().err == "mmrec: error: out: No space left on device\n"
+    assert capsys.readouterr().err == "mmrec: error: out: cannot be written: No space left on device\n"
     assert set(Path().iterdir()) == before
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.inference.generate import generate_tokens
+from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, Tokenizer
 
@@ -54,7 +55,7 @@ def bytewise(tmp_path: Path) -> tuple[LoadedModel, Any, Any]:
 
 
 def ours(trained: LoadedModel, tokens: Tensor, length: int) -> list[int]:
-    return list(generate_tokens(trained.net, tokens, length, temperature=0))
+    return list(generate_tokens(trained.net, tokens, SamplingOptions(length, temperature=0)))
 
 
 def test_tokens_logits_and_text_are_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from models import made
 from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.checkpoints.state_file import SavedState, model_hash, save_memory
 from mmrec.inference.generate import generate_tokens
-from mmrec.inference.scoring import iter_nll
+from mmrec.inference.reading import iter_nll
+from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import CharacterTokenizer
 
@@ -114,5 +115,5 @@ def test_the_documentation_s_program_writes_our_text(
     monkeypatch.chdir(tmp_path)
     exec(program.replace("It was", "to be"), {})
     prompt = torch.from_numpy(trained.tokenizer.encode("to be").astype("int64"))
-    written = list(generate_tokens(trained.net, prompt, 200 + 1 - len(prompt), temperature=0))
+    written = list(generate_tokens(trained.net, prompt, SamplingOptions(200 + 1 - len(prompt), temperature=0)))
     assert capsys.readouterr().out == "to be" + trained.tokenizer.decode(written) + "\n"

@@ -20,6 +20,7 @@ import torch
 import yaml
 from conftest import FIGURES, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
+from fuzz_tokenizers import foreign_tokenizer
 from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from mmrec.cli import main
 from mmrec.core.errors import UserError
 from mmrec.core.options import find_config, shipped_configs
 from mmrec.core.text_files import check_encoding, decode_text
-from mmrec.data.batches import IGNORE, SegmentSampler, TrainLoader
+from mmrec.data.batches import IGNORE_INDEX, SegmentSampler, TrainLoader
 from mmrec.data.corpora.base import Document
 from mmrec.data.corpora.shakespeare_plays import speeches
 from mmrec.data.split import SEPARATOR, split_documents
@@ -127,7 +128,7 @@ def every_token_once(data: st.DataObject) -> None:
     def take(loader: TrainLoader, end: int) -> None:
         while loader.position < end:
             batch = next(iter(loader))
-            scored = batch.targets != IGNORE
+            scored = batch.targets != IGNORE_INDEX
             assert ((batch.inputs[scored] + 1) % total == batch.targets[scored]).all()
             predicted.extend(batch.targets[scored].tolist())
 
@@ -224,6 +225,7 @@ TARGETS: list[tuple[Target, int, int]] = [
     (round_trip, 200, 20_000),
     (streamed, 200, 15_000),
     (tokenizer_state, 200, 6_000),
+    (foreign_tokenizer, 300, 10_000),
     (every_token_once, 100, 8_000),
     (text_file, 400, 20_000),
     (play, 200, 10_000),

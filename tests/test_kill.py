@@ -170,7 +170,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert end(tmp_path, command, limit_file_size, 5, 20_000) == 2
     said = (tmp_path / "output.txt").read_text()
     path = checkpoints("a", tmp_path).absolute() / "last.ckpt"
-    assert f"mmrec: error: {path}: cannot save the checkpoint" in said
+    assert f"mmrec: error: {path}: cannot be written" in said
     assert "Traceback" not in said
     assert read_checkpoint(path)["global_step"] == 4
     assert {p.name for p in path.parent.iterdir()} == {"last.ckpt", "previous.ckpt"}
@@ -227,7 +227,7 @@ def test_a_folder_without_permission(prepared: Path, tmp_path: Path, figure: Fig
     folder.chmod(0o700)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     said = (tmp_path / "output.txt").read_text()
-    assert f"{folder.absolute()}/last.ckpt: cannot save the checkpoint: Permission denied" in said
+    assert f"{folder.absolute()}/last.ckpt: cannot be written: Permission denied" in said
     assert "Traceback" not in said
     figure("a folder without permission is named, and what was saved is as it was", "byte for byte")
 

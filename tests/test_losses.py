@@ -12,7 +12,7 @@ from helpers import BATCH, checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
 from mmrec.checkpoints.checkpoint import load_model
-from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import token_nll
 from mmrec.model import reset_state_rows
@@ -21,9 +21,9 @@ from mmrec.training.losses import confidence, confidence_weight
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
     logits = 3 * torch.randn(2, 3, 5)
-    targets = torch.tensor([[1, 2, IGNORE], [4, IGNORE, 0]])
+    targets = torch.tensor([[1, 2, IGNORE_INDEX], [4, IGNORE_INDEX, 0]])
     entropy = Categorical(logits=logits).entropy()
-    torch.testing.assert_close(confidence(logits, targets), -entropy[targets != IGNORE].sum())
+    torch.testing.assert_close(confidence(logits, targets), -entropy[targets != IGNORE_INDEX].sum())
     assert confidence(logits.bfloat16(), targets).dtype == torch.float32
     sure = torch.tensor([[[200.0, -200.0]]])
     assert float(confidence(sure, targets[:1, :1])) == 0.0
@@ -51,7 +51,7 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
             logits, state = net(batch.inputs, reset_state_rows(state, batch.reset_mask))
-    count = (batch.targets != IGNORE).sum()
+    count = (batch.targets != IGNORE_INDEX).sum()
     loss = (token_nll(logits, batch.targets, "sum") + 0.8 * 3 / 4 * confidence(logits, batch.targets)) / count
     (expected,) = torch.autograd.grad(loss, net.embedding.weight)
 

@@ -22,7 +22,8 @@ from mmrec import MemoryLM
 from mmrec.checkpoints.checkpoint import load_model
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
-from mmrec.inference.scoring import iter_nll, pieces
+from mmrec.inference.reading import iter_nll
+from mmrec.inference.text_input import iter_pieces
 from mmrec.model import ModelConfig
 from mmrec.model import RecurrentLM as Net
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
@@ -83,7 +84,7 @@ def test_pieces_have_the_tokens_of_the_whole(size: int, ends: str) -> None:
     text = "To be, or\n\n not to be:\r\n\tthat\nis  \n \n the question.\nWhether 'tis\n" * 20
     text = text.replace("\r", "").replace("\n", ends) if ends != "\n" else text
     tokenizer = BPETokenizer.train(text, 300)
-    parts = list(pieces(io.StringIO(text, newline=""), size))
+    parts = list(iter_pieces(io.StringIO(text, newline=""), size))
     assert "".join(parts) == text
     assert np.concatenate([tokenizer.encode(part) for part in parts]).tolist() == tokenizer.encode(text).tolist()
     assert size > 1000 or len(parts) > 5
@@ -127,7 +128,7 @@ def test_score(
     Path("all.txt").write_text(text[:6000])
     Path("end.txt").write_text(text[4000:6000])
     Path("start.txt").write_text(text[:4000])
-    assert mmrec("score", "all.txt", "--surprise", "all.tsv") == 0
+    assert mmrec("score", "all.txt", "--token_nll", "all.tsv") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("all.txt: ")
     assert [line.split(":")[0] for line in lines[1:]] == [
@@ -162,7 +163,7 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
     assert other.generate(length=30, temperature=0) == written
     other.memory = SavedState.empty(other._trained.net)
     assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
-    for wrong in ({"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}, {"length": -1}):
+    for wrong in ({"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}, {"length": -1}, {"seed": 1 << 64}):
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name} is "):
             model.generate(**wrong)

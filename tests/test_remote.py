@@ -53,7 +53,7 @@ def test_the_stream_is_the_same(prepared: Path, url: str) -> None:
         one, other = (stream.batch(number) for stream in streams)
         for a, b in zip(one[:3], other[:3], strict=True):
             assert torch.equal(a, b)
-        assert one.group == other.group
+        assert one.stream == other.stream
     for a, b in zip(StatefulEvalLoader(here.val, 100), StatefulEvalLoader(there.val, 100), strict=True):
         assert torch.equal(a.inputs, b.inputs)
 

@@ -12,7 +12,7 @@ from helpers import BATCH, checkpoints, fit, last
 from torch.nn import functional as F
 
 from mmrec.checkpoints.checkpoint import load_model
-from mmrec.data.batches import IGNORE, SegmentSampler
+from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets
@@ -25,9 +25,9 @@ def steps(number: int) -> list[str]:
 
 
 def test_second_targets_end_with_one_that_is_not_scored() -> None:
-    targets = torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])
-    assert mtp_targets(targets).tolist() == [[2, 3, IGNORE], [IGNORE, IGNORE, IGNORE]]
-    assert mtp_targets(targets[:, :1]).tolist() == [[IGNORE], [IGNORE]]
+    targets = torch.tensor([[1, 2, 3], [4, IGNORE_INDEX, IGNORE_INDEX]])
+    assert mtp_targets(targets).tolist() == [[2, 3, IGNORE_INDEX], [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
+    assert mtp_targets(targets[:, :1]).tolist() == [[IGNORE_INDEX], [IGNORE_INDEX]]
 
 
 def gradient_by_hand(run: str, data: Path, weight: float) -> torch.Tensor:

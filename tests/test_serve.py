@@ -19,6 +19,7 @@ from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.checkpoints.state_file import KIND, SavedState, load_memory, model_hash, save_memory
 from mmrec.cli import main
 from mmrec.inference.generate import generate_tokens
+from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 from mmrec.serve.service import Finished, Piece, Service
@@ -120,7 +121,7 @@ def test_pieces_are_whole_characters(memories: Path) -> None:
     assert ended.tokens == 300
     # A model of random weights writes bytes at random; some of them are characters of several bytes.
     prompt = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-    drawn = bytes(generate_tokens(service._net, prompt, 300, 1.0, seed=0))
+    drawn = bytes(generate_tokens(service._net, prompt, SamplingOptions(300, 1.0)))
     assert "".join(pieces) == drawn.decode("utf-8", errors="replace")
     assert any(len(piece.encode()) > 1 and "\ufffd" not in piece for piece in pieces)
 
@@ -296,7 +297,7 @@ def test_score_is_that_of_the_command(
     text = make_text()[:3000]
     scored, table = tmp_path / "scored.txt", tmp_path / "costs.tsv"
     scored.write_text(text)
-    assert main(["score", str(scored), f"--root={small_root}", f"--surprise={table}"]) == 0
+    assert main(["score", str(scored), f"--root={small_root}", f"--token_nll={table}"]) == 0
     line = capsys.readouterr().out.splitlines()[0]
     answer = client.good("POST", "/v1/score", {"text": text})
     assert answer["tokens"] == 2999

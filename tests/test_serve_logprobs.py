@@ -16,7 +16,7 @@ from serving import LIMITS, Client, make_service, running
 from torch import Tensor
 
 from mmrec.checkpoints.checkpoint import LoadedModel
-from mmrec.inference.scoring import CHUNK
+from mmrec.inference.reading import READ_CHUNK
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import as_logprobs, rows_of, token_names
@@ -90,7 +90,7 @@ def merged(events: list[Any], index: int = 0) -> tuple[str, dict[str, list[Any]]
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_prompt_is_scored_as_by_the_plain_model(model: LoadedModel, memories: Path, count: int) -> None:
     tokens = model.tokenizer.encode(TEXT).tolist()
-    assert CHUNK < len(tokens) < LIMITS.prompt_tokens  # it is read in several chunks
+    assert READ_CHUNK < len(tokens) < LIMITS.prompt_tokens  # it is read in several chunks
     with running(make_service(model, memories)) as client:
         answer = client.complete(prompt=TEXT, echo=True, logprobs=count, max_tokens=0)
         (choice,) = answer["choices"]
@@ -136,7 +136,7 @@ def test_it_is_what_score_says_with_and_without_a_memory(
 ) -> None:
     text = make_text()[:3000]
     (tmp_path / "text.txt").write_text(text)
-    assert mmrec("score", "text.txt", f"--root={small_root}", "--surprise=costs.tsv") == 0
+    assert mmrec("score", "text.txt", f"--root={small_root}", "--token_nll=costs.tsv") == 0
     costs = [float(row.split("\t")[2]) for row in (tmp_path / "costs.tsv").read_text().splitlines()[1:]]
     asked = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
     (choice,) = client.complete(prompt=text, **asked)["choices"]
@@ -298,7 +298,7 @@ def test_a_long_prompt_is_scored_part_by_part(small_model: LoadedModel, memories
     asked = CompletionRequest(prompt=text, echo=True, logprobs=5, max_tokens=0)
     begun, *events = service.complete(asked)
     assert begun == Started(limits.prompt_tokens)
-    parts = limits.prompt_tokens // CHUNK
+    parts = limits.prompt_tokens // READ_CHUNK
     assert events[:parts] == [None] * parts  # a client that goes away ends the work after any of them
     with running(make_service(small_model, memories, replace(limits, running=1))) as client:
         with client.open("POST", "/v1/completions", asked.model_dump(exclude_defaults=True)) as response:

@@ -21,12 +21,12 @@ from conftest import REPOSITORY, SHAKESPEARE, Command
 from statements import CONFIGS, LARGE, VOCABULARY, content, find, model, number, page, same
 
 from mmrec.baselines.models import GPT, make_baseline, size
-from mmrec.baselines.training import RECIPES
-from mmrec.bench.tasks import RACES, state_bytes
+from mmrec.baselines.training import HYPERPARAMETERS
+from mmrec.bench.measurements import hyperparameters_of, state_bytes
 from mmrec.checkpoints.state_file import SavedState, save_memory
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.pipeline.records import LONGEST
-from mmrec.data.prepare import default_split
+from mmrec.data.split import default_split
 from mmrec.evals.models import layer_parameters, make_model
 from mmrec.evals.recipes import SMALL
 from mmrec.model import ModelConfig, RecurrentLM
@@ -146,7 +146,7 @@ def test_sizes_in_bench() -> None:
     ours, gpt = make_baseline("mmrec", 65, 64), make_baseline("gpt", 65, 64)
     for name, net in (("mmrec", ours), ("GPT", gpt)):
         assert same(find(rf"\| {name}, ([\d.]+) M \|", "docs/bench.md")[1], size(net) / 1e6), name
-    more = find(r"holds ([\d,]+) numbers more", "docs/bench.md")[1]
+    more = find(r"head adds ([\d,]+) parameters", "docs/bench.md")[1]
     assert isinstance(ours, RecurrentLM)
     assert isinstance(gpt, GPT)
     assert number(more) == sum(p.numel() for p in MTPHead(ours.config.dim).parameters())
@@ -229,7 +229,7 @@ def test_the_comment_of_quickstart() -> None:
 
 
 def test_runs_of_bench() -> None:
-    ours, gpt = RECIPES["mmrec"], RECIPES["gpt"]
+    ours, gpt = HYPERPARAMETERS["mmrec"], HYPERPARAMETERS["gpt"]
     said = find(
         r"Ours is trained for ([\d,]+) updates of (\d+) x (\d+), in which it reads ([\d,]+) tokens, as its rows are "
         r"cut to (\d+) or (\d+); the GPT for ([\d,]+) of (\d+) x (\d+), ([\d,]+) tokens",
@@ -238,17 +238,18 @@ def test_runs_of_bench() -> None:
     steps, rows, length, tokens, short, long, their_steps, their_rows, their_length, their_tokens = map(
         number, said.groups()
     )
-    assert (rows, length) == (ours["rows"], ours["length"])
-    assert (their_rows, their_length) == (gpt["rows"], gpt["length"])
+    assert (rows, length) == (ours.batch_size, ours.seq_len)
+    assert (their_rows, their_length) == (gpt.batch_size, gpt.seq_len)
     assert their_tokens == their_steps * their_rows * their_length == steps * rows * length
     batches = stream("quickstart", batch_size=int(rows), seq_len=int(length))
     assert (tokens, {short, long}) == read(batches, int(steps))
 
     asked, cut = map(number, find(r"after ([\d,]+) tokens \(([\d,]+) of them read by ours", "docs/bench.md").groups())
     assert cut == read(batches, int(asked / rows / length))[0]
-    said, race = find(r"ours ([\d,]+) updates of (\d+) x (\d+) at 4e-3", "docs/bench.md"), RACES["mmrec"]
+    said = find(r"ours ([\d,]+) updates of (\d+) x (\d+) at 4e-3", "docs/bench.md")
+    chosen = hyperparameters_of("mmrec", time_to_target=True)
     steps, rows, length = map(number, said.groups())
-    assert (steps, rows, length) == (race["tokens"] / rows / length, race["rows"], race["length"])
+    assert (steps, rows, length) == (chosen.steps(0), chosen.batch_size, chosen.seq_len)
 
 
 def test_what_evals_reads() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrec.core.errors import UserError
-from mmrec.data.batches import IGNORE, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
+from mmrec.data.batches import IGNORE_INDEX, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
 
 
 def stream(total: int, rows: int, length: int, **options: int | float) -> SegmentSampler:
@@ -38,7 +38,7 @@ def test_every_token_is_predicted_once_an_epoch(
         for number in range(epoch * len(one), (epoch + 1) * len(one)):
             batch = one.batch(number)
             assert 1 <= batch.inputs.shape[1] <= length
-            scored = batch.targets != IGNORE
+            scored = batch.targets != IGNORE_INDEX
             # What is predicted is the token after the one that is read.
             assert ((batch.inputs[scored] + 1) % total == batch.targets[scored]).all()
             predicted += batch.targets[scored].tolist()
@@ -54,16 +54,16 @@ def test_rows_continue_from_batch_to_batch_until_the_segment_ends() -> None:
         assert one.batch(number).reset_mask.tolist() == [number % 5 == 0] * 2
 
 
-def test_groups_of_rows_are_read_in_turn_and_each_continues() -> None:
-    one = stream(1000, 2, 10, segment_len=50, interleave=4)  # ten segments a row: four groups, four more, and two
+def test_interleaved_streams_take_turns_and_each_continues() -> None:
+    one = stream(1000, 2, 10, segment_len=50, interleave=4)  # ten segments a row: four streams, four more, and two
     batches = [one.batch(number) for number in range(len(one))]
-    assert [batch.group for batch in batches] == [0, 1, 2, 3] * 10 + [0, 1] * 5
-    for group in range(4):
-        own = [batch for batch in batches if batch.group == group]
+    assert [batch.stream for batch in batches] == [0, 1, 2, 3] * 10 + [0, 1] * 5
+    for index in range(4):
+        own = [batch for batch in batches if batch.stream == index]
         for number, (batch, later) in enumerate(itertools.pairwise(own)):
             goes_on = batch.targets[:, -1] == later.inputs[:, 0]
             assert goes_on.all() or number % 5 == 4
-    # The same batches as without groups, in another order.
+    # The same batches as without interleaving, in another order.
     plain = stream(1000, 2, 10, segment_len=50)
     alone = [plain.batch(number).inputs.tolist() for number in range(len(plain))]
     assert sorted(batch.inputs.tolist() for batch in batches) == sorted(alone)
@@ -118,7 +118,7 @@ def test_a_loader_goes_on_where_its_state_says(stop: int) -> None:
         seen.extend(itertools.islice(second, len(expected) - len(seen)))
     for a, b in zip(seen, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
-        assert a.group == b.group
+        assert a.stream == b.stream
 
 
 @pytest.mark.parametrize("stop", [7, 20])

@@ -17,7 +17,7 @@ from helpers import fit
 
 from mmrec import MemoryLM
 from mmrec.data.store import open_tokens
-from mmrec.inference.scoring import pieces
+from mmrec.inference.text_input import iter_pieces
 from mmrec.tokenizers import TOKENIZERS, StreamDecoder, Tokenizer, make_tokenizer
 
 SENTENCES = """\
@@ -76,7 +76,7 @@ def test_an_end_inside_a_letter_is_shown_as_one_replacement() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 100])
 def test_pieces_of_a_file_are_whole(tokenizer: Tokenizer, size: int) -> None:
-    parts = [tokenizer.encode(piece) for piece in pieces(io.StringIO(TURKISH, newline=""), size)]
+    parts = [tokenizer.encode(piece) for piece in iter_pieces(io.StringIO(TURKISH, newline=""), size)]
     assert np.concatenate(parts).tolist() == tokenizer.encode(TURKISH).tolist()
 
 
@@ -106,7 +106,7 @@ def test_from_the_text_to_what_is_written(
     assert mmrec("generate", "--prompt", "-", "--length", 5) == 0
     assert capsys.readouterr().out.startswith(PROMPT)
     assert mmrec("read", "öykü.txt", "--save", "öykü.mem") == 0
-    assert mmrec("score", "öykü.txt", "--memory", "öykü.mem", "--surprise", "öykü.tsv") == 0
+    assert mmrec("score", "öykü.txt", "--memory", "öykü.mem", "--token_nll", "öykü.tsv") == 0
     model = MemoryLM.load("best")
     assert "".join(model.stream(PROMPT, length=40)) == model.generate(PROMPT, length=40)
 

@@ -1,1 +1,1 @@
-"""Other models, and what the comparisons with them share: one update, one score, tables."""
+"""Baselines: other models, and the training that bench and evals share; tables."""

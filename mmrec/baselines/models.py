@@ -236,15 +236,15 @@ def size(model: nn.Module) -> int:
 
 
 def check_baseline(name: str) -> Baseline:
-    """Return the peer ``name``; UserError where there is none, or its package is missing."""
+    """Return the baseline ``name``; UserError where there is none, or its package is missing."""
     if name not in BASELINES:
-        raise UserError(f"no peer {name!r}; known: {', '.join(BASELINES)}{nearest(name, BASELINES)}")
-    peer = BASELINES[name]
-    if peer.package is not None and find_spec(peer.package) is None:
-        raise UserError(f"the peer {name} needs a package that is not installed; pip install 'mmrec[bench]'")
-    return peer
+        raise UserError(f"no baseline {name!r}; known: {', '.join(BASELINES)}{nearest(name, BASELINES)}")
+    baseline = BASELINES[name]
+    if baseline.package is not None and find_spec(baseline.package) is None:
+        raise UserError(f"the baseline {name} needs a package that is not installed; pip install 'mmrec[bench]'")
+    return baseline
 
 
 def make_baseline(name: str, vocab_size: int, length: int) -> nn.Module:
-    """Return the peer ``name`` for texts of up to ``length`` tokens."""
+    """Return the baseline ``name`` for texts of up to ``length`` tokens."""
     return check_baseline(name).build(vocab_size, length)

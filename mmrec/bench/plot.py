@@ -23,9 +23,9 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     figure, axes = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
         if kind == "learn":
-            _courses(axis, results[kind])
+            _curves(axis, results[kind])
         else:
-            title, label = ("training", "tokens of a row") if kind == "train" else ("writing", "tokens read before")
+            title, label = ("training", "tokens of a row") if kind == "train" else ("decoding", "tokens read before")
             _speeds(axis, results[kind], results["points"][kind])
             axis.set(title=title, xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
@@ -42,10 +42,10 @@ def _speeds(axis: Any, found: Sequence[dict[str, list[Any]]], points: Sequence[i
         axis.plot(*zip(*known, strict=True) if known else ([], []), marker="o", label=name)
 
 
-def _courses(axis: Any, found: dict[str, list[Any]]) -> None:
+def _curves(axis: Any, found: dict[str, list[Any]]) -> None:
     for index, (name, runs) in enumerate(found.items()):
         for number, run in enumerate(runs):
-            course = run.get("course", [])
-            seconds, losses = [point["seconds"] for point in course], [point["loss"] for point in course]
+            curve = run.get("curve", [])
+            seconds, losses = [point["seconds"] for point in curve], [point["loss"] for point in curve]
             axis.plot(seconds, losses, color=f"C{index}", label=None if number else name)
     axis.set(title="learning", xlabel="seconds of training", ylabel="validation loss, nats/token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import struct
@@ -17,6 +16,7 @@ import torch
 from mmrec.checkpoints.migrations import VERSION, migrate
 from mmrec.checkpoints.weights import SUFFIX, read_weights
 from mmrec.core.errors import UserError, one_line
+from mmrec.core.files import staged_file
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
@@ -57,8 +57,7 @@ class _Hashing:
 def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | None = None) -> None:
     """Write a checkpoint whole or not at all, also when the disk fills up or the machine stops.
 
-    The file is written beside its target, sealed by its sha256, synchronized with the disk, and then renamed over
-    the target. The seal is the comment that a zip archive, which the file is, may end in.
+    The file ends in its own sha256: in the comment that a zip archive, which it is, may end in.
 
     Args:
         checkpoint: what ``torch.save`` takes.
@@ -68,52 +67,21 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | 
     Raises:
         UserError: it could not be written; names the path. What stood there before still does.
     """
-    # One name for every attempt: what a killed process left is written over, and never piles up.
-    staged = target.with_name(f".{target.name}.part")
-    writer: Any = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(staged, "wb") as file:
-            writer = _Hashing(file)
-            torch.save(checkpoint, writer)
+        with staged_file(target, keep=previous, parents=True) as file:
+            writer: Any = _Hashing(file)
+            try:
+                torch.save(checkpoint, writer)
+            except RuntimeError:
+                if writer.error is None:
+                    raise
+                raise writer.error from None  # what the disk said, of which torch makes an error of its own
             seal = SEAL + writer.sha256.hexdigest().encode()
             file.seek(-2, os.SEEK_END)
             file.write(struct.pack("<H", len(seal)) + seal)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and target.exists():
-            _keep(target, previous)
-        os.replace(staged, target)
-        _synchronize_folder(target.parent)
     except (OSError, RuntimeError) as error:
-        # torch turns what the disk said into a RuntimeError of its own.
-        cause = writer.error if writer is not None and writer.error is not None else error
-        reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
-        raise UserError(f"{target}: cannot save the checkpoint: {reason}; what stood there is as it was") from error
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()  # nothing is there after a good save
-
-
-def _keep(target: Path, previous: Path) -> None:
-    """Make ``previous`` a second name of the file ``target``, so that at no moment there is neither."""
-    link = previous.with_name(f".{previous.name}.part")
-    with contextlib.suppress(FileNotFoundError):
-        link.unlink()
-    try:
-        os.link(target, link)
-    except OSError:  # a file system without links
-        os.replace(target, previous)
-    else:
-        os.replace(link, previous)
-
-
-def _synchronize_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        reason = error.strerror if isinstance(error, OSError) else f"cannot be written: {one_line(error)[:200]}"
+        raise UserError(f"{target}: {reason}; the checkpoint that stood there is as it was") from error
 
 
 def _comment(file: BinaryIO, size: int) -> bytes | None:

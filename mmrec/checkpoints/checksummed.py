@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmrec.core.errors import UserError
+from mmrec.core.files import write_file
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,14 @@ class Kind:
 
 
 def write_checksummed(path: Path, kind: Kind, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, contiguous and none of them shared, and ``metadata`` of them: whole, or not at all."""
+    """Write tensors, contiguous and none of them shared, and ``metadata`` of them: whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
     metadata = {"format": kind.format, "version": kind.version, **metadata}
     data = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    write_file(path, data)
 
 
 def read_checksummed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:

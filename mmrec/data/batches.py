@@ -1,10 +1,10 @@
-"""The order in which training reads the tokens: rows that continue from batch to batch.
+"""Batches for truncated backpropagation through time (TBPTT): rows whose recurrent state is carried between batches.
 
-The text is a ring, cut into segments. Each row of the batch reads a segment from batch to batch, so that a memory
-can be carried along it, and then goes on with another one, chosen at random: what a moment of training sees is from
-all over the text. Several groups of rows may be read in turn, so that one update after the other sees other places
-while the memories of the rest wait. Every token is predicted exactly once an epoch. A batch is a pure function of its
-number: resuming needs one integer.
+The token sequence is a ring, cut into segments. Each row of a batch reads one segment over several batches, so that
+its state can be carried, and then goes on with another segment, drawn at random: the rows of one batch are from all
+over the text. Several interleaved streams, each with rows and carried states of its own, may take turns, so that
+consecutive updates see different places. Every token is predicted exactly once an epoch. A batch is a pure function
+of its number: resuming needs one integer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mmrec.core.errors import UserError
 
-IGNORE = -100
-"""Target of a position that is not scored, as in ``torch.nn.functional.cross_entropy``."""
+IGNORE_INDEX = -100
+"""Target of a position that is not scored: the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
 
 
 class Batch(NamedTuple):
@@ -28,31 +28,32 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: [B, T], int64.
-        targets: [B, T], int64: the token that follows each input, or :data:`IGNORE`.
-        reset_mask: [B], bool: rows that start from the zero state instead of what was read before.
-        group: whose memories the rows go on with: those that the last batch of this group left.
+        targets: [B, T], int64: the token that follows each input, or :data:`IGNORE_INDEX`.
+        reset_mask: [B], bool: rows that start from the zero state instead of the carried one.
+        stream: number of the interleaved stream: the carried states are those that its last batch left.
     """
 
     inputs: Tensor
     targets: Tensor
     reset_mask: Tensor
-    group: int = 0
+    stream: int = 0
 
 
 @dataclass(frozen=True)
 class SegmentSampler:
-    """Training batches by number.
+    """Training batches by number, for truncated BPTT with a state that is carried along segments.
 
     Args:
         tokens: [N], any integer dtype; may be memory-mapped.
         batch_size: rows on this process.
-        seq_len: most tokens a row reads in one batch. A segment is read in as few batches as that takes, and their
-            lengths differ by one token at most: one of 83 tokens, with 50, in batches of 41 and 42.
+        seq_len: most tokens of a row in one batch, which the gradient reaches back over. A segment is read in as few
+            batches as that takes, and their lengths differ by one token at most: one of 83 tokens, with 50, in
+            batches of 41 and 42.
         seed: of the epochs' offsets and orders.
-        segment_len: most tokens that a row reads on before it goes elsewhere; at least ``seq_len`` counts.
-        reset_probability: chance that a row starts a segment from the zero state, so that the model also learns
-            to start from nothing.
-        interleave: groups of rows that are read in turn.
+        segment_len: most tokens of a segment, over which the state is carried; at least ``seq_len``.
+        reset_probability: probability that a row starts a segment from the zero state, so that the model also learns
+            to begin without a context.
+        interleave: number of interleaved streams.
         rank: number of this process.
         world_size: number of processes; together they read ``batch_size * world_size`` rows.
     """
@@ -108,11 +109,11 @@ class SegmentSampler:
     def batch(self, number: int) -> Batch:
         """Return batch ``number``, counted from 0 over all epochs."""
         epoch, step = divmod(number, len(self))
-        # Each group reads one segment a row; the last groups of an epoch may be fewer.
+        # Each stream reads one segment a row; in the last turn of an epoch there may be fewer streams.
         first = step // (self.interleave * self._segment_batches) * self.interleave
-        groups = min(self.interleave, self.segments // self.rows - first)
-        step, group = divmod(step - first * self._segment_batches, groups)
-        turn = first + group
+        streams = min(self.interleave, self.segments // self.rows - first)
+        step, stream = divmod(step - first * self._segment_batches, streams)
+        turn = first + stream
         total, count = len(self.tokens), self.segments
         # Each epoch cuts the ring elsewhere: the same text is met in other batches and after other pasts.
         offset = int(np.random.default_rng((self.seed, epoch)).integers(total))
@@ -124,11 +125,11 @@ class SegmentSampler:
         last = (step + 1) * self._longest // self._segment_batches
         position = start[:, None] + np.arange(first, last + 1)
         window = self.tokens[(position + offset) % total].astype(np.int64)
-        targets = np.where(position[:, 1:] <= end[:, None], window[:, 1:], IGNORE)
+        targets = np.where(position[:, 1:] <= end[:, None], window[:, 1:], IGNORE_INDEX)
         random = np.random.default_rng((self.seed, epoch, 2, turn)).random(self.rows)[row]
         reset_mask = (random < self.reset_probability) & (step == 0)
         inputs = torch.from_numpy(window[:, :-1].copy())
-        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(reset_mask), group)
+        return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(reset_mask), stream)
 
     def identity(self) -> dict[str, int]:
         """Return what decides which tokens a batch holds: the same on every process, and however many there are."""
@@ -143,33 +144,33 @@ class SegmentSampler:
 
 
 class TrainLoader:
-    """Iterates over the batches of a :class:`SegmentSampler`, as many as an epoch has; resumable by an integer.
+    """Stateful loader over the batches of a :class:`SegmentSampler`, as many as an epoch has; resumed by an integer.
 
-    Each iteration goes on where the one before was left, wherever that is: an epoch of the trainer may be shorter
+    Each iteration goes on where the one before ended, wherever that is: an epoch of the trainer may be shorter
     (``limit_train_batches``), and does not end where one of the text does.
 
     Args:
-        stream: of the batches.
-        repeat: number of batches, the first ones, that are read again and again; all of the text if None.
+        sampler: gives the batches by number.
+        repeat: number of first batches that are read again and again (overfitting on them); the whole text if None.
     """
 
-    def __init__(self, stream: SegmentSampler, repeat: int | None = None) -> None:
-        self.stream = stream
+    def __init__(self, sampler: SegmentSampler, repeat: int | None = None) -> None:
+        self.sampler = sampler
         self.repeat = repeat
         self.position = 0
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self)):
             number = self.position
             self.position += 1  # before the batch leaves: a state taken while it is in use names the next one
-            yield self.stream.batch(number % self.repeat if self.repeat else number)
+            yield self.sampler.batch(number % self.repeat if self.repeat else number)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the next batch, and what that number depends on."""
-        return {"position": self.position, "epoch_batches": len(self)} | self.stream.identity()
+        return {"position": self.position, "epoch_batches": len(self)} | self.sampler.identity()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with the batch that ``state`` names.
@@ -178,24 +179,24 @@ class TrainLoader:
         epoch is a place to go on from: elsewhere text would be skipped or read twice.
 
         Raises:
-            UserError: the place is within an epoch that was cut in another way.
+            UserError: the position is within an epoch that was cut into other segments.
         """
         state = {"interleave": 1} | state  # which older checkpoints do not know
         epoch, within = divmod(state["position"], state["epoch_batches"])
-        here = self.stream.identity()
+        here = self.sampler.identity()
         changed = [f"{name} {state[name]} there, {here[name]} here" for name in here if state[name] != here[name]]
         if changed and within:
             raise UserError(
-                f"the checkpoint stands within an epoch, and another cut would skip text or read it twice "
+                f"the checkpoint stands within an epoch, and other segments would skip text or read it twice "
                 f"({'; '.join(changed)}; rows are data.batch_size times the processes); keep them, or start a new run"
             )
         self.position = epoch * len(self) + within
 
 
 class StatefulEvalLoader:
-    """Reads a text once from its start, in one row whose state is carried: nothing left out at the end.
+    """Stateful evaluation: reads a text once, in one row whose state is carried from batch to batch to its very end.
 
-    The first token has nothing before it and is not scored; every other one is, exactly once.
+    The first token has no context and is not scored; every other token is, exactly once.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
@@ -214,9 +215,9 @@ class StatefulEvalLoader:
 
 
 class WindowedEvalLoader:
-    """Reads a text in windows that each start from the zero state: nanoGPT's protocol.
+    """Windowed evaluation: reads a text in windows that each start from the zero state, as nanoGPT evaluates.
 
-    A token is predicted from what stands before it in its window alone. As with :class:`StatefulEvalLoader`, every
+    The context of a token is what precedes it in its window alone. As with :class:`StatefulEvalLoader`, every
     token but the first is scored exactly once; the last window is as long as the text allows.
     """
 

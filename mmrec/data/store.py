@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmrec.core.errors import UserError
+from mmrec.core.files import staged_folder
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT, VERSION = "mmrec-tokens", 2
@@ -98,34 +97,10 @@ class HashedFile:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` that is renamed into its place at the end: whole, or not at all.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; what stood at ``folder`` still does.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
-    try:
-        staging.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the data
-        yield staging
-        _replace(staging, folder)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error  # a failed write carries no name
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
 def writing(
     folder: Path, tokenizer: Tokenizer, description: Mapping[str, Any]
 ) -> Iterator[Callable[[str], HashedFile]]:
-    """Yield what makes the files of a token folder, by name; they get their place as by :func:`staged`.
+    """Yield what makes the files of a token folder, by name; they get their place as by :func:`staged_folder`.
 
     Args:
         folder: the target; missing, empty, or a token folder that is to be replaced.
@@ -133,7 +108,7 @@ def writing(
         description: what else the manifest says, at the end: the corpus and the split.
     """
     created: dict[str, HashedFile] = {}
-    with staged(folder) as staging:
+    with staged_folder(folder) as staging:
 
         def create(name: str) -> HashedFile:
             created[name] = HashedFile(staging / name)
@@ -172,19 +147,6 @@ def write_tokens(
             with create(f"{part}.bin") as file:
                 file.write(tokenizer.encode(text).tobytes())
     return open_tokens(folder)
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}-replaced-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    try:
-        os.replace(staging, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``mmrec eval NAME``: from the name of an evaluation to what does it."""
+"""``mmrec eval NAME``: the evaluations by name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from mmrec.core.errors import UserError, nearest
 from mmrec.core.options import Parser, call
 from mmrec.evals.carry import carry
-from mmrec.evals.learned import learned
 from mmrec.evals.length import length
 from mmrec.evals.recipes import SMALL
+from mmrec.evals.synthetic import SyntheticOptions, evaluate_synthetic
 
 OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
-    "length": (length, "what the same text costs after up to a million tokens more were read before it"),
-    "carry": (carry, "what carrying the memory on saves, against starting anew at every window"),
+    "length": (length, "loss of the same text with up to a million tokens read before it"),
+    "carry": (carry, "loss with the state carried, against the state reset at every window"),
 }
 
 
@@ -29,8 +29,8 @@ def evaluate(args: list[str]) -> None:
         call(function, parser, options)
     elif name in SMALL:
         parser = Parser(prog=f"mmrec eval {name}", description=_about(name))
-        parser.add_function_arguments(learned, skip={"task"})
-        learned(name, **vars(parser.parse_args(options)))
+        parser.add_class_arguments(SyntheticOptions)
+        evaluate_synthetic(name, SyntheticOptions(**vars(parser.parse_args(options))))
     else:
         known = [*OF_CHECKPOINTS, *SMALL]
         raise UserError(f"no evaluation {name!r}; known: {', '.join(known)}{nearest(name, known)}")
@@ -43,6 +43,6 @@ def _about(name: str) -> str:
 def overview() -> str:
     """Return the evaluations, a line each."""
     rows = [(name, about) for name, (_, about) in OF_CHECKPOINTS.items()]
-    rows += [(name, f"a task to learn: {_about(name)}") for name in SMALL]
+    rows += [(name, f"synthetic task: {_about(name)}") for name in SMALL]
     lines = "\n".join(f"  {name:<11}{about}" for name, about in rows)
     return f"usage: mmrec eval NAME [options]; 'mmrec eval NAME --help' says more\n\n{lines}"

@@ -1,21 +1,22 @@
-"""``mmrec eval length``: what the same characters cost after more and more was read before them."""
+"""``mmrec eval length``: loss of the same text after more and more was read before it."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from mmrec.baselines.learning import RandomWindows, train_step
 from mmrec.baselines.models import GPT
-from mmrec.baselines.training import RECIPES, loss_of, optimizer_of
+from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
 from mmrec.checkpoints.checkpoint import load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.core.errors import UserError
@@ -24,7 +25,6 @@ from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM
-from mmrec.training.optim import warmup_cosine
 
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""
@@ -37,8 +37,8 @@ APART = 4096
 
 
 @torch.inference_mode()
-def cost(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, length: int, state: Any) -> Tensor:
-    """Return what ``length`` tokens from each of ``starts`` cost, [B, length] in nats, with ``before`` read first.
+def span_nll(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, length: int, state: Any) -> Tensor:
+    """Return the NLL of ``length`` tokens from each of ``starts``, [B, length] in nats, with ``before`` read first.
 
     Args:
         net: ours or a GPT.
@@ -77,44 +77,27 @@ def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], span
     for position in tqdm(positions, desc="positions", disable=not sys.stderr.isatty()):
         starts, length = (blocks, BLOCK) if position <= APART else (begins, BLOCK * BLOCKS)
         state = net.zero_state(len(starts)) if isinstance(net, RecurrentLM) else None
-        found.append(cost(net, text, starts, position, length, state).double().view(spans, -1).mean(1).numpy())
+        found.append(span_nll(net, text, starts, position, length, state).double().view(spans, -1).mean(1).numpy())
     return np.stack(found)
 
 
 def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int) -> GPT:
     """Return a GPT of 0.8 M parameters, trained by nanoGPT's CPU recipe on windows of ``window`` tokens."""
     torch.manual_seed(seed)
-    random, recipe = np.random.default_rng(seed), RECIPES["gpt"]
-    rows = max(1, 4096 // window)
-    model, steps = GPT(data.tokenizer.vocab_size, window), tokens // (rows * window)
-    optimizer = optimizer_of(model, recipe["learning_rate"], recipe["weight_decay"])
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(recipe["warmup"]), steps, recipe["final"]))
+    chosen = replace(HYPERPARAMETERS["gpt"], batch_size=max(1, 4096 // window), seq_len=window)
+    model, steps = GPT(data.tokenizer.vocab_size, window), chosen.steps(tokens)
+    loop = TrainingLoop(model, chosen, steps, native_precision("cpu"))
+    batches = RandomWindows(model, data.train, chosen, seed)
     for _ in tqdm(range(steps), desc="training the GPT", disable=not sys.stderr.isatty()):
-        at = random.integers(len(data.train) - window, size=rows)[:, None] + np.arange(window + 1)
-        batch = torch.from_numpy(data.train[at].astype(np.int64))
-        loss, _ = loss_of(model, batch[:, :-1], batch[:, 1:], None, native_precision("cpu"))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+        train_step(loop, batches)
     return model.eval()
 
 
-def length(
-    checkpoint: CheckpointOptions,
-    data_dir: Path = Path("data/shakespeare_plays"),
-    positions: Sequence[int] = (1, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
-    spans: int = 16,
-    gpt_tokens: int = 0,
-    gpt_window: int = 512,
-    seed: int = 0,
-    output_dir: Path = Path("eval"),
-) -> None:
-    """Score the same characters after more and more was read before them.
+@dataclass(frozen=True)
+class LengthOptions:
+    """Which text is scored, after how much.
 
     Args:
-        checkpoint: of the model.
         data_dir: token folder that the model was trained on; its validation text is read, which has to be longer
             than the last position.
         positions: how many tokens are read before.
@@ -125,42 +108,72 @@ def length(
         output_dir: folder for length.json and length.png.
 
     Raises:
+        UserError: a number is too small.
+    """
+
+    data_dir: Path = Path("data/shakespeare_plays")
+    positions: Sequence[int] = (1, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+    spans: int = 16
+    gpt_tokens: int = 0
+    gpt_window: int = 512
+    seed: int = 0
+    output_dir: Path = Path("eval")
+
+    def __post_init__(self) -> None:
+        if not self.positions or min(self.positions) < 1:
+            raise UserError("--positions are numbers of at least 1: nothing predicts the first token of a text")
+        if self.spans < 2:
+            raise UserError(f"--spans is {self.spans}; it must be at least 2")
+
+    @property
+    def places(self) -> list[int]:
+        """The positions, each once, in order."""
+        return sorted(set(self.positions))
+
+    def check(self, data: TokenFolder) -> None:
+        """Raise UserError where the text of ``data`` is too short."""
+        least = max(self.places[-1] + BLOCK * BLOCKS, self.spans * BLOCK * BLOCKS)
+        if len(data.val) < least:
+            raise UserError(
+                f"{self.data_dir}: the validation text has {len(data.val):,} tokens; {self.spans} spans and position "
+                f"{self.places[-1]:,} need {least:,}: prepare a longer one (--val_split), or give lower --positions "
+                f"or --spans"
+            )
+        if self.gpt_tokens and not BLOCK < self.gpt_window < len(data.train):
+            raise UserError(
+                f"--gpt_window is {self.gpt_window}; it must be above {BLOCK} and shorter than the training text"
+            )
+
+
+def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
+    """Score the same characters after more and more was read before them.
+
+    Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
     trained = load_model(checkpoint.path())
-    data = open_tokens_for(data_dir, trained.tokenizer)
-    places = sorted(set(positions))
-    if not places or places[0] < 1:
-        raise UserError("--positions are numbers of at least 1: nothing predicts the first token of a text")
-    if spans < 2:
-        raise UserError(f"--spans is {spans}; it must be at least 2")
-    least = max(places[-1] + BLOCK * BLOCKS, spans * BLOCK * BLOCKS)
-    if len(data.val) < least:
-        raise UserError(
-            f"{data_dir}: the validation text has {len(data.val):,} tokens; {spans} spans and position "
-            f"{places[-1]:,} need {least:,}: prepare a longer one (--val_split), or give lower --positions or --spans"
-        )
-    if gpt_tokens and not BLOCK < gpt_window < len(data.train):
-        raise UserError(f"--gpt_window is {gpt_window}; it must be above {BLOCK} and shorter than the training text")
-    text = np.asarray(data.val)
-    losses = by_position(trained.net, text, places, spans)
-    curves: dict[str, Curve] = {"mmrec": (places, losses)}
-    if gpt_tokens:
-        within = [place for place in places if place + BLOCK <= gpt_window]
-        gpt = train_gpt(data, gpt_window, gpt_tokens, seed)
-        curves[f"GPT, window {gpt_window}"] = (within, by_position(gpt, text, within, spans))
+    data = open_tokens_for(options.data_dir, trained.tokenizer)
+    options.check(data)
+    text, places, spans = np.asarray(data.val), options.places, options.spans
+    curves: dict[str, Curve] = {"mmrec": (places, by_position(trained.net, text, places, spans))}
+    window = options.gpt_window if options.gpt_tokens else None
+    if window is not None:
+        within = [place for place in places if place + BLOCK <= window]
+        gpt = train_gpt(data, window, options.gpt_tokens, options.seed)
+        curves[f"GPT, window {window}"] = (within, by_position(gpt, text, within, spans))
     show(curves)
     listed = {name: {"positions": at, "losses": values.tolist()} for name, (at, values) in curves.items()}
-    save(output_dir / "length.json", {"spans": spans, "span": BLOCK * BLOCKS, "curves": listed})
+    results = {"spans": spans, "span": BLOCK * BLOCKS, "curves": listed}
+    save(options.output_dir / "length.json", results)
+    save_plot(options.output_dir / "length.png", lambda axes: _draw(axes, curves, window))
 
-    def draw(axes: Any) -> None:
-        for name, (at, values) in curves.items():
-            axes.plot(at, values.mean(1), marker="o", label=name)
-        if gpt_tokens:
-            axes.axvline(gpt_window, color="C1", linestyle=":", label="the GPT stops")
-        axes.set(xscale="log", xlabel="tokens read before", ylabel="loss of the same text, nats/token")
 
-    save_plot(output_dir / "length.png", draw)
+def _draw(axes: Any, curves: dict[str, Curve], window: int | None) -> None:
+    for name, (at, values) in curves.items():
+        axes.plot(at, values.mean(1), marker="o", label=name)
+    if window is not None:
+        axes.axvline(window, color="C1", linestyle=":", label="context of the GPT")
+    axes.set(xscale="log", xlabel="tokens read before", ylabel="loss of the same text, nats/token")
 
 
 def show(curves: dict[str, Curve]) -> None:

@@ -1,4 +1,4 @@
-"""The models of an evaluation: this program's, and others with as many parameters."""
+"""Models of an evaluation: this program's, and baselines with as many parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmrec.baselines.models import GPT, LSTM, check_baseline, mamba2, mingru
 from mmrec.core.errors import UserError, nearest
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 
@@ -26,11 +26,11 @@ BASELINES: dict[str, Build] = {
     "mingru": lambda vocab_size, length, dim, layers: mingru(vocab_size, dim, layers),
     "mamba2": lambda vocab_size, length, dim, layers: mamba2(vocab_size, dim, layers),
 }
-"""The peers of an evaluation by name."""
+"""Baselines of an evaluation by name."""
 
 
 def head_of(model: nn.Module) -> nn.Module:
-    """Return the output layer of a model, ours or a peer's."""
+    """Return the output layer of a model, ours or a baseline's."""
     inner = getattr(model, "model", model)
     for name in ("head", "to_logits", "lm_head"):
         if hasattr(inner, name):
@@ -55,7 +55,7 @@ def check_model(name: str) -> None:
 
 
 def make_model(name: str, config: ModelConfig, vocab_size: int, length: int) -> nn.Module:
-    """Return the model ``name``: ours of ``config``, or a peer with as many layers and parameters in them.
+    """Return the model ``name``: ours of ``config``, or a baseline with as many layers and parameters in them.
 
     Args:
         name: of :data:`OURS` or :data:`BASELINES`.
@@ -81,8 +81,8 @@ def make_model(name: str, config: ModelConfig, vocab_size: int, length: int) -> 
     return build(vocab_size, length, best, config.layers)
 
 
-class Asked(nn.Module):
-    """A model that computes logits only where a task asks: of 8,192 tokens they would take most of the time.
+class SelectiveLogits(nn.Module):
+    """A model that computes logits at target positions alone: of 8,192 tokens they would take most of the time.
 
     Args:
         model: tokens [B, T] and a state to logits and a state.
@@ -91,21 +91,21 @@ class Asked(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.places: Tensor | None = None
-        head_of(model).register_forward_pre_hook(self._pick)
+        self._mask: Tensor | None = None
+        head_of(model).register_forward_pre_hook(self._select)
 
-    def _pick(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        assert self.places is not None
-        # One row of all that is asked: what comes of it still has three dimensions, as the models expect.
-        return (inputs[0][self.places][None],)
+    def _select(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        assert self._mask is not None
+        # One row of all target positions: what comes of it still has three dimensions, as the models expect.
+        return (inputs[0][self._mask][None],)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: object) -> tuple[Tensor, Tensor, object]:
-        """Return logits [M, N] and answers [M] of what ``targets`` [B, T] asks, row by row, and the state after."""
-        self.places = targets != IGNORE
+        """Return logits [M, N] and targets [M] where ``targets`` [B, T] are scored, and the state after."""
+        self._mask = targets != IGNORE_INDEX
         logits, state = self.model(tokens, state)
-        return logits[0].float(), targets[self.places], state
+        return logits[0].float(), targets[self._mask], state
 
     def loss(self, tokens: Tensor, targets: Tensor, state: object) -> Tensor:
-        """Return the mean loss of the answers, in nats."""
+        """Return the mean loss of the scored positions, in nats."""
         logits, answers, _ = self(tokens, targets, state)
         return token_nll(logits, answers, "mean")

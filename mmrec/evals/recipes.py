@@ -1,4 +1,4 @@
-"""How each task is taught and tested: "small" on two cores in minutes, "full" as published, for larger machines."""
+"""Recipes of the synthetic tasks: "small" on two cores in minutes, "full" as published, for larger machines."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from mmrec.model import ModelConfig
 
 
 def _config(dim: int, heads: int, *layer_types: str) -> ModelConfig:
-    """Return two layers with a narrow feed-forward network: these tasks ask for memory, not for knowledge."""
+    """Return two layers with a narrow feed-forward network: these tasks need state, not knowledge."""
     return ModelConfig(dim=dim, layers=2, layer_types=layer_types, heads=heads, ffn_dim=dim)
 
 
 BOTH = _config(64, 2, "short", "long")
-"""The short memory tells the long one what is worth keeping: with two long ones passkeys are lost on the way."""
+"""A short layer below a long one: with two long ones passkeys are lost on the way."""
 LONG = _config(64, 2, "long")
 
 SMALL: dict[str, Recipe] = {

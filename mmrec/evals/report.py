@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmrec.baselines.tables import print_table
+from mmrec.core.files import write_file
 
 __all__ = ["print_table", "save", "save_plot"]
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
     """Write ``results`` as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.part")
-    staged.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(staged, path)
+    write_file(path, json.dumps(results, indent=1) + "\n", parents=True)
     print(f"\nwritten to {path}")
 
 

@@ -1,7 +1,7 @@
-"""Made-up tasks whose answers stand in what was read: recall, and keeping track of a state.
+"""Synthetic tasks whose answers follow from what was read: recall, and state tracking.
 
-A task makes rows of tokens and, at the places that ask, the token that answers; everywhere else the target is
-:data:`mmrec.data.batches.IGNORE`. Every row of a batch asks equally often. Legend of shapes: B rows, T tokens.
+A task makes rows of tokens and, at the query positions, the token that answers; everywhere else the target is
+:data:`mmrec.data.batches.IGNORE_INDEX`. Every row of a batch has as many queries. Legend of shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, [B, T] int64 both."""
@@ -26,13 +26,13 @@ class Task(ABC):
     Attributes:
         about: what it is, for a person.
         unit: what a level counts.
-        right: what of a row must be right to count: "each" answer by itself, the "whole" row, its "last" answer.
+        accuracy_of: what accuracy counts: "each" answer, "whole" rows, or the "last" answer of each row.
         vocab_size: N.
     """
 
     about: ClassVar[str]
     unit: ClassVar[str]
-    right: ClassVar[Literal["each", "whole", "last"]] = "each"
+    accuracy_of: ClassVar[Literal["each", "whole", "last"]] = "each"
     vocab_size: int
 
     @abstractmethod
@@ -41,7 +41,7 @@ class Task(ABC):
 
     @abstractmethod
     def chance(self, level: int) -> float:
-        """Return the share that is right by guessing among the answers that are possible."""
+        """Return the accuracy of guessing among the answers that are possible."""
 
     @abstractmethod
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,36 +52,36 @@ class Task(ABC):
         inputs, targets = self.make(random, rows, level)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def score(self, right: Tensor) -> float:
-        """Return the share of what counts that is right, of ``right`` [B, answers of a row], bool."""
-        match self.right:
+    def accuracy(self, correct: Tensor) -> float:
+        """Return the accuracy, of ``correct`` [B, answers of a row], bool."""
+        match self.accuracy_of:
             case "whole":
-                right = right.all(-1)
+                correct = correct.all(-1)
             case "last":
-                right = right[:, -1]
-        return float(right.double().mean())
+                correct = correct[:, -1]
+        return float(correct.double().mean())
 
 
-def _choose(random: np.random.Generator, rows: int, of: int, count: int) -> np.ndarray:
+def _sample_distinct(random: np.random.Generator, rows: int, of: int, count: int) -> np.ndarray:
     """Return [B, count] different numbers below ``of`` in each row, in random order."""
     drawn = random.random((rows, of), dtype=np.float32)
     return drawn.argpartition(count - 1, axis=1)[:, :count] if count < of else drawn.argsort(axis=1)
 
 
-def _nothing_asked(rows: int, length: int) -> np.ndarray:
-    return np.full((rows, length), IGNORE, dtype=np.int64)
+def _ignored_targets(rows: int, length: int) -> np.ndarray:
+    return np.full((rows, length), IGNORE_INDEX, dtype=np.int64)
 
 
 class MQAR(Task):
     """Multi-query associative recall (Arora et al. 2023), in the setting of zoology's Figure 2.
 
-    Pairs of a key and a value, all different, then every key once more among zeros: the next token is its value. How
-    long after the pairs a key is asked for follows a power law. Keys are the tokens from 1 on below N / 2, values
+    Pairs of a key and a value, all different, then every key once more among zeros: the next token is its value. The
+    gap from the pairs to a key's query follows a power law. Keys are the tokens from 1 on below N / 2, values
     those from N / 2 on.
 
     Args:
         vocab_size: N.
-        tokens_of_a_pair: T / pairs; from 4 on, where every second place asks.
+        tokens_of_a_pair: T / pairs; from 4 on, every second place is a query.
         power: exponent of the law of gaps; 1 is uniform.
     """
 
@@ -99,22 +99,22 @@ class MQAR(Task):
 
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
         half, length = self.vocab_size // 2, self.length(level)
-        keys = 1 + _choose(random, rows, half - 1, level)
-        values = half + _choose(random, rows, half, level)
+        keys = 1 + _sample_distinct(random, rows, half - 1, level)
+        values = half + _sample_distinct(random, rows, half, level)
         places = (length - 2 * level) // 2
         weight = np.arange(1, places + 1) ** (self.power - 1)
         # The largest of logarithm plus Gumbel noise: drawn by weight, one after the other, none twice.
         gumbel = np.log(weight) + random.gumbel(size=(rows, places))
-        asked = 2 * level + 2 * gumbel.argsort(axis=1)[:, ::-1][:, :level]
-        inputs, targets = np.zeros((rows, length), dtype=np.int64), _nothing_asked(rows, length)
+        queries = 2 * level + 2 * gumbel.argsort(axis=1)[:, ::-1][:, :level]
+        inputs, targets = np.zeros((rows, length), dtype=np.int64), _ignored_targets(rows, length)
         inputs[:, 0 : 2 * level : 2], inputs[:, 1 : 2 * level : 2] = keys, values
-        np.put_along_axis(inputs, asked, keys, axis=1)
-        np.put_along_axis(targets, asked, values, axis=1)
+        np.put_along_axis(inputs, queries, keys, axis=1)
+        np.put_along_axis(targets, queries, values, axis=1)
         return inputs, targets
 
 
 class Passkey(Task):
-    """Five digits after a mark somewhere in a text of random letters and digits; at the end the mark asks for them.
+    """Five digits after a mark somewhere in a text of random letters and digits; at the end the mark queries them.
 
     Args:
         letters: how many letters the text is made of, beside the digits.
@@ -122,8 +122,8 @@ class Passkey(Task):
 
     about = "five digits, hidden once in a text"
     unit = "tokens"
-    right = "whole"
-    DIGITS, ASKED = 10, 5
+    accuracy_of = "whole"
+    DIGITS, KEY_LENGTH = 10, 5
 
     def __init__(self, letters: int = 26) -> None:
         self.vocab_size = self.DIGITS + letters + 1
@@ -133,26 +133,26 @@ class Passkey(Task):
         return level
 
     def chance(self, level: int) -> float:
-        return self.DIGITS**-self.ASKED
+        return self.DIGITS**-self.KEY_LENGTH
 
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
         inputs = random.integers(self.mark, size=(rows, level))
-        targets = _nothing_asked(rows, level)
-        key = random.integers(self.DIGITS, size=(rows, self.ASKED))
-        first = random.integers(level - 2 * self.ASKED - 1, size=(rows, 1))
+        targets = _ignored_targets(rows, level)
+        key = random.integers(self.DIGITS, size=(rows, self.KEY_LENGTH))
+        first = random.integers(level - 2 * self.KEY_LENGTH - 1, size=(rows, 1))
         np.put_along_axis(inputs, first, self.mark, axis=1)
-        np.put_along_axis(inputs, first + 1 + np.arange(self.ASKED), key, axis=1)
-        inputs[:, -self.ASKED] = self.mark
-        inputs[:, level - self.ASKED + 1 :] = key[:, :-1]
-        targets[:, -self.ASKED :] = key
+        np.put_along_axis(inputs, first + 1 + np.arange(self.KEY_LENGTH), key, axis=1)
+        inputs[:, -self.KEY_LENGTH] = self.mark
+        inputs[:, level - self.KEY_LENGTH + 1 :] = key[:, :-1]
+        targets[:, -self.KEY_LENGTH :] = key
         return inputs, targets
 
 
 class KeyValue(Task):
-    """Values that are set again and again: a row of "key value", then keys that ask for the last value of each.
+    """Values that are set again and again: a row of "key value", then queries for the last value of each key.
 
     Args:
-        keys: how many keys there are; all are set at least once, and asked for in random order.
+        keys: how many keys there are; all are set at least once, and queried in random order.
         values: how many values there are.
     """
 
@@ -171,7 +171,7 @@ class KeyValue(Task):
 
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
         inputs = np.empty((rows, self.length(level)), dtype=np.int64)
-        targets = _nothing_asked(*inputs.shape)
+        targets = _ignored_targets(*inputs.shape)
         keys = random.integers(self.keys, size=(rows, level))
         for row in keys:  # every key once, at places of its own
             row[random.choice(level, self.keys, replace=False)] = np.arange(self.keys)
@@ -179,10 +179,10 @@ class KeyValue(Task):
         last = np.empty((rows, self.keys), dtype=np.int64)
         for at in range(level):
             last[np.arange(rows), keys[:, at]] = values[:, at]
-        asked = _choose(random, rows, self.keys, self.keys)
-        answers = np.take_along_axis(last, asked, axis=1)
+        queries = _sample_distinct(random, rows, self.keys, self.keys)
+        answers = np.take_along_axis(last, queries, axis=1)
         inputs[:, 0 : 2 * level : 2], inputs[:, 1 : 2 * level : 2] = keys, self.keys + values
-        inputs[:, 2 * level :: 2], inputs[:, 2 * level + 1 :: 2] = asked, self.keys + answers
+        inputs[:, 2 * level :: 2], inputs[:, 2 * level + 1 :: 2] = queries, self.keys + answers
         targets[:, 2 * level :: 2] = self.keys + answers
         return inputs, targets
 
@@ -206,13 +206,13 @@ class Copy(Task):
         text = random.integers(self.symbols, size=(rows, level))
         mark = np.full((rows, 1), self.symbols)
         inputs = np.concatenate([text, mark, text[:, :-1]], axis=1)
-        targets = _nothing_asked(rows, 2 * level)
+        targets = _ignored_targets(rows, 2 * level)
         targets[:, level:] = text
         return inputs, targets
 
 
 class Induction(Task):
-    """A mark stands somewhere in random symbols; at the end it asks what came after it (Gu and Dao 2023, 4.1.2)."""
+    """A mark stands in random symbols; at the end it queries what came after it (Gu and Dao 2023, 4.1.2)."""
 
     about = "what came after the mark"
     unit = "tokens"
@@ -227,7 +227,7 @@ class Induction(Task):
         return 1 / self.symbols
 
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets = random.integers(self.symbols, size=(rows, level)), _nothing_asked(rows, level)
+        inputs, targets = random.integers(self.symbols, size=(rows, level)), _ignored_targets(rows, level)
         first = random.integers(level - 2, size=(rows, 1))
         np.put_along_axis(inputs, first, self.symbols, axis=1)
         targets[:, -1] = np.take_along_axis(inputs, first + 1, axis=1)[:, 0]
@@ -236,11 +236,11 @@ class Induction(Task):
 
 
 class Parity(Task):
-    """Bits; after each, whether the ones so far are odd in number. Asked everywhere, the last answer counts."""
+    """Bits; after each, the parity of the ones so far. Every position is a query, the last answer counts."""
 
-    about = "whether the ones so far are odd in number"
+    about = "the parity of the ones so far"
     unit = "bits"
-    right = "last"
+    accuracy_of = "last"
     vocab_size = 2
 
     def length(self, level: int) -> int:
@@ -272,7 +272,7 @@ class S5(Task):
 
     about = "the product of permutations of five things"
     unit = "permutations"
-    right = "last"
+    accuracy_of = "last"
     vocab_size = len(PERMUTATIONS)
 
     def __init__(self, steps: Literal["swaps", "all"] = "swaps") -> None:

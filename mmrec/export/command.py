@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from mmrec.checkpoints.checkpoint import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
-from mmrec.data.store import staged
+from mmrec.core.files import staged_folder
 
 Format = Literal["hf", "safetensors", "onnx"]
 OURS = re.compile(
@@ -42,11 +41,8 @@ def export(
     """
     _check_target(output_dir, force)
     trained = load_model(checkpoint.path())
-    with staged(output_dir) as folder:
+    with staged_folder(output_dir) as folder:
         _write(format, folder, trained)
-        for path in folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
     size = sum(path.stat().st_size for path in output_dir.iterdir())
     print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
 

@@ -16,6 +16,7 @@ from mmrec.tokenizers import (
     Tokenizer,
     byte_alphabet,
 )
+from mmrec.tokenizers.huggingface import SPACE, form_of
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> HFTokenizer:
@@ -33,10 +34,25 @@ def fast_tokenizer(tokenizer: Tokenizer) -> HFTokenizer:
         fast.decoder = decoders.ByteLevel()
         return fast
     if isinstance(tokenizer, BPETokenizer):
-        described = json.loads(tokenizer.state()["model"])
-        described["model"]["vocab"] |= _separator(tokenizer)
-        return HFTokenizer.from_str(json.dumps(described))
+        return _fast_bpe(tokenizer)
     raise UserError(f"the tokenizer {tokenizer.name} cannot be exported")
+
+
+def _fast_bpe(tokenizer: BPETokenizer) -> HFTokenizer:
+    """Return the library's tokenizer of ``tokenizer``, which may come from another program."""
+    described = json.loads(tokenizer.state()["model"])
+    # Added tokens keep their ids only where the vocabulary has them, too.
+    contents = {token["content"]: token["id"] for token in described["added_tokens"]}
+    described["model"]["vocab"] |= contents | _separator(tokenizer)
+    fast = HFTokenizer.from_str(json.dumps(described))
+    if form_of(described) == "byte-level":
+        fast.decoder = decoders.ByteLevel()
+    else:
+        fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    for content, token in contents.items():
+        if fast.decode([token], skip_special_tokens=False).encode() != tokenizer.token_bytes(token):
+            raise UserError(f"the tokenizer cannot be exported: its added token {content!r} is decoded as other text")
+    return fast
 
 
 def _separator(tokenizer: Tokenizer) -> dict[str, int]:

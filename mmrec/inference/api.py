@@ -1,4 +1,4 @@
-"""The program in a few lines of Python: ``from mmrec import MemoryLM``."""
+"""The Python API: ``from mmrec import MemoryLM``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from mmrec.checkpoints.checkpoint import LoadedModel, load_model
 from mmrec.checkpoints.runs import find_checkpoint
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
-from mmrec.inference.generate import check_sampling, generate_tokens
-from mmrec.inference.scoring import iter_nll, pieces
+from mmrec.inference.generate import generate_tokens
+from mmrec.inference.reading import iter_nll
+from mmrec.inference.sampling import SamplingOptions
+from mmrec.inference.text_input import iter_pieces
 from mmrec.tokenizers import StreamDecoder
 
 
@@ -39,17 +41,17 @@ class MemoryLM:
         return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
 
     def read(self, text: str) -> float:
-        """Read ``text`` on from the memory, which is then what was read; return what it cost, in nats a token.
+        """Read ``text`` on from the memory, which then includes it; return its mean loss, in nats/token.
 
         Raises:
             UserError: a character is not in the model's alphabet.
         """
         total, count, first = 0.0, 0, self.memory.position == 0
-        for piece in pieces(io.StringIO(text, newline="")):
+        for piece in iter_pieces(io.StringIO(text, newline="")):
             tokens = self._trained.tokenizer.encode(piece)
-            for nats, memory in iter_nll(self._trained.net, tokens, self.memory):
+            for nll, memory in iter_nll(self._trained.net, tokens, self.memory):
                 self.memory = memory
-                total, count = total + float(nats.sum(dtype=torch.float64)), count + len(nats)
+                total, count = total + float(nll.sum(dtype=torch.float64)), count + len(nll)
         scored = count - first
         return total / scored if scored > 0 else 0.0
 
@@ -62,18 +64,15 @@ class MemoryLM:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Yield a text that goes on from the memory and ``prompt``, as it is written. The memory stays as it is.
+        """Yield a text that continues the memory and ``prompt``, as it is generated. The memory stays as it is.
 
         Raises:
             UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
         """
-        check_sampling(length, temperature, top_k, top_p)
+        options = SamplingOptions(length, temperature, top_k, top_p, seed)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
         decoder = StreamDecoder(self._trained.tokenizer)
-        drawn = generate_tokens(
-            self._trained.net, tokens, length, temperature, top_k, top_p, seed, memory=self.memory
-        )
-        for token in drawn:
+        for token in generate_tokens(self._trained.net, tokens, options, self.memory):
             yield decoder.push(token)
         yield decoder.flush()
 

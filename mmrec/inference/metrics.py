@@ -1,4 +1,4 @@
-"""How well a text was predicted, summed exactly over all of it."""
+"""Metrics of a text: the negative log-likelihood of its tokens, and what is derived from sums of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 
 
 def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tensor:
@@ -18,12 +18,12 @@ def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tenso
 
     Args:
         logits: [..., N]; computed with in float32 where they are in half of it.
-        targets: [...], int64: a token, or :data:`mmrec.data.batches.IGNORE`.
+        targets: [...], int64: a token, or :data:`mmrec.data.batches.IGNORE_INDEX`.
         reduction: "none" for one number a target, [M] with the leading dimensions flattened; "sum", or "mean" over
             the targets that are scored, for a scalar.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
 class TextMetrics(Metric):
@@ -34,43 +34,43 @@ class TextMetrics(Metric):
 
     full_state_update = False
     higher_is_better = False
-    nats: Tensor
+    nll: Tensor
     tokens: Tensor
     bytes: Tensor
     characters: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name in ("nats", "tokens", "bytes", "characters"):
+        for name in ("nll", "tokens", "bytes", "characters"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, lengths: Tensor) -> None:
+    def update(self, nll: Tensor, lengths: Tensor) -> None:
         """Add some scored tokens.
 
         Args:
-            nats: [M], minus the natural logarithm of the probability that each token was given.
+            nll: [M], the negative log-likelihood of each token, in nats.
             lengths: [M, 2], the bytes and the characters that each token stands for.
         """
-        self.nats += nats.sum(dtype=torch.float64)
-        self.tokens += len(nats)
+        self.nll += nll.sum(dtype=torch.float64)
+        self.tokens += len(nll)
         self.bytes += lengths[:, 0].sum()
         self.characters += lengths[:, 1].sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Return loss (nats/token), perplexity (per token), bits_per_byte and nats_per_char."""
-        loss = self.nats / self.tokens
+        loss = self.nll / self.tokens
         return {
             "loss": loss,
             "perplexity": loss.exp(),
-            "bits_per_byte": self.nats / (math.log(2) * self.bytes),
-            "nats_per_char": self.nats / self.characters,
+            "bits_per_byte": self.nll / (math.log(2) * self.bytes),
+            "nats_per_char": self.nll / self.characters,
         }
 
 
 class MetricsByPosition:
-    """The scores of a text in bands of position: the first 1,024 tokens, then those to 2,047, to 4,095, and so on.
+    """The metrics of a text in bands of position: the first 1,024 tokens, then those to 2,047, to 4,095, and so on.
 
-    A model that uses its memory gets better from band to band, or at least not worse.
+    A model that uses its state gets better from band to band, or at least not worse.
     """
 
     FIRST = 1024
@@ -78,25 +78,25 @@ class MetricsByPosition:
     def __init__(self) -> None:
         self._bands: list[TextMetrics] = []
 
-    def update(self, nats: Tensor, lengths: Tensor, position: int) -> None:
+    def update(self, nll: Tensor, lengths: Tensor, position: int) -> None:
         """Add scored tokens that follow each other.
 
         Args:
-            nats: [M], minus the natural logarithm of the probability that each token was given.
+            nll: [M], the negative log-likelihood of each token, in nats.
             lengths: [M, 2], the bytes and the characters that each token stands for.
             position: of the first of them in the text, from 0.
         """
         done = 0
-        while done < len(nats):
+        while done < len(nll):
             number = max(0, (position + done) // self.FIRST).bit_length()
             part = slice(done, (self.FIRST << number) - position)
             while len(self._bands) <= number:
                 # Of this process alone: each reads the whole text, and not all of them ask for the figures.
-                self._bands.append(TextMetrics(sync_on_compute=False).to(nats.device))
-            self._bands[number].update(nats[part], lengths[part])
+                self._bands.append(TextMetrics(sync_on_compute=False).to(nll.device))
+            self._bands[number].update(nll[part], lengths[part])
             done = part.stop
 
     def compute(self) -> dict[int, TextMetrics]:
-        """Return the score of each band with tokens in it, by the position that the band begins at."""
+        """Return the metrics of each band with tokens in it, by the position that the band begins at."""
         starts = [0, *(self.FIRST << number for number in range(len(self._bands)))]
         return {start: band for start, band in zip(starts, self._bands, strict=False) if band.tokens}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +12,7 @@ from markupsafe import Markup
 
 from mmrec import __version__
 from mmrec.checkpoints.runs import find_folder
-from mmrec.core.errors import UserError
+from mmrec.core.files import write_file
 from mmrec.report.charts import Line, line_chart, spread_chart
 from mmrec.report.run import Curve, Run, read_run
 
@@ -29,13 +28,7 @@ def report(run: str, output: Path = Path("report.html"), root: Path = Path()) ->
         root: folder that holds lightning_logs.
     """
     page = render(read_run(find_folder(root, run)))
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    write_file(output, page)
     print(f"{output}: {output.stat().st_size:,} bytes")
 
 

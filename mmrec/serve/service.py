@@ -16,7 +16,8 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.inference.generate import generate_with_logits
 from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.scoring import iter_logits, iter_nll
+from mmrec.inference.reading import iter_logits, iter_nll
+from mmrec.inference.sampling import SamplingOptions
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, Row, as_logprobs, rows_of, token_names
 from mmrec.serve.memories import StateStore
@@ -119,9 +120,8 @@ class Service:
         nothing = torch.zeros(0, dtype=torch.int64)
         tokens: list[int] = []
         written = ""
-        drawn = generate_with_logits(
-            self._net, nothing, asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed, memory=before
-        )
+        options = SamplingOptions(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed)
+        drawn = generate_with_logits(self._net, nothing, options, before)
         for token, logits in drawn:
             tokens.append(token)
             (row,) = self._rows(asked, logits[None], torch.tensor([token]))
@@ -174,7 +174,7 @@ class Service:
             "object": "score",
             "model": self.name,
             "tokens": int(total.tokens),
-            "nats": float(total.nats),
+            "nats": float(total.nll),
             "nats_per_token": figures.get("loss"),
             "bits_per_byte": figures.get("bits_per_byte"),
             "pieces": {"text": texts, "nats": costs},

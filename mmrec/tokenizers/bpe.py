@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmrec.core.errors import UserError
 from mmrec.tokenizers.base import SEPARATOR_BYTES, Tokenizer, documents_state
+from mmrec.tokenizers.huggingface import load_lossless, why_text_changes
 from mmrec.tokenizers.streaming import pieces
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HFTokenizer
 
 DEFAULT_BPE_VOCABULARY = 4096
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's byte alphabet), of HF ``tokenizers``."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; GPT-2's byte alphabet), of HF ``tokenizers``.
+
+    :meth:`encode` compares what the tokens stand for with the text: a tokenizer of another program that would lose
+    some of it raises UserError with the place.
+    """
 
     name = "bpe"
 
     def __init__(self, model: str, documents: bool = False) -> None:
-        from tokenizers import Tokenizer as HFTokenizer
-
-        try:
-            self._tokenizer = HFTokenizer.from_str(model)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and worse where its Rust panics
-            raise UserError(f"the tokenizer is not a readable HF tokenizers file: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        byte_of = {character: byte for byte, character in byte_alphabet().items()}
-        self._bytes: list[bytes] = []
-        for token in range(self.vocab_size):
-            letters = self._tokenizer.id_to_token(token)
-            if letters is None or not all(letter in byte_of for letter in letters):
-                raise UserError(f"the tokenizer is not byte-level BPE: token {token} does not stand for bytes")
-            self._bytes.append(bytes(byte_of[letter] for letter in letters))
+        self._tokenizer, self._bytes = load_lossless(model)
+        self.vocab_size = len(self._bytes)
         if documents:
             self.separator = self.vocab_size
             self.vocab_size += 1
@@ -64,12 +58,26 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         # In pieces: the library holds many times its input in memory.
-        parts = [self._ids(piece) for piece in pieces(text)]
+        parts: list[np.ndarray] = []
+        done = 0
+        for piece in pieces(text):
+            parts.append(self._encode_piece(piece, done))
+            done += len(piece)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=self.dtype)
 
-    def _ids(self, piece: str) -> np.ndarray:
-        # Another program's tokenizer may want to begin each text with a token of its own.
-        return np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, dtype=self.dtype)
+    def _encode_piece(self, piece: str, done: int) -> np.ndarray:
+        """Return the tokens of ``piece``, which begins at character ``done``; UserError where they lose text."""
+        try:
+            # Another program's tokenizer may want to begin each text with a token of its own.
+            ids = self._tokenizer.encode(piece, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception, and worse where the library's Rust panics
+            raise UserError(f"the tokenizer cannot encode the text from character {done + 1:,} on: {error}") from None
+        spelled = b"".join([self._bytes[token] for token in ids])
+        if spelled != piece.encode("utf-8"):
+            raise UserError(_first_loss(piece, spelled.decode("utf-8", "replace"), done, self._tokenizer))
+        return np.array(ids, dtype=self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[token]
@@ -78,8 +86,13 @@ class BPETokenizer(Tokenizer):
         return {"name": self.name, "model": self._tokenizer.to_str()} | documents_state(self)
 
 
-def byte_alphabet() -> dict[int, str]:
-    """Return GPT-2's printable character for each byte: itself where it prints, else one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+def _first_loss(piece: str, returned: str, done: int, tokenizer: HFTokenizer) -> str:
+    """Return the message for a text whose tokens give other text back."""
+    places = (place for place, (one, other) in enumerate(zip(piece, returned, strict=False)) if one != other)
+    same = next(places, min(len(piece), len(returned)))
+    reason = why_text_changes(tokenizer)
+    hint = f" (it has {reason}; without, it would keep the text)" if reason else ""
+    return (
+        f"the tokenizer changes the text: from character {done + same + 1:,} on, "
+        f"{piece[max(0, same - 10) : same + 10]!r} comes back as {returned[max(0, same - 10) : same + 10]!r}{hint}"
+    )

@@ -23,6 +23,7 @@ from mmrec.checkpoints import runs
 from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
 from mmrec.core.allocation import keep_freed_pages
 from mmrec.core.errors import UserError, one_line
+from mmrec.core.files import staged_file, staged_text
 from mmrec.core.options import given, parse_error, resolve_configs
 from mmrec.core.precision import native_precision
 from mmrec.model import ModelConfig
@@ -92,16 +93,9 @@ class SaveRunConfig(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / runs.CONFIG
-        staged = target.with_name(f".{target.name}.part")
-        try:  # whole or not at all, as a run is gone on with by what stands there
-            self.parser.save(self.config, staged, skip_none=False, overwrite=True)
-            with open(staged, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(staged, target)
-        except OSError as error:
-            raise UserError(f"{target}: cannot be written: {error.strerror}") from error
+        # Whole or not at all, as a run is gone on with by what stands there.
+        with staged_file(self.folder / runs.CONFIG, parents=True) as file:
+            self.parser.save(self.config, file.name, skip_none=False, overwrite=True)
 
 
 class TrainingCLI(LightningCLI):
@@ -294,9 +288,8 @@ class TrainingCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         path = self.root / runs.LOGS / self.run / "predictions.tsv"
-        path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = self.datamodule.tokens.tokenizer
-        with open(path, "w", encoding="utf-8") as file:
+        with staged_text(path, parents=True) as file:
             file.write("position\ttoken\ttext\tnats\n")
             position = 1  # the first token has nothing before it that could predict it
             for part in parts or []:

@@ -55,8 +55,8 @@ class TextDataModule(LightningDataModule):
         seq_len: tokens that a row reads in one batch; the gradient reaches back so far, the memory further.
         segment_len: tokens that a row reads on before it goes on elsewhere in the text.
         reset_probability: chance that a row starts such a segment with an empty memory.
-        interleave: groups of so many rows that are read in turn: more rows are then under way than a batch holds, and
-            one update after the other sees other places of the text.
+        interleave: number of interleaved streams: each has batch_size rows of its own with their carried states, and
+            consecutive updates read from different streams.
         seed: of the order in which the text is read.
         cache_gb: most gigabytes of a remote token folder that each process keeps on its machine.
     """

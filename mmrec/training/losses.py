@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 
 
 def confidence(logits: Tensor, targets: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def confidence(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logs = F.log_softmax(_rows(logits), dim=-1)
     by_place = (logs.exp() * logs).sum(-1)
-    return by_place.masked_fill(targets.flatten() == IGNORE, 0).sum()
+    return by_place.masked_fill(targets.flatten() == IGNORE_INDEX, 0).sum()
 
 
 def confidence_weight(share: float, step: int, planned_steps: int | None) -> float:

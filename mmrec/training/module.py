@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints import checkpoint as checkpoints
 from mmrec.core.errors import UserError
-from mmrec.data.batches import IGNORE, Batch
+from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.metrics import TextMetrics, token_nll
 from mmrec.model import ModelConfig, RecurrentLM, State, detach_state, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
@@ -161,8 +161,8 @@ class RecurrentLMModule(LightningModule):
         It is the loss, in nats/token, which is logged, and where they are on the confidence penalty and the weighted
         loss on the second token, which are not.
         """
-        hidden, state = self._read(batch, self._carried.get(batch.group))
-        self._carried[batch.group] = detach_state(state)
+        hidden, state = self._read(batch, self._carried.get(batch.stream))
+        self._carried[batch.stream] = detach_state(state)
         loss, learned = self._losses(hidden, batch.targets)
         self.log("train/loss", loss, prog_bar=True)
         if self.mtp_head is None:
@@ -181,7 +181,7 @@ class RecurrentLMModule(LightningModule):
 
     def _mean_over_processes(self, targets: Tensor, total: Tensor) -> Tensor:
         """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
-        count = (targets != IGNORE).sum().clamp(min=1)  # the second token of a row of one is not scored
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # the second token of a row of one is not scored
         if self.trainer.world_size > 1:
             distributed.all_reduce(count)
             return total / count * self.trainer.world_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.data.batches import IGNORE
+from mmrec.data.batches import IGNORE_INDEX
 from mmrec.model import INITIAL_SCALE, RMSNorm
 
 
@@ -39,5 +39,5 @@ def mtp_weight(share: float, step: int, planned_steps: int | None) -> float:
 
 
 def mtp_targets(targets: Tensor) -> Tensor:
-    """Return the tokens after the targets [B, T], [B, T]; IGNORE at the last, whose successor is not known."""
-    return F.pad(targets[:, 1:], (0, 1), value=IGNORE)
+    """Return the tokens after the targets [B, T], [B, T]; IGNORE_INDEX at the last, whose successor is not known."""
+    return F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)

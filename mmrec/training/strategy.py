@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mmrec.core.errors import UserError
+from mmrec.core.files import staged_folder
 from mmrec.model import RecurrentLM
 from mmrec.training.mtp import MTPHead
 
@@ -44,20 +44,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write beside the target, and rename once all processes are done; the one that was there is kept."""
         target = Path(self.broadcast(filepath))
-        staging = target.with_name(f".{target.name}.saving")
-        if self.is_global_zero:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.barrier()
-        super().save_checkpoint(checkpoint, staging, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            old = target.with_name("previous.ckpt") if target.name == "last.ckpt" else staging.with_suffix(".old")
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(target, old)
-            os.replace(staging, target)
-            if old.suffix == ".old":
-                shutil.rmtree(old, ignore_errors=True)
+        keep = target.with_name("previous.ckpt") if target.name == "last.ckpt" else None
+        with staged_folder(target, keep) if self.is_global_zero else nullcontext(target) as folder:
+            super().save_checkpoint(checkpoint, self.broadcast(folder), storage_options)
+            self.barrier()
         self.barrier()
 
 

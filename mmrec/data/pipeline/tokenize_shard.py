@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmrec.core.errors import UserError
+from mmrec.core.files import staged_file, write_file
 from mmrec.core.text_files import is_unicode
 from mmrec.data.pipeline.readers import READERS
 from mmrec.data.pipeline.records import Record, Rejected
@@ -32,10 +32,8 @@ PLAN = "plan.json"
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value``, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # In ASCII: the name of a file may be bytes that are not UTF-8, which only an escape can spell.
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(value))
 
 
 def read_json(path: Path) -> Any:
@@ -100,27 +98,23 @@ def _job(work: Path, planned: int) -> tuple[dict[str, Any], Tokenizer]:
 def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> dict[str, Any]:
     """Write the tokens, documents and rejected records of a shard; return their counts."""
     names = [target.with_suffix(end) for end in (".tokens", ".documents", ".rejected")]
-    temporary = [name.with_name(f".{name.name}.{os.getpid()}") for name in names]
     separator = np.array([tokenizer.separator], dtype=tokenizer.dtype).tobytes()
     reasons: Counter[str] = Counter()
     count = size = total = 0
-    try:
-        with open(temporary[0], "wb") as tokens, open(temporary[1], "wb") as rows, open(temporary[2], "wb") as rest:
-            for number, record in enumerate(documents(shard, field), 1):
-                if isinstance(record, Rejected):
-                    reasons[record.reason] += 1
-                    line = {"file": shard.path, "record": number, "where": record.where, "reason": record.reason}
-                    rest.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-                    continue
-                data = record.encode("utf-8")
+    with staged_file(names[0]) as tokens, staged_file(names[1]) as rows, staged_file(names[2]) as rest:
+        for number, record in enumerate(documents(shard, field), 1):
+            if isinstance(record, Rejected):
+                reasons[record.reason] += 1
+                line = {"file": shard.path, "record": number, "where": record.where, "reason": record.reason}
+                rest.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                continue
+            data = record.encode("utf-8")
+            try:
                 encoded = tokenizer.encode(record)
-                tokens.write(separator)
-                tokens.write(encoded.data)
-                rows.write(np.array((hash_of(data), len(encoded) + 1, len(data)), dtype=DOCUMENT).tobytes())
-                count, size, total = count + 1, size + len(data), total + len(encoded) + 1
-        for part, name in zip(temporary, names, strict=True):
-            os.replace(part, name)
-    finally:
-        for part in temporary:
-            part.unlink(missing_ok=True)
+            except UserError as error:
+                raise UserError(f"{shard.path}: record {number}: {error}") from None
+            tokens.write(separator)
+            tokens.write(encoded.data)
+            rows.write(np.array((hash_of(data), len(encoded) + 1, len(data)), dtype=DOCUMENT).tobytes())
+            count, size, total = count + 1, size + len(data), total + len(encoded) + 1
     return {"documents": count, "bytes": size, "tokens": total, "rejected": dict(reasons)}

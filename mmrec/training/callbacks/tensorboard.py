@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mmrec.data.batches import Batch
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.metrics import MetricsByPosition
+from mmrec.inference.sampling import SamplingOptions
 from mmrec.model.statistics import layer_statistics
 from mmrec.training.module import RecurrentLMModule
 
@@ -192,7 +193,7 @@ class TextSample(Callback):
         training = pl_module.net.training
         pl_module.net.eval()
         prompt = _start_of_validation(trainer, 1, pl_module.device)
-        text = pl_module.tokenizer.decode(generate_tokens(pl_module.net, prompt, self.LENGTH))
+        text = pl_module.tokenizer.decode(generate_tokens(pl_module.net, prompt, SamplingOptions(self.LENGTH)))
         pl_module.net.train(training)
         # Indented by four: TensorBoard reads Markdown, and shows such lines as they are.
         shown = "\n".join("    " + line for line in text.splitlines())

@@ -1,10 +1,11 @@
-"""``mmrec eval`` of a made-up task: models that learn it with equal parameters, rows and updates, side by side."""
+"""``mmrec eval`` of a synthetic task: accuracy of models of equal size, trained on the same rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,23 +15,14 @@ from mmrec.evals.models import check_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.evals.tasks import Task
-from mmrec.evals.training import Recipe, teach
+from mmrec.evals.training import Recipe, train
 
 
-def learned(
-    task: str,
-    models: Sequence[str] = ("mmrec",),
-    seeds: Sequence[int] = (0,),
-    size: Literal["small", "full"] = "small",
-    steps: int | None = None,
-    output_dir: Path = Path("eval"),
-) -> None:
-    """Teach a task to models of equal size, each seed on its own, and test it at lengths taught and beyond.
-
-    What output_dir already holds of the same recipe is not measured again: a second call adds models and seeds.
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Models, seeds and size of an evaluation.
 
     Args:
-        task: name of the task.
         models: mmrec, mmrec-negative (with negative eigenvalues), gpt, lstm, mingru, mamba2.
         seeds: of weights and rows, one training each.
         size: of the recipe: small for two cores, full as published (mqar and passkey).
@@ -40,20 +32,37 @@ def learned(
     Raises:
         UserError: a name is unknown, a package is missing, or a number is not positive.
     """
-    recipes = SMALL if size == "small" else FULL
-    if task not in recipes:
-        raise UserError(f"{task} has no recipe of size {size}; {size} is there for {', '.join(recipes)}")
-    for name in models:
-        check_model(name)
-    if not models or not seeds or min(seeds) < 0:
-        raise UserError("--models and --seeds each need one entry at least, and a seed cannot be negative")
-    recipe = recipes[task]
-    if steps is not None:
-        if steps < 1:
-            raise UserError(f"--steps is {steps}; it must be at least 1")
-        recipe = dataclasses.replace(recipe, steps=steps)
+
+    models: Sequence[str] = ("mmrec",)
+    seeds: Sequence[int] = (0,)
+    size: Literal["small", "full"] = "small"
+    steps: int | None = None
+    output_dir: Path = Path("eval")
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            check_model(name)
+        if not self.models or not self.seeds or min(self.seeds) < 0:
+            raise UserError("--models and --seeds each need one entry at least, and a seed cannot be negative")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps is {self.steps}; it must be at least 1")
+
+    def recipe(self, task: str) -> Recipe:
+        """Return the recipe of ``task``; UserError where there is none of this size."""
+        recipes = SMALL if self.size == "small" else FULL
+        if task not in recipes:
+            raise UserError(f"{task} has no recipe of size {self.size}; {self.size} exists for {', '.join(recipes)}")
+        return recipes[task] if self.steps is None else dataclasses.replace(recipes[task], steps=self.steps)
+
+
+def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
+    """Train models of equal size on a task, each seed on its own, and test them at lengths trained on and beyond.
+
+    Runs that output_dir already holds of the same recipe are kept: a second call adds models and seeds.
+    """
+    recipe = options.recipe(task)
     keep_freed_pages()
-    path = output_dir / f"{task}.json"
+    path = options.output_dir / f"{task}.json"
     results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
     if path.exists():
         before = _read(path)
@@ -61,13 +70,13 @@ def learned(
             raise UserError(f"{path}: of another recipe; give another --output_dir")
         results["runs"] = before["runs"]
     runs: dict[str, dict[str, Any]] = results["runs"]
-    for name in models:
-        for seed in seeds:
+    for name in options.models:
+        for seed in options.seeds:
             if str(seed) not in runs.setdefault(name, {}):
-                runs[name][str(seed)] = teach(name, recipe, seed)
+                runs[name][str(seed)] = train(name, recipe, seed)
                 save(path, results)
     show(task, recipe, runs)
-    save_plot(output_dir / f"{task}.png", lambda axes: _draw(axes, recipe.task(), recipe, runs))
+    save_plot(options.output_dir / f"{task}.png", lambda axes: _draw(axes, recipe.task(), recipe, runs))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,27 +98,27 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 
 def accuracies(runs: dict[str, Any], level: int) -> list[float]:
-    """Return what each seed has right at ``level``, of the seeds that could be tested there."""
+    """Return the accuracy of each seed at ``level``, of the seeds that could be tested there."""
     return [found for run in runs.values() if (found := run["accuracy"][str(level)]) is not None]
 
 
 def show(task: str, recipe: Recipe, runs: dict[str, dict[str, Any]]) -> None:
-    """Print what each model has right at each level: the mean over seeds, the lowest and the highest."""
+    """Print the accuracy of each model at each level: the mean over seeds, the lowest and the highest."""
     made = recipe.task()
     rows = []
     for name, by_seed in runs.items():
         cells = []
-        for level in recipe.tests:
+        for level in recipe.test_levels:
             found = accuracies(by_seed, level)
             cells.append(_percent(found) if found else "-")
         first = next(iter(by_seed.values()))
         seconds = sum(run["seconds"] for run in by_seed.values()) / len(by_seed)
         rows.append([name, *cells, f"{first['layer_parameters']:,}", f"{seconds:.0f}", str(len(by_seed))])
-    guessed = [f"{100 * made.chance(level):.1f}" for level in recipe.tests]
-    rows.append(["guessing", *guessed, "", "", ""])
-    heads = [f"{level:,}" for level in recipe.tests]
-    taught = f"taught up to {max(recipe.levels):,}, {recipe.steps:,} updates"
-    title = f"{task}: {made.about}; % right by {made.unit} ({taught})"
+    chance = [f"{100 * made.chance(level):.1f}" for level in recipe.test_levels]
+    rows.append(["chance", *chance, "", "", ""])
+    heads = [f"{level:,}" for level in recipe.test_levels]
+    trained = f"trained up to {max(recipe.train_levels):,}, {recipe.steps:,} updates"
+    title = f"{task}: {made.about}; accuracy in % by {made.unit} ({trained})"
     print_table(title, ["", *heads, "parameters in layers", "seconds", "seeds"], rows)
 
 
@@ -120,9 +129,9 @@ def _percent(found: Sequence[float]) -> str:
 
 def _draw(axes: Any, task: Task, recipe: Recipe, runs: dict[str, dict[str, Any]]) -> None:
     for number, (name, by_seed) in enumerate(runs.items()):
-        at = [level for level in recipe.tests if accuracies(by_seed, level)]
+        at = [level for level in recipe.test_levels if accuracies(by_seed, level)]
         means = [100 * sum(found) / len(found) for found in (accuracies(by_seed, level) for level in at)]
         axes.plot(at, means, marker="o", color=f"C{number}", label=name)
-    axes.plot(recipe.tests, [100 * task.chance(level) for level in recipe.tests], "k:", label="guessing")
-    axes.axvline(max(recipe.levels), color="gray", linewidth=1, label="taught up to here")
-    axes.set(xscale="log", xlabel=task.unit, ylabel="% right", ylim=(-3, 103), title=task.about)
+    axes.plot(recipe.test_levels, [100 * task.chance(level) for level in recipe.test_levels], "k:", label="chance")
+    axes.axvline(max(recipe.train_levels), color="gray", linewidth=1, label="longest in training")
+    axes.set(xscale="log", xlabel=task.unit, ylabel="accuracy, %", ylim=(-3, 103), title=task.about)
