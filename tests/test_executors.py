@@ -63,7 +63,7 @@ def cluster() -> Iterator[subprocess.Popen[str]]:
 def test_a_ray_cluster_that_loses_a_node(mmrec: Command, tmp_path: Path, cluster: subprocess.Popen[str]) -> None:
     pieces = texts(600)
     for k in range(8):
-        write_json_lines(tmp_path / "in" / f"{k}.jsonl", pieces[k::8] * 300)
+        write_json_lines(tmp_path / "in" / f"{k}.jsonl", pieces[k::8] * 150)
     options = ["--tokenizer", "bpe", "--vocab_size", "400"]
     assert mmrec("prepare", "in", "--output_dir", "local", "--workers", "1", *options) == 0
 
