@@ -2,4 +2,5 @@
 
 from mmrec.cli import run
 
-run()
+if __name__ == "__main__":
+    run()

@@ -34,6 +34,7 @@ from layouts import record_of, tar_of
 
 from mmrec.data.pipeline.readers import READERS
 from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.wikitext import clean
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
 
@@ -119,7 +120,6 @@ def readers(folder: Path, texts: list[str], dump: Path | None) -> None:
     compare("OpenWebText, tar.xz (lzma, tarfile)", lambda: READERS["tar"](Shard("tar", str(tar)), "text"), read_tar)
 
     if dump is not None:
-        import mwparserfromhell
         import mwxml
 
         def read_dump() -> Iterator[str]:
@@ -127,7 +127,7 @@ def readers(folder: Path, texts: list[str], dump: Path | None) -> None:
                 for page in mwxml.Dump.from_file(file):
                     revisions = list(page)
                     if page.namespace == 0 and page.redirect is None:
-                        yield mwparserfromhell.parse(revisions[-1].text or "").strip_code()
+                        yield clean(revisions[-1].text or "")
 
         ours = Shard("mediawiki", str(dump))
         compare("Wikipedia, bz2 (mwxml, mwparser...)", lambda: READERS["mediawiki"](ours, "text"), read_dump)

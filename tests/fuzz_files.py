@@ -23,9 +23,9 @@ from mmrec.checkpoints.checkpoint import load_model, write_checkpoint
 from mmrec.checkpoints.checksummed import _digest as digest_of
 from mmrec.checkpoints.state_file import SavedState, load_memory, save_memory
 from mmrec.core.errors import UserError
+from mmrec.data.pipeline.formats import reader_of
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard
-from mmrec.data.pipeline.sources import reader_of
 from mmrec.data.pipeline.tokenize_shard import documents as documents_of
 from mmrec.data.store import MANIFEST, NEEDED, manifest_digest, open_tokens, verify_tokens, write_tokens
 from mmrec.model import RecurrentLM

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from foreign_tokenizers import added, byte_level, sentencepiece
 from fuzzing import ANY_TEXT, altered
 from hypothesis import strategies as st
 
 from mmrec.core.errors import UserError
+from mmrec.data.options import PrepareOptions
+from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.tokenize_shard import tokenize
+from mmrec.data.prepare import prepare
 from mmrec.tokenizers import BPETokenizer, load_tokenizer, token_lengths
+from mmrec.tokenizers.loading import read_tokenizer
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 CONTENTS = st.sampled_from(
@@ -86,3 +94,32 @@ def foreign_tokenizer(data: st.DataObject) -> None:
     assert token_lengths(tokenizer)[tokens].sum(axis=0).tolist() == [len(text.encode()), len(text)]
     again = load_tokenizer(json.loads(json.dumps(tokenizer.state())))
     assert again.encode(text).tolist() == tokens.tolist()
+
+
+def prepared_text(data: st.DataObject) -> None:
+    """Prepared with another program's tokenizer, a text decodes byte for byte, in memory and by shards."""
+    described, some = foreign(data)
+    words = st.sampled_from([*some, " ", "\n", "To be", "caf\u00e9", "e\u0301", "\u754c", "AB"])
+    texts = ["".join(data.draw(st.lists(words | ANY_TEXT, max_size=8))) for _ in range(2)]
+    tokenizer_file, source = Path("foreign.json"), Path("foreign.txt")
+    tokenizer_file.write_text(json.dumps(described), encoding="utf-8")
+    source.write_bytes("".join(texts).encode())
+    options = PrepareOptions(input_file=source, output_dir=Path("foreign"), tokenizer=str(tokenizer_file), force=True)
+    with suppress(UserError):
+        tokens = prepare(options)
+        assert tokens is not None
+        for part in ("train", "val"):
+            written = (tokens.folder / f"{part}.txt").read_bytes()
+            assert b"".join(tokens.tokenizer.token_bytes(int(token)) for token in getattr(tokens, part)) == written
+        assert (tokens.folder / "train.txt").read_bytes() + (tokens.folder / "val.txt").read_bytes() == (
+            "".join(texts).removeprefix("\ufeff").encode()
+        )
+    lines = Path("foreign.jsonl")
+    lines.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts), encoding="utf-8")
+    with suppress(UserError):
+        tokenizer = read_tokenizer(tokenizer_file, documents=True)
+        tokenize(Shard("jsonl", str(lines)), "text", tokenizer, Path("foreign-shard"))
+        ids = np.fromfile("foreign-shard.tokens", dtype=tokenizer.dtype)
+        found = np.split(ids, np.flatnonzero(ids == tokenizer.separator))[1:]
+        decoded = [b"".join(tokenizer.token_bytes(int(token)) for token in part[1:]) for part in found]
+        assert decoded == [text.encode() for text in texts if text.strip()]

@@ -92,21 +92,32 @@ def test_missing_option_is_named(name: str) -> None:
         get_corpus(name, Options())
 
 
-def test_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    contents = {"b.txt": "B", "a/z.txt": "Z", "note.md": "M", ".hidden.txt": "H", ".git/x.txt": "X", "empty.txt": ""}
+def test_directory(tmp_path: Path) -> None:
+    contents = {"b.txt": "B", "a/z.txt": "Z", "note.MD": "M", "page.html": "P", "empty.txt": ""}
+    contents |= {".hidden.txt": "H", ".git/x.txt": "X"}
     for name, text in (contents | {"blank.txt": " \n"}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "broken.txt").symlink_to(tmp_path / "missing")
-    assert list(texts("directory", Options(input_dir=tmp_path)).items()) == [("a/z.txt", "Z"), ("b.txt", "B")]
-    assert "2 empty files" in capsys.readouterr().out
-    assert texts("directory", Options(input_dir=tmp_path, glob="*.md")) == {"note.md": "M"}
+    corpus = get_corpus("directory", Options(input_dir=tmp_path))
+    read = [(document.name, document.text) for document in corpus.documents()]
+    assert read == [("a/z.txt", "Z"), ("b.txt", "B"), ("note.MD", "M")]
+    assert corpus.skipped == [
+        (".git", "hidden"),
+        (".hidden.txt", "hidden"),
+        ("a/loop", "a link to a folder"),
+        ("blank.txt", "empty"),
+        ("broken.txt", "no file"),
+        ("empty.txt", "empty"),
+        ("page.html", "no format that is read"),
+    ]
+    assert texts("directory", Options(input_dir=tmp_path, glob="*.md")) == {"note.MD": "M"}
 
 
 def test_directory_without_text_says_what_was_searched(tmp_path: Path) -> None:
-    (tmp_path / "note.md").write_text("M")
-    with pytest.raises(UserError, match=r"no text in files named \*\.txt"):
+    (tmp_path / "note.html").write_text("M")
+    with pytest.raises(UserError, match=r"no text in files named \*\.txt, .*1 no format that is read\): note\.html"):
         texts("directory", Options(input_dir=tmp_path))
 
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from conftest import FIGURES, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
-from fuzz_tokenizers import foreign_tokenizer
+from fuzz_tokenizers import foreign_tokenizer, prepared_text
 from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
 
@@ -165,13 +165,20 @@ def documents(data: st.DataObject) -> None:
     """A split loses no document, cuts none of several, and never trains on what validates."""
     texts = data.draw(st.lists(ANY_TEXT.filter(bool), min_size=1, max_size=8))
     share = data.draw(st.floats(0.01, 0.99))
-    train, val, _ = split_documents([Document(str(i), text) for i, text in enumerate(texts)], share)
+    train, val, split = split_documents([Document(str(i), text) for i, text in enumerate(texts)], share)
     if len(set(texts)) == 1:
         assert train + val == texts[0]
-    else:
-        assert train
-        assert val
+        return
+    assert train
+    assert val
+    if split["rule"] == "whole documents":
         assert len(train) + len(val) + len(SEPARATOR) == len(SEPARATOR.join(texts))
+    else:
+        (largest,) = {text for text in texts if split["rule"].endswith(f" {texts.index(text)}")}
+        copies = [text for index, text in enumerate(texts) if text != largest or index == texts.index(largest)]
+        # The separators: of the documents of each part, the two of the one that is cut among them.
+        assert len(train) + len(val) == len(SEPARATOR.join(copies))
+        assert any(val.endswith(largest[cut:]) and largest[:cut] in train for cut in range(1, len(largest)))
 
 
 def config_file(data: st.DataObject) -> None:
@@ -226,6 +233,7 @@ TARGETS: list[tuple[Target, int, int]] = [
     (streamed, 200, 15_000),
     (tokenizer_state, 200, 6_000),
     (foreign_tokenizer, 300, 10_000),
+    (prepared_text, 60, 2_000),
     (every_token_once, 100, 8_000),
     (text_file, 400, 20_000),
     (play, 200, 10_000),

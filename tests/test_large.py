@@ -18,9 +18,9 @@ from layouts import split_at_separator, texts, tokens_of, write_json_lines, writ
 
 from mmrec.data.corpora.large import LARGE_CORPORA
 from mmrec.data.pipeline import tokenize_shard as work
-from mmrec.data.pipeline.merge import Shards
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.split import Shards
 from mmrec.data.pipeline.tokenize_shard import documents, hash_of
 from mmrec.data.store import TokenFolder, open_tokens
 
@@ -95,7 +95,7 @@ def test_the_result_does_not_depend_on_the_workers(
     assert mmrec("prepare", "mine", "--output_dir", "out1", "--workers", "1", *options) == 0
     # Threads that copy side by side, and pieces so small that most documents are cut by them.
     monkeypatch.setattr("mmrec.data.pipeline.merge.BYTES_AT_ONCE", 101)
-    monkeypatch.setattr("mmrec.data.pipeline.merge.AT_ONCE", 20)
+    monkeypatch.setattr("mmrec.data.pipeline.split.AT_ONCE", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     assert mmrec("prepare", "mine", "--output_dir", "out3", "--workers", "3", *options) == 0
     assert tokens_of(Path("out1")) == tokens_of(Path("out3"))
@@ -188,11 +188,38 @@ def test_a_file_cut_short_is_named_and_the_rest_is_kept(
     assert "Traceback" not in error
     assert {path.name for path in Path("out.work").glob("*.json")} >= {"000000.json", "000002.json"}
     assert not Path("out").exists()
-    # A file that has changed since is no part of what was begun.
+    # A file that has changed since is no part of what was begun; the others are not read again.
     (tmp_path / "in" / "1.jsonl.gz").write_bytes(good)
-    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1") == 2
-    assert "the files have changed" in capsys.readouterr().err
-    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1", "--force") == 0
+    assert mmrec("prepare", "in", "--output_dir", "out", "--workers", "1") == 0
+    assert "the files have changed: 2 of 3 shards are kept" in capsys.readouterr().out
+    assert mmrec("prepare", "in", "--output_dir", "whole", "--workers", "1") == 0
+    assert tokens_of(Path("out")) == tokens_of(Path("whole"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_another_request_goes_on_with_what_is_the_same(
+    mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    """A wrong --text_field, then the right one, as the message advises; then another file beside it."""
+    for name, part in (("b", texts()[:60]), ("c", texts()[60:])):
+        write_json_lines(tmp_path / "in" / f"{name}.jsonl", part)
+    command = ["prepare", "in", "--workers", "1", "--tokenizer", tokenizer]
+    command += ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    assert mmrec(*command, "--output_dir", "out", "--text_field", "body") == 2
+    assert "the records have text, url: name the text by --text_field" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*args: object) -> TokenFolder:
+            raise KeyboardInterrupt
+
+        patch.setattr("mmrec.data.pipeline.plan.merge", stop)
+        assert mmrec(*command, "--output_dir", "out") == 130
+        assert "0 of 2 shards are kept" in capsys.readouterr().out
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["A text of another file, which is read first."])
+    assert mmrec(*command, "--output_dir", "out") == 0
+    assert f"{0 if tokenizer == 'bpe' else 2} of 3 shards are kept" in capsys.readouterr().out
+    assert mmrec(*command, "--output_dir", "whole") == 0
+    assert tokens_of(Path("out")) == tokens_of(Path("whole"))
 
 
 @pytest.mark.slow
@@ -229,7 +256,7 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["a.jsonl", "--tokenizer", "characters"], "needs the whole text at once"),
         (["a.jsonl", "--executor", "spark"], "unknown --executor 'spark'; known: local, ray, slurm"),
         (["a.jsonl", "--workers", "0"], "--workers is 0; it must be at least 1"),
-        (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body); at least two are needed"),
+        (["a.jsonl", "--text_field", "body"], "0 documents (set aside: 5 no text in body)"),
         (["a.jsonl", "--val_split", "2"], "it must lie between 0 and 1"),
         (["a.jsonl", "--executor", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),

@@ -19,11 +19,13 @@ from conftest import Figure
 from layouts import WIKI, page, record_of, texts, write_openwebtext, write_parquet, write_wikipedia
 
 from mmrec.core.errors import UserError
+from mmrec.data.pipeline.formats import reader_of
 from mmrec.data.pipeline.mediawiki import split_dump
 from mmrec.data.pipeline.readers import READERS
 from mmrec.data.pipeline.records import LONGEST, Record, Rejected
 from mmrec.data.pipeline.shards import Shard
-from mmrec.data.pipeline.sources import find_shards, reader_of
+from mmrec.data.pipeline.sources import find_shards
+from mmrec.data.pipeline.wikitext import NAMES, clean
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -33,22 +35,26 @@ def read(shard: Shard, field: str = "text") -> list[Record]:
     return list(READERS[shard.reader](shard, field))
 
 
+def good(records: list[Record]) -> list[str]:
+    return [record for record in records if isinstance(record, str)]
+
+
 def test_json_lines_set_bad_records_aside(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\nnot json\n{"text": 3}\n[1]\n{"other": "x"}\n{"text": "two"}')
     assert read(Shard("jsonl", str(path))) == [
         "one",
         Rejected("not JSON", "line 3"),
-        Rejected("no text in text", "line 4"),
+        Rejected("no text in text", "line 4", ("text (number)",)),
         Rejected("no text in text", "line 5"),
-        Rejected("no text in text", "line 6"),
+        Rejected("no text in text", "line 6", ("other",)),
         "two",
     ]
     assert "x" in read(Shard("jsonl", str(path)), "other")
 
 
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmrec.data.pipeline.readers.LONGEST", 1000)
+    monkeypatch.setattr("mmrec.data.pipeline.json_lines.LONGEST", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "short"}) + "\n")
     assert read(Shard("jsonl", str(path))) == [Rejected("longer than 32 MiB", "line 1"), "short"]
@@ -113,7 +119,11 @@ def test_names_and_links_in_archives_lead_nowhere(
             member = tarfile.TarInfo("link.txt")
             member.type, member.linkname = kind, "../secret.txt"
             archive.addfile(member)
-    assert read(Shard("tar", "a.tar")) == ["text"] * 3
+    records = read(Shard("tar", "a.tar"))
+    assert good(records) == ["text"] * 3
+    assert [record for record in records if isinstance(record, Rejected)] == [
+        Rejected("no file but a link or a device", "link.txt")
+    ] * 4
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "secret.txt",
         "work",
@@ -182,7 +192,8 @@ def test_parquet_without_rows_without_text_and_with_repeated_text(
 
     assert written([], arrow.string()) == []
     assert written([None] * 3, arrow.string()) == [Rejected("no text in text", f"row {n}") for n in (1, 2, 3)]
-    assert written([1, 2], arrow.int64()) == [Rejected("no text in text", f"row {n}") for n in (1, 2)]
+    with pytest.raises(UserError, match="the column 'text' is of type int64, not text; no column of it holds text"):
+        written([1, 2], arrow.int64())
     repeated = ["ab", "abc" * 9] * 4
     assert written([*repeated], arrow.string()) == repeated
     monkeypatch.setattr(
@@ -222,8 +233,8 @@ def test_tfrecord(tmp_path: Path) -> None:
     path.write_bytes(data)
     assert reader_of(str(path)) == "tfrecord"
     shard = Shard("tfrecord", str(path))
-    *good, none, bad = read(shard)
-    assert good == texts()
+    *whole, none, bad = read(shard)
+    assert whole == texts()
     assert (none, bad) == (Rejected("no text in text", "record 121"), Rejected("not UTF-8", "record 122"))
     for damaged in (data[:-3], data[:-20], data[:5], data[:40] + b"?" + data[41:]):
         path.write_bytes(damaged)
@@ -241,15 +252,15 @@ def test_the_library_reads_our_tfrecords_the_same(tmp_path: Path) -> None:
 
 def test_openwebtext(tmp_path: Path) -> None:
     path = write_openwebtext(tmp_path / "owt", texts())
-    (shard,) = find_shards("openwebtext", [str(path)])
+    (shard,) = find_shards("openwebtext", [str(path)])[0]
     assert shard.reader == "tars"
-    assert read(shard) == texts()[::2] + texts()[1::2]
+    assert good(read(shard)) == texts()[::2] + texts()[1::2]
     # Unpacked once, its files are shards of their own.
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path / "out", filter="data")
-    shards = find_shards("openwebtext", [str(tmp_path / "out")])
+    shards = find_shards("openwebtext", [str(tmp_path / "out")])[0]
     assert [shard.reader for shard in shards] == ["tar", "tar"]
-    assert [text for shard in shards for text in read(shard)] == texts()[::2] + texts()[1::2]
+    assert [text for shard in shards for text in good(read(shard))] == texts()[::2] + texts()[1::2]
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cut short or damaged"):
@@ -265,7 +276,9 @@ def test_wikipedia(tmp_path: Path) -> None:
     shards = split_dump(str(path), index, part_bytes=200)
     assert len(shards) > 2
     assert [text for shard in shards for text in read(shard)] == whole
-    assert find_shards("wikipedia", [str(tmp_path)]) == split_dump(str(path), index)
+    found, skipped = find_shards("wikipedia", [str(tmp_path)])
+    assert found == split_dump(str(path), index)
+    assert [row["skipped"] for row in skipped.rows] == ["index of a dump"]
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UserError, match="cut short or damaged"):
         read(shards[-1])
@@ -285,7 +298,7 @@ def test_real_dumps_are_read_as_by_the_libraries_themselves(tmp_path: Path) -> N
     """Pages of the English and the Bulgarian Wikipedia that the gensim package carries; the former in streams."""
     import zipfile
 
-    mwxml, parser = pytest.importorskip("mwxml"), pytest.importorskip("mwparserfromhell")
+    mwxml = pytest.importorskip("mwxml")
     options = ["-q", "--no-deps", "--retries", "0", "-d", str(tmp_path)]
     command = [sys.executable, "-m", "pip", "download", *options, "gensim==4.4.0"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
@@ -299,9 +312,11 @@ def test_real_dumps_are_read_as_by_the_libraries_themselves(tmp_path: Path) -> N
 
     def expected(dump: Path) -> list[str]:
         with bz2.open(dump) as file:
-            entries = ((page, list(page)) for page in mwxml.Dump.from_file(file))
+            site = mwxml.Dump.from_file(file)
+            hidden = {*NAMES, *(n.name.lower() for n in site.site_info.namespaces if n.id in (-2, 6, 14))}
+            entries = ((page, list(page)) for page in site)
             articles = (last[-1] for page, last in entries if page.namespace == 0 and page.redirect is None)
-            return [parser.parse(article.text or "").strip_code() for article in articles]
+            return [clean(article.text or "", hidden) for article in articles]
 
     head, *pages = bz2.decompress(english.read_bytes()).split(b"  <page>")
     assert len(pages) == 206

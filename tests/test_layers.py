@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import subprocess
 from pathlib import Path
 
 from conftest import REPOSITORY
@@ -14,10 +15,30 @@ ENTRIES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
 APPLICATIONS = {"bench", "evals", "export", "report", "serve"}
 
 
-def rows() -> list[Path]:
-    """Return the folders of the map, the lowest layer first."""
+def tree() -> list[Path]:
+    """Return the folders and files of the tree in CONTRIBUTING.md, in its order."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    return [REPOSITORY / row.rstrip("/") for row in re.findall(r"^\| `(mmrec/[\w/.]+)`", text, re.MULTILINE)]
+    block = text.partition("## The files")[2].split("```")[1]
+    found: list[Path] = []
+    above: list[Path] = [REPOSITORY]
+    for indent, name in re.findall(r"^( *)(\S+)", block, re.MULTILINE):
+        del above[len(indent) // 4 + 1 :]
+        above.append(above[-1] / name)
+        found.append(above[-1])
+    return found
+
+
+def rows() -> list[Path]:
+    """Return the layers, the lowest first."""
+    return [path for path in tree() if path.parent == PACKAGE]
+
+
+def test_the_tree_has_every_folder() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    folders = {parent for name in listed.stdout.split("\0") if name for parent in (REPOSITORY / name).parents}
+    below = {folder for folder in folders if REPOSITORY in folder.parents}
+    left_out = {folder for folder in below if folder.parent.name in (".github", "_templates")}
+    assert {path for path in tree() if path.suffix != ".py"} == below - left_out
 
 
 def imported(file: Path) -> set[str]:

@@ -65,13 +65,35 @@ def documents(*sizes: int) -> list[Document]:
     return [Document(f"{i}", chr(97 + i % 26) * size + f" {i}") for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("sizes", [(5, 5), (100, 1), (1, 100), (50,) * 20, (1000, 10, 10, 10), tuple(range(3, 40))])
+@pytest.mark.parametrize("sizes", [(50,) * 20, (1000, 100, 100, 100), tuple(range(3, 40))])
 def test_whole_documents_are_on_one_side(sizes: tuple[int, ...]) -> None:
     train, val, split = split_documents(given := documents(*sizes), 0.2)
     parts = {text: (text in train.split("\n\n"), text in val.split("\n\n")) for text in (d.text for d in given)}
     assert all(in_train != in_val for in_train, in_val in parts.values())
     assert {in_val for _, in_val in parts.values()} == {True, False}
     assert split["documents"]["train"] + split["documents"]["val"] == len(given)
+
+
+@pytest.mark.parametrize("sizes", [(50, 50), (1000, 10), (30_000, 29_000), (10_000, 10, 10, 10), (500, 501)])
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_a_document_larger_than_the_share_is_cut(sizes: tuple[int, ...], share: float) -> None:
+    """Whole documents that fit validate; what is missing of the share is the last part of the largest."""
+    given = documents(*sizes)
+    train, val, split = split_documents(given, share)
+    largest = max(given, key=lambda document: len(document.text))
+    assert split["rule"] == f"whole documents, and the last part of {largest.name}"
+    assert split["val_share"] == pytest.approx(share, rel=0.15)
+    assert len(train) + len(val) == len("\n\n".join(document.text for document in given))
+    assert val.endswith(largest.text[-2:])
+
+
+def test_of_the_copies_of_a_document_that_is_cut_one_is_kept() -> None:
+    text = "abc " * 500
+    given = [Document("a", text), Document("b", text), Document("c", "a short one")]
+    train, val, split = split_documents(given, 0.1)
+    assert (train + val).count("a short one") == 1
+    assert len(train) + len(val) == len(text) + len("a short one") + len("\n\n")
+    assert split["rule"].endswith("the last part of a")
 
 
 def test_the_share_is_met_where_documents_are_small() -> None:

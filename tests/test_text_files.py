@@ -35,7 +35,7 @@ def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
         (b"", "utf-8", "is empty"),
         (b" \n\t\n", "utf-8", "white space"),
         (b"\x7fELF\x00\x00", "utf-8", "is binary"),
-        (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\).*--encoding latin-1"),
+        (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\); .*cp1252 reads 'one two d\u00e9j\u00e0 vu'"),
         (b"text", "utf-9", "unknown encoding 'utf-9'; did you mean 'utf-8'"),
         (b"text", "hex", "unknown encoding"),
         (b"text", "zzz", "for example --encoding utf-8"),
@@ -62,3 +62,39 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         read_text(tmp_path / "missing")
     with pytest.raises(UserError, match="--input_dir"):
         read_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "proposed"),
+    [
+        ("It\u2019s a \u201criver\u201d \u2014 na\u00efve.", "cp1252", "cp1252"),
+        ("\u6cb3\u8fb9\u6709\u4e00\u5757\u7070\u8272\u7684\u77f3\u5934\u3002", "gb2312", "gb18030"),
+        ("\u5ddd\u306e\u77f3\u3002", "shift_jis", "cp932"),
+        ("\u041f\u0440\u0438\u0432\u0435\u0442, \u043a\u0430\u043a \u0434\u0435\u043b\u0430?", "koi8-r", "koi8-r"),
+        ("\u0130stanbul'da g\u00fcne\u015fli bir g\u00fcn.", "cp1254", "cp1254"),
+        ("The river is quiet.", "utf-16-le", "utf-16-le"),
+        ("The river is quiet.", "utf-16-be", "utf-16-be"),
+        ("The river is quiet.", "utf-16", "utf-16"),
+    ],
+)
+def test_likely_encodings_are_proposed_with_what_they_read(
+    tmp_path: Path, text: str, encoding: str, proposed: str
+) -> None:
+    path = write(tmp_path / "f", f"{text}\n".encode(encoding) * (1 if encoding == "utf-16" else 20))
+    with pytest.raises(UserError) as error:
+        read_text(path)
+    message = str(error.value)
+    assert "latin" not in message
+    advised = message.partition("--encoding: ")[2].split(", ")
+    names = [advice.partition(" reads ")[0] for advice in advised if " reads " in advice]
+    assert proposed in names
+    (sample,) = {advice.partition(" reads ")[2] for advice in advised if advice.startswith(f"{proposed} reads ")}
+    assert sample[1:9] in " ".join(f"{text} {text}".split())
+    for name in names:
+        assert read_text(path, name)
+
+
+@pytest.mark.parametrize("data", [b"text with one\0 zero\n" * 5, bytes(range(256)) * 4])
+def test_what_is_binary_is_given_no_advice_that_cannot_fail(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(UserError, match=r"is binary, not text \(a zero byte at [\d,]+\), or damaged$"):
+        read_text(write(tmp_path / "f", data))

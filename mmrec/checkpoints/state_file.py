@@ -24,7 +24,7 @@ class SavedState:
     """The state after a text, and what the model expects next.
 
     Attributes:
-        state: of one text, as :meth:`RecurrentLM.forward` returns it.
+        state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it.
         logits: [N], of the next token; zeros before the first.
         position: tokens that were read.
     """

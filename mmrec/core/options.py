@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from mmrec.core.config_files import check_config
 from mmrec.core.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
     # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", text)
     hint = ""
-    if unknown:
+    if re.search(r"Unable to load config ['\"]?{\s*\w+:[^\s,}]", text):
+        hint = "; in YAML a space stands after a colon: {dim: 16}"
+    elif unknown:
         known = [option.removeprefix("--") for option in parser._option_string_actions]
         hint = nearest(unknown[1].split("=")[0], known)
     return UserError(text + hint)
@@ -83,15 +86,25 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config {name!r}: neither a file nor one of {', '.join(shipped)}{nearest(plain, shipped)}")
 
 
-def resolve_configs(args: list[str]) -> list[str]:
-    """Return ``args`` with every ``--config NAME`` made the path of its file."""
+def resolve_configs(args: list[str], sections: Collection[str] = ()) -> list[str]:
+    """Return ``args`` with every ``--config NAME`` made the path of its file.
+
+    Raises:
+        UserError: there is no such file, or :func:`mmrec.core.config_files.check_config` refuses it.
+    """
+
+    def checked(name: str) -> str:
+        path = find_config(name)
+        check_config(path, sections)
+        return str(path)
+
     resolved: list[str] = []
     flags = ("-c", "--config")
     for arg in args:
         if resolved and resolved[-1] in flags:
-            resolved.append(str(find_config(arg)))
+            resolved.append(checked(arg))
         elif arg.startswith("--config="):
-            resolved.append(f"--config={find_config(arg.removeprefix('--config='))}")
+            resolved.append(f"--config={checked(arg.removeprefix('--config='))}")
         else:
             resolved.append(arg)
     return resolved

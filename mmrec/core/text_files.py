@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mmrec.core.encodings import propose_encodings
 from mmrec.core.errors import UserError, nearest
 
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
 
 
-def files_below(folder: str | Path) -> Iterator[Path]:
+def files_below(folder: str | Path, skip: Callable[[Path, str], object] | None = None) -> Iterator[Path]:
     """Yield the files of a folder and its subfolders, in no order; what is hidden, and linked folders, are left out.
+
+    Args:
+        folder: where they are.
+        skip: called with each file or folder that is left out, and the reason.
 
     Raises:
         UserError: a folder cannot be read.
@@ -23,11 +28,17 @@ def files_below(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
+        if skip is not None:
+            for name in sorted(folders):
+                if name.startswith(".") or Path(parent, name).is_symlink():
+                    skip(Path(parent, name), "hidden" if name.startswith(".") else "a link to a folder")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
                 yield path
+            elif skip is not None:
+                skip(path, "hidden" if name.startswith(".") else "no file")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -57,7 +68,7 @@ def check_encoding(encoding: str) -> None:
         known = None
     # Some codecs ("hex", "rot13") do not make text of bytes.
     if known is None or not known._is_text_encoding:
-        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or latin-1"
+        hint = nearest(encoding, COMMON_ENCODINGS) or "; for example --encoding utf-8 or cp1252"
         raise UserError(f"unknown encoding {encoding!r}{hint}")
 
 
@@ -67,14 +78,15 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
         raise UserError(f"{path}: is empty")
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
         where = data.index(b"\0")
-        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}); for UTF-16 give --encoding utf-16")
+        proposed = _proposed(data, where)
+        other = f"in another encoding: {proposed}" if proposed else "damaged"
+        raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}), or {other}")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}); name its encoding, "
-            f"for example --encoding latin-1"
+            f"{path}: is not {encoding} at byte {error.start:,} (line {line:,}){_advice(data, error.start)}"
         ) from None
     except UnicodeError as error:  # what the rarer codecs raise, without a place
         raise UserError(f"{path}: is not {encoding} ({error}); name its encoding, for example utf-8") from None
@@ -84,6 +96,17 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
     if not text.strip():
         raise UserError(f"{path}: holds nothing but white space")
     return text
+
+
+def _proposed(data: bytes, place: int) -> str:
+    """Return advice that names likely encodings, or an empty string."""
+    proposed = propose_encodings(data, place)
+    return proposed and f"choose the one that reads right and name it by --encoding: {proposed}"
+
+
+def _advice(data: bytes, place: int) -> str:
+    proposed = _proposed(data, place)
+    return f"; {proposed}" if proposed else ", and no other encoding makes text of it"
 
 
 def is_unicode(text: str) -> bool:

@@ -30,7 +30,7 @@ class PrepareOptions:
             for Shakespeare, bpe for openwebtext, wikipedia and c4, bytes for other text.
         vocab_size: number of tokens, for bpe only; if left out 4096, or 32768 for a large corpus.
         encoding: of the input files.
-        glob: names of the files that count, for --input_dir.
+        glob: names of the files that count, for --input_dir; those of text files (.txt, .md, ...) if left out.
         mirror: folder or URL that holds the corpus's file, used instead of the internet.
         text_field: name of the text in JSON, Parquet and tf.Example records.
         drop_duplicates: keep one of several documents with the same text (large corpora).
@@ -53,7 +53,7 @@ class PrepareOptions:
     tokenizer: str | None = None
     vocab_size: int | None = None
     encoding: str = "utf-8"
-    glob: str = "*.txt"
+    glob: str | None = None
     mirror: str | None = None
     text_field: str = "text"
     drop_duplicates: bool = False

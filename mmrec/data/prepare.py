@@ -11,6 +11,7 @@ from mmrec.core.errors import UserError
 from mmrec.data.corpora import get_corpus
 from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
+from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource, resolve_source
 from mmrec.data.split import SEPARATOR, split_documents
 from mmrec.data.store import FILES, TokenFolder, open_tokens, read_manifest, verify_tokens, write_tokens
@@ -47,6 +48,11 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
         Options(source.input_file, source.input_dir, options.encoding, options.glob, options.mirror),
     )
     documents = list(corpus.documents())
+    sources = Provenance()
+    for document in documents:
+        sources.read(document.name, 1, len(document.text.encode("utf-8")))
+    for file, reason in corpus.skipped:
+        sources.skip(file, reason)
     train, val, split = split_documents(documents, options.val_split)
     if min(len(train), len(val)) < 2:
         raise UserError(
@@ -65,6 +71,7 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
             "sha256": hashlib.sha256(SEPARATOR.join(d.text for d in documents).encode()).hexdigest(),
         },
         "split": split,
+        "sources": sources.counts(),
         "request": {"tokenizer": kind if given is None else given.digest(), "vocab_size": options.vocab_size},
     }
     folder = source.output_dir
@@ -77,8 +84,9 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
         print(f"{folder}: already prepared, nothing to do")
         return open_tokens(folder)
     chosen = given or make_tokenizer(kind, train, val, options.vocab_size)
-    tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description)
-    print(summary(tokens))
+    tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description, sources)
+    lines = [summary(tokens), skipped_line(sources.skipped()), f"written to  {folder}"]
+    print("\n".join(line for line in lines if line))
     return tokens
 
 
@@ -101,7 +109,7 @@ def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:
 
 
 def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
-    """Return the manifest of a token folder that is there already; refuse what must not be overwritten."""
+    """Return the manifest of a token folder that exists already; refuse what must not be overwritten."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder; choose another --output_dir")
     if not folder.exists() or not any(folder.iterdir()):
@@ -133,6 +141,5 @@ def summary(tokens: TokenFolder) -> str:
             f"tokenizer   {tokens.tokenizer.name}, {tokens.tokenizer.vocab_size:,} tokens",
             f"train       {len(tokens.train):,} tokens, {files['train.txt']['bytes']:,} bytes",
             f"val         {len(tokens.val):,} tokens, {files['val.txt']['bytes']:,} bytes",
-            f"written to  {tokens.folder}",
         ]
     )

@@ -19,12 +19,13 @@ import numpy as np
 
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
+from mmrec.data.provenance import SOURCES, Provenance
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT, VERSION = "mmrec-tokens", 2
 MANIFEST = "manifest.json"
 NEEDED = ("train.bin", "val.bin", "tokenizer.json")
-FILES = ("train.txt", "val.txt", *NEEDED, "rejected.jsonl")
+FILES = ("train.txt", "val.txt", *NEEDED, "rejected.jsonl", SOURCES)
 """What a token folder may hold: also the texts of a small corpus, and what was set aside of a large one."""
 
 
@@ -137,10 +138,25 @@ def writing(
 
 
 def write_tokens(
-    folder: Path, texts: Mapping[str, str], tokenizer: Tokenizer, description: Mapping[str, Any]
+    folder: Path,
+    texts: Mapping[str, str],
+    tokenizer: Tokenizer,
+    description: Mapping[str, Any],
+    sources: Provenance | None = None,
 ) -> TokenFolder:
-    """Write the texts "train" and "val" and their tokens as a token folder, as :func:`writing` does."""
+    """Write the texts "train" and "val" and their tokens as a token folder, as :func:`writing` does.
+
+    Args:
+        folder: the target.
+        texts: "train" and "val".
+        tokenizer: of the tokens.
+        description: what else the manifest says.
+        sources: the files that were read and skipped.
+    """
     with writing(folder, tokenizer, description) as create:
+        if sources is not None:
+            with create(SOURCES) as file:
+                file.write(sources.encoded())
         for part, text in texts.items():
             with create(f"{part}.txt") as file:
                 file.write(text.encode("utf-8"))

@@ -71,7 +71,7 @@ class StateCache:
     """What was read, in the place of the library's cache of keys and values; its size is constant.
 
     Attributes:
-        state: of B texts, as :meth:`RecurrentLM.forward` returns it.
+        state: of B texts, as :meth:`~mmrec.model.RecurrentLM.forward` returns it.
         length: tokens that were read, padding too.
     """
 

@@ -30,7 +30,7 @@ class Decoder:
 
     Args:
         net: the model, in float32 on a CPU, in evaluation mode.
-        state: of one text, as :meth:`RecurrentLM.forward` returns it. It is not changed.
+        state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it. It is not changed.
     """
 
     @torch.inference_mode()
@@ -259,7 +259,7 @@ class GatedDeltaNetStep(RecurrentStep):
 
 
 class FeedForwardStep:
-    """:class:`mmrec.model.FeedForward`."""
+    """The feed-forward network of a block."""
 
     def __init__(self, ffn: nn.Module, norm: NormStep) -> None:
         self.norm = norm

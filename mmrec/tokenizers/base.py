@@ -32,7 +32,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return what :func:`load_tokenizer` makes the same tokenizer from: strings and numbers only."""
+        """Return strings and numbers that :func:`mmrec.tokenizers.load_tokenizer` makes the same tokenizer from."""
 
     @property
     def dtype(self) -> np.dtype:

@@ -52,6 +52,8 @@ from mmrec.training.callbacks.tensorboard import (
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
 
+SECTIONS = ("trainer", "model", "data", "best", "last", "early_stopping", "gradients")
+"""Parts of a config that hold options of their own."""
 BEST_DEFAULTS = {
     "monitor": "val/loss",
     "filename": runs.BEST,
@@ -371,7 +373,7 @@ def run_lightning(command: str, args: list[str]) -> None:
     A run that is taken up again, or evaluated, brings its own config where the arguments name none; another model
     brings its architecture.
     """
-    args = resolve_configs(args)
+    args = resolve_configs(args, SECTIONS)
     which, name = given(args, "ckpt_path"), given(args, "run")
     init = given(args, "init_from") if command == "fit" and not which else None
     no_config = not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,14 +25,14 @@ class Options:
         input_file: of the corpus "file".
         input_dir: of the corpus "directory".
         encoding: of the input files.
-        glob: names of the files that count in ``input_dir``.
+        glob: names of the files that count in ``input_dir``; every text file if None.
         mirror: folder or URL used instead of the internet; the variable MMREC_MIRROR if None.
     """
 
     input_file: Path | None = None
     input_dir: Path | None = None
     encoding: str = "utf-8"
-    glob: str = "*.txt"
+    glob: str | None = None
     mirror: str | None = None
 
 
@@ -42,14 +42,16 @@ class Corpus(ABC):
     Attributes:
         title: says to a person what it is.
         default_tokenizer: used where the user names none.
+        skipped: files that :meth:`documents` left out, each with the reason; known once it has ended.
     """
 
     default_tokenizer: ClassVar[str] = "bytes"
     title: str
+    skipped: Sequence[tuple[str, str]] = ()
 
     @abstractmethod
     def __init__(self, options: Options) -> None: ...
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield every document, in an order that does not change. UserError where they cannot be had."""
+        """Yield every document, in an order that does not change. UserError where they are not available."""

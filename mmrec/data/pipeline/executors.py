@@ -68,7 +68,7 @@ def run_shards(work: Path, shards: int, executor: str, workers: int, options: di
     failed = sorted(work.glob("*.failed"))
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise UserError(f"{read_json(failed[0])}{more}; what is done is kept, run the same command to go on")
+        raise UserError(f"{read_json(failed[0])}{more}; what is done is kept for the next run")
     missing = missing_shards(work, shards)
     if missing:
         log = work / "executor.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 from collections.abc import Iterator
 from typing import IO
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 from mmrec.core.optional import optional_import
 from mmrec.data.pipeline.records import Record, Rejected, decompressed, naming, open_raw, suffixes
 from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.wikitext import HIDDEN_NAMESPACES, NAMES, clean, is_redirect
 
 ARTICLES = "0"
 """The namespace of articles; talk, files, templates and the rest have others."""
@@ -24,40 +26,59 @@ PIECE = 1 << 16
 
 def read_mediawiki(shard: Shard, field: str) -> Iterator[Record]:
     """The articles of a dump, or of some streams of a multistream dump, without redirects and other pages."""
-    clean = optional_import("mwparserfromhell").parse
+    optional_import("mwparserfromhell")
+    site = Site()
     with open_raw(shard.path) as raw, naming(shard.path):
         whole = shard.first == 0 and shard.last is None
         if whole:
             with decompressed(raw, shard.path) as file:
-                yield from _articles(file, clean)
+                yield from _articles(file, site)
         else:
+            _read_head(raw, site)
             raw.seek(shard.first)
             data = raw.read() if shard.last is None else raw.read(shard.last - shard.first)
             if shard.last is not None and len(data) < shard.last - shard.first:
                 raise EOFError("ends before the last stream that its index names")
             with decompressed(io.BytesIO(data), shard.path) as file:
-                yield from _articles(_Rooted(file, shard.last is not None), clean)
+                yield from _articles(_Rooted(file, shard.last is not None), site)
 
 
-def _articles(file: IO[bytes] | _Rooted, clean: object) -> Iterator[Record]:
-    assert callable(clean)
-    for title, text in pages(file):
+class Site:
+    """What a dump says of its wiki: the names of the namespaces whose links show no text, in lower case."""
+
+    def __init__(self) -> None:
+        self.hidden: set[str] = set(NAMES)
+
+
+def _read_head(raw: IO[bytes], site: Site) -> None:
+    """Read the first stream of a multistream dump into ``site``: it holds what is said of the site, and no page."""
+    head = bz2.BZ2Decompressor()
+    parser = ElementTree.XMLParser(target=_Pages(site))
+    while not head.eof and (data := raw.read(PIECE)):
+        parser.feed(head.decompress(data, PIECE))
+
+
+def _articles(file: IO[bytes] | _Rooted, site: Site) -> Iterator[Record]:
+    for title, text in pages(file, site):
         if isinstance(text, Rejected) or text is None:
             yield text or Rejected("no text", title)
             continue
+        if is_redirect(text):
+            yield Rejected("redirect", title)
+            continue
         try:
-            yield str(clean(text).strip_code())
+            yield clean(text, site.hidden)
         except Exception as error:  # the parser's own errors, and the recursion of markup nested too deep
             yield Rejected(f"wikitext cannot be parsed ({type(error).__name__})", title)
 
 
-def pages(file: IO[bytes] | _Rooted) -> Iterator[tuple[str, str | Rejected | None]]:
-    """Yield the title and the markup of every article that is not a redirect, of its last revision.
+def pages(file: IO[bytes] | _Rooted, site: Site) -> Iterator[tuple[str, str | Rejected | None]]:
+    """Yield the title and the markup of every article that is not a redirect, of its last revision; fill ``site``.
 
     The markup of a page over :data:`LONGEST_PAGE` is dropped as it is read. Expat itself bounds what entities may
     expand to.
     """
-    found = _Pages()
+    found = _Pages(site)
     parser = ElementTree.XMLParser(target=found)
     while data := file.read(PIECE):
         parser.feed(data)
@@ -69,7 +90,9 @@ def pages(file: IO[bytes] | _Rooted) -> Iterator[tuple[str, str | Rejected | Non
 class _Pages:
     """What an XML parser calls, tag by tag: it holds one page, and no more of that than is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.is_hidden = False
         self.path: list[str] = []
         self.fields: dict[str, list[str]] = {}
         self.field: list[str] | None = None
@@ -90,6 +113,9 @@ class _Pages:
             case [*_, "page", "title" | "ns" | "redirect"] | ["page", "revision", "text"]:
                 self.field = self.fields[name] = []  # of several revisions the last one counts
                 self.size = 0
+            case [*_, "namespaces", "namespace"]:
+                self.field, self.size = [], 0
+                self.is_hidden = attributes.get("key") in HIDDEN_NAMESPACES
 
     def data(self, text: str) -> None:
         if self.field is not None and self.size <= LONGEST_PAGE:
@@ -97,8 +123,11 @@ class _Pages:
             self.field.append(text)
 
     def end(self, tag: str) -> None:
+        name = self.path.pop()
+        if name == "namespace" and self.is_hidden:
+            self.site.hidden.add(" ".join("".join(self.field or ()).replace("_", " ").split()).lower())
         self.field = None
-        if self.path.pop() == "page" and "redirect" not in self.fields:
+        if name == "page" and "redirect" not in self.fields:
             title, text = ("".join(self.fields.get(name, [])) for name in ("title", "text"))
             if "".join(self.fields.get("ns", [ARTICLES])).strip() == ARTICLES:
                 long = len(text) > LONGEST_PAGE

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
 from mmrec.data.pipeline.download import download
 from mmrec.data.pipeline.executors import run_shards
-from mmrec.data.pipeline.merge import Shards, counts_table, merge
+from mmrec.data.pipeline.merge import counts_table, merge
 from mmrec.data.pipeline.shards import Shard
 from mmrec.data.pipeline.sources import files_of, find_shards
-from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, write_json
+from mmrec.data.pipeline.split import Shards
+from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, stem, write_json
+from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource
 from mmrec.data.store import TokenFolder, open_tokens, read_manifest
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
@@ -49,7 +52,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     corpus = LARGE_CORPORA.get(source.corpus or "")
     title = corpus.title if corpus else source.corpus or _listed(source.paths)
     paths = source.paths or _downloaded(source.corpus or "", source.output_dir)
-    shards = find_shards(source.corpus, paths)
+    shards, skipped = find_shards(source.corpus, paths)
     request = _request(options, shards, options.tokenizer or ("bpe" if corpus else "bytes"))
     folder, digest = source.output_dir, _digest(request)
     earlier = read_manifest(folder)
@@ -63,14 +66,14 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
         return open_tokens(folder)
     description: dict[str, Any] = {
         "corpus": {"name": source.corpus or "paths", "title": title, "files": len(request["sizes"])},
-        "split": {"val_split": request["val_split"], "rule": "by a hash of each document"},
+        "split": {"val_split": request["val_split"]},
         "request": {"plan": digest},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     try:
         with FileLock(lock, timeout=0):
-            tokens = _carry_out(options, shards, request, folder, description)
+            tokens = _carry_out(options, Found(shards, skipped), request, folder, description)
     except Timeout:
         if not lock.exists():
             raise UserError(f"{folder}: cannot be written, nor anything beside it") from None
@@ -78,8 +81,17 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     if tokens is None:
         print(f"handed to Slurm; once its jobs are done, the same command writes {folder}")
     else:
-        print(f"{counts_table(tokens.manifest)}\nwritten to  {folder}")
+        lines = [counts_table(tokens.manifest), skipped_line(skipped.rows), f"written to  {folder}"]
+        print("\n".join(line for line in lines if line))
     return tokens
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a source: as shards, and those that are not read."""
+
+    shards: Sequence[Shard]
+    skipped: Provenance
 
 
 def _request(options: PrepareOptions, shards: Sequence[Shard], tokenizer: str) -> dict[str, Any]:
@@ -106,22 +118,23 @@ def _digest(request: dict[str, Any]) -> str:
 
 def _carry_out(
     options: PrepareOptions,
-    shards: Sequence[Shard],
+    found: Found,
     request: dict[str, Any],
     folder: Path,
     description: dict[str, Any],
 ) -> TokenFolder | None:
     """Tokenize the shards and merge them into ``folder``; None where Slurm has yet to do the work."""
-    work = folder.with_name(f"{folder.name}.work")
-    _plan_work(work, request, options.force)
+    shards, work = found.shards, folder.with_name(f"{folder.name}.work")
+    _plan_work(work, request, options)
     tokenizer = _tokenizer(work, shards, request)
     print(f"{description['corpus']['title']}: {len(shards):,} shards, {sum(request['sizes'].values()):,} bytes")
     cores = os.cpu_count() or 1
     workers = options.workers or cores
     if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
         return None
-    parts = Shards(work, [shard.part for shard in shards], float(request["val_split"]))
-    tokens = merge(parts, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
+    parts, files = [shard.part for shard in shards], [shard.path for shard in shards]
+    written = Shards(work, parts, float(request["val_split"]), files, found.skipped)
+    tokens = merge(written, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
     shutil.rmtree(work)
     return tokens
 
@@ -148,18 +161,55 @@ def _size(path: str) -> int:
     return Path(path).stat().st_size
 
 
-def _plan_work(work: Path, plan: dict[str, Any], force: bool) -> None:
-    """Make the work folder, or go on with it where it is of the same plan."""
-    if (work / PLAN).exists() and not force:
-        if read_json(work / PLAN) != plan:
-            raise UserError(
-                f"{work}: holds what is done of another request, or the files have changed; delete it, or "
-                f"begin anew by --force"
-            )
+def _plan_work(work: Path, plan: dict[str, Any], options: PrepareOptions) -> None:
+    """Make the work folder; where one of another plan is there, keep the shards that are the same in both."""
+    if options.force or not (work / PLAN).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(work / PLAN, plan)
         return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    earlier = read_json(work / PLAN)
+    if earlier == plan:
+        return
+    if options.executor == "slurm":  # whose jobs may still be at work on the earlier one
+        raise UserError(
+            f"{work}: holds what is done of another request, or the files have changed; delete it, or "
+            f"begin anew by --force"
+        )
+    kept = _keep_shards(work, earlier, plan)
+    print(f"{work}: another request, or the files have changed: {kept:,} of {len(plan['shards']):,} shards are kept")
+
+
+def _keep_shards(work: Path, earlier: dict[str, Any], plan: dict[str, Any]) -> int:
+    """Replace the plan in ``work``; return the number of shards whose tokens are those of the new plan, too.
+
+    A stop at any moment leaves a work folder that fits its plan, with fewer shards done.
+    """
+
+    def keys(one: dict[str, Any]) -> list[str]:
+        """Return what decides the tokens of each shard; BPE is learned from all of them."""
+        learned = one["tokenizer"][0] == "bpe" if isinstance(one["tokenizer"], list) else False
+        common = [one["shards"], one["sizes"], one["val_split"]] if learned else []
+        common += [one["tokenizer"], one["text_field"]]
+        return [json.dumps([shard | {"part": ""}, one["sizes"][shard["path"]], *common]) for shard in one["shards"]]
+
+    aside = work / "kept"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    done = {key: number for number, key in enumerate(keys(earlier)) if (work / f"{stem(number)}.json").exists()}
+    wanted = [(number, done[key]) for number, key in enumerate(keys(plan)) if key in done]
+    for number, old in wanted:
+        for path in work.glob(f"{stem(old)}.*"):
+            shutil.copyfile(path, aside / f"{stem(number)}{path.suffix}")
+    if not wanted:
+        (work / "tokenizer.json").unlink(missing_ok=True)
+    for path in work.glob("[0-9]*.*"):
+        path.unlink()
     write_json(work / PLAN, plan)
+    for path in sorted(aside.iterdir(), key=lambda path: path.suffix == ".json"):  # which says that it is done, last
+        os.replace(path, work / path.name)
+    aside.rmdir()
+    return len(wanted)
 
 
 def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tokenizer:

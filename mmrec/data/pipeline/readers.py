@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import struct
-import tarfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
+from mmrec.data.pipeline.archives import read_tar, read_tar_of_tars
+from mmrec.data.pipeline.json_lines import read_json_lines
 from mmrec.data.pipeline.mediawiki import read_mediawiki
 from mmrec.data.pipeline.records import (
     LONGEST,
@@ -17,7 +17,7 @@ from mmrec.data.pipeline.records import (
     Record,
     Rejected,
     check_expansion,
-    decompressed,
+    decode,
     naming,
     open_raw,
     open_shard,
@@ -34,7 +34,7 @@ ROWS = 8
 def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
     """A plain text file: one document, or, of a long file, documents of about a megabyte that end at line ends.
 
-    A line of more than :data:`LONGEST` bytes is cut between two characters.
+    A line of more than ``LONGEST`` bytes is cut between two characters.
     """
     with open_shard(shard.path) as file:
         start, half = 0, b""
@@ -46,36 +46,15 @@ def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
                 if len(rest) == LONGEST:
                     end = _whole_characters(data)
                     data, half = data[:end], data[end:]
-            yield _decoded(data, f"byte {start}")
+            yield decode(data, f"byte {start}")
             start += len(data)
-
-
-def read_json_lines(shard: Shard, field: str) -> Iterator[Record]:
-    """A JSON object a line; its text is in ``field``."""
-    loads = optional_import("orjson").loads
-    with open_shard(shard.path) as file:
-        for number, line in enumerate(_lines(file), 1):
-            where = f"line {number}"
-            if line is None:
-                yield Rejected("longer than 32 MiB", where)
-            elif line.strip():
-                try:
-                    record = loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-                except ValueError:
-                    yield Rejected("not JSON", where)
-                    continue
-                yield _field(record, field, where)
 
 
 def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
     """A Parquet file; the text is in the column ``field``."""
     parquet = optional_import("pyarrow.parquet")
     with open_raw(shard.path) as file, naming(shard.path):
-        names = parquet.read_schema(file).names
-        if field not in names:
-            raise UserError(
-                f"{shard.path}: has no column {field!r}, but {', '.join(names)}; name one by --text_field"
-            )
+        _check_column(shard.path, parquet.read_schema(file), field)
         packed = file.seek(0, 2)
         # By default whole columns of a row group are fetched at once: a file may be one row group.
         bounded = {"buffer_size": PIECE, "pre_buffer": False}
@@ -90,12 +69,33 @@ def read_parquet(shard: Shard, field: str) -> Iterator[Record]:
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
-                    size += len(text) if isinstance(text, str) else 0
+                    size += len(text) if isinstance(text, str | bytes) else 0
                     check_expansion(size, packed)
-                    if isinstance(text, str) and len(text) > LONGEST:
+                    if isinstance(text, str | bytes) and len(text) > LONGEST:
                         yield Rejected("longer than 32 MiB", f"row {row}")
+                    elif isinstance(text, bytes):
+                        yield decode(text, f"row {row}")
                     else:
-                        yield _field({field: text}, field, f"row {row}")
+                        yield text if text is not None else Rejected(f"no text in {field}", f"row {row}")
+
+
+def _check_column(path: str, schema: Any, field: str) -> None:
+    """Raise UserError where the column ``field`` is missing or holds no text: strings, or bytes of UTF-8."""
+    kinds = optional_import("pyarrow.types")
+
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if kinds.is_dictionary(kind) else kind
+        names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+        return any(getattr(kinds, f"is_{name}", lambda kind: False)(kind) for name in names)
+
+    if field not in schema.names:
+        columns = (column.name if is_text(column.type) else f"{column.name} ({column.type})" for column in schema)
+        raise UserError(f"{path}: has no column {field!r}, but {', '.join(columns)}; name one by --text_field")
+    kind = schema.field(field).type
+    if not is_text(kind):
+        others = ", ".join(column.name for column in schema if is_text(column.type))
+        hint = f"name a column of text by --text_field: {others}" if others else "no column of it holds text"
+        raise UserError(f"{path}: the column {field!r} is of type {kind}, not text; {hint}")
 
 
 def _longest_repeated(table: Any, group: int, field: str) -> int:
@@ -143,41 +143,7 @@ def read_tfrecord(shard: Shard, field: str) -> Iterator[Record]:
                 yield Rejected("not a tf.Example", where)
                 continue
             values = features[field].bytes_list.value if field in features else []
-            yield _decoded(values[0], where) if values else Rejected(f"no text in {field}", where)
-
-
-def read_tar(shard: Shard, field: str) -> Iterator[Record]:
-    """A tar of texts, a document each, as the files of OpenWebText; read as a stream, and never unpacked."""
-    with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
-        for member in archive:
-            if not member.isfile() or member.name.endswith(".lock"):
-                continue
-            content = archive.extractfile(member) if member.size <= LONGEST else None
-            if content is None:
-                yield Rejected("longer than 32 MiB", member.name)
-            else:
-                yield _decoded(content.read(), member.name)
-
-
-def read_tar_of_tars(shard: Shard, field: str) -> Iterator[Record]:
-    """A tar that holds compressed tars of texts, as openwebtext.tar.xz; read as a stream, and never unpacked."""
-    with open_shard(shard.path) as file, tarfile.open(fileobj=file, mode="r|") as outer:
-        for part in outer:
-            content = outer.extractfile(part) if part.isfile() and part.name.endswith("_data.xz") else None
-            if content is None:
-                continue
-            name = f"{shard.path}:{part.name}"
-            with (
-                naming(name),
-                decompressed(content, part.name) as inner,
-                tarfile.open(fileobj=inner, mode="r|") as tar,
-            ):
-                for member in tar:
-                    if not member.isfile() or member.name.endswith(".lock"):
-                        continue
-                    text = tar.extractfile(member) if member.size <= LONGEST else None
-                    where = f"{part.name}/{member.name}"
-                    yield _decoded(text.read(), where) if text is not None else Rejected("longer than 32 MiB", where)
+            yield decode(values[0], where) if values else Rejected(f"no text in {field}", where)
 
 
 READERS: dict[str, Callable[[Shard, str], Iterator[Record]]] = {
@@ -191,28 +157,12 @@ READERS: dict[str, Callable[[Shard, str], Iterator[Record]]] = {
 }
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Yield the lines of a file; None for one that is too long to hold."""
-    while line := file.readline(LONGEST):
-        if len(line) < LONGEST or line.endswith(b"\n"):
-            yield line
-            continue
-        while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
-            pass
-        yield None
-
-
 def _skip(file: IO[bytes], size: int) -> None:
     while size > 0:
         part = file.read(min(size, PIECE))
         if not part:
             raise CutShort("ends inside a record")
         size -= len(part)
-
-
-def _field(record: Any, field: str, where: str) -> Record:
-    value = record.get(field) if isinstance(record, dict) else None
-    return value if isinstance(value, str) else Rejected(f"no text in {field}", where)
 
 
 def _whole_characters(data: bytes) -> int:
@@ -223,10 +173,3 @@ def _whole_characters(data: bytes) -> int:
             size = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
             return len(data) - back if size > back else len(data)
     return len(data)
-
-
-def _decoded(data: bytes, where: str) -> Record:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        return Rejected("not UTF-8", where)

@@ -34,10 +34,12 @@ class Rejected:
     Attributes:
         reason: one of a few, to be counted.
         where: the place in its file, for a person.
+        fields: of a record without the text, the names of some of its fields.
     """
 
     reason: str
     where: str
+    fields: tuple[str, ...] = ()
 
 
 Record = str | Rejected
@@ -80,7 +82,7 @@ def decompressed(raw: IO[bytes], path: str) -> Iterator[IO[bytes]]:
     """Yield the content of ``raw``, which is compressed as the end of ``path`` says."""
     unpacked: Any
     match suffixes(path)[-1:]:
-        case ["gz"]:
+        case ["gz" | "tgz"]:
             unpacked = gzip.GzipFile(fileobj=raw)
         case ["bz2"]:
             unpacked = bz2.BZ2File(raw)
@@ -149,3 +151,11 @@ DAMAGE_NAMES = {"ZstdError", "ParseError", "ReadError", "StreamError", "CutShort
 
 class CutShort(ValueError):
     """A file ends, or is damaged, inside a record."""
+
+
+def decode(data: bytes, where: str) -> Record:
+    """Return ``data`` as text, without a byte order mark, or that it is not UTF-8."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return Rejected("not UTF-8", where)

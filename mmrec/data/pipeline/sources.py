@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import files_below
 from mmrec.core.urls import filesystem, is_url, translate_errors
-from mmrec.data.corpora.large import LARGE_CORPORA
+from mmrec.data.corpora.large import LARGE_CORPORA, LargeCorpus
+from mmrec.data.pipeline.formats import FORMATS, reader_of, why_skipped
 from mmrec.data.pipeline.mediawiki import is_multistream, split_dump
-from mmrec.data.pipeline.records import suffixes
 from mmrec.data.pipeline.shards import Shard
-
-FORMATS = {
-    "txt": "text",
-    "md": "text",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "jsonl",
-    "parquet": "parquet",
-    "tfrecord": "tfrecord",
-    "tar": "tar",
-    "xml": "mediawiki",
-}
-"""Reader by the end of a file's name, before that of its compression."""
-COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-
-
-def reader_of(path: str) -> str | None:
-    """Return the name of the reader for a file, by its name; None where there is none for it."""
-    name = path.rpartition("/")[2].lower()
-    if name.startswith(".") or "multistream-index" in name:
-        return None
-    if re.search(r"\.tfrecord-\d+-of-\d+$", name):
-        return "tfrecord"
-    if name.endswith("_data.xz"):
-        return "tar"
-    if name.startswith("openwebtext.tar"):
-        return "tars"
-    # A dump split into files by range is named ".xml-p1p41242.bz2".
-    parts = [part.partition("-p")[0] for part in suffixes(path)]
-    if parts and parts[-1] in COMPRESSIONS:
-        parts.pop()
-    return FORMATS.get(parts[-1]) if parts else None
+from mmrec.data.provenance import Provenance, skipped_line
 
 
 def files_of(corpus: str, url: str) -> list[str]:
@@ -58,11 +28,11 @@ def files_of(corpus: str, url: str) -> list[str]:
     return files
 
 
-def find_shards(corpus: str | None, paths: Sequence[str]) -> list[Shard]:
-    """Return the shards of ``paths``, in an order that does not change.
+def find_shards(corpus: str | None, paths: Sequence[str]) -> tuple[list[Shard], Provenance]:
+    """Return the shards of ``paths``, in an order that does not change, and the files that are skipped.
 
     Args:
-        corpus: name of one of :data:`LARGE_CORPORA`, or None for one's own files.
+        corpus: name of one of ``LARGE_CORPORA``, or None for one's own files.
         paths: files and folders, local or remote.
 
     Raises:
@@ -70,25 +40,38 @@ def find_shards(corpus: str | None, paths: Sequence[str]) -> list[Shard]:
     """
     source = LARGE_CORPORA.get(corpus or "")
     shards: list[Shard] = []
+    provenance = Provenance()
     for path in paths:
-        files = [str(path)] if not _is_folder(path) else _files_below(path)
-        known = [(file, kind) for file in files if (kind := reader_of(file)) is not None]
-        if source is not None:
-            known = [(file, kind) for file, kind in known if kind in source.readers]
+        skipped = Provenance()
+        files = [str(path)] if not _is_folder(path) else _files_below(path, skipped)
+        known: list[tuple[str, str]] = []
+        for file in files:
+            kind = reader_of(file)
+            if kind is None or (source is not None and kind not in source.readers):
+                skipped.skip(file, why_skipped(file) if kind is None else f"no format of {corpus}")
+            else:
+                known.append((file, kind))
         if not known:
             formats = source.readers if source is not None else sorted({f".{name}" for name in FORMATS})
-            raise UserError(f"{path}: no file of a format that is read here ({', '.join(formats)})")
+            there = skipped_line(skipped.rows, "")
+            raise UserError(
+                f"{path}: no file of a format that is read here ({', '.join(formats)})" + (there and f"; {there}")
+            )
+        provenance.rows += skipped.rows
         for file, kind in known:
             shards.extend(_parts(file, kind, files))
-    if source is not None and source.val is not None:
-        pattern = re.compile(source.val)
-        own = [bool(pattern.search(shard.path.rpartition("/")[2])) for shard in shards]
-        if any(own) and not all(own):
-            shards = [
-                Shard(s.reader, s.path, s.first, s.last, "val" if val else "train")
-                for s, val in zip(shards, own, strict=True)
-            ]
-    return shards
+    return _own_parts(shards, source), provenance
+
+
+def _own_parts(shards: list[Shard], source: LargeCorpus | None) -> list[Shard]:
+    """Return the shards with "val" and "train" where the corpus has validation files of its own."""
+    if source is None or source.val is None:
+        return shards
+    pattern = re.compile(source.val)
+    own = [bool(pattern.search(shard.path.rpartition("/")[2])) for shard in shards]
+    if not any(own) or all(own):
+        return shards
+    return [replace(shard, part="val" if val else "train") for shard, val in zip(shards, own, strict=True)]
 
 
 def _parts(file: str, kind: str, files: Sequence[str]) -> list[Shard]:
@@ -116,13 +99,14 @@ def _exists(path: str) -> bool:
     return bool(_remote(path, lambda fs, inner: fs.exists(inner))) if is_url(path) else Path(path).exists()
 
 
-def _files_below(path: str) -> list[str]:
-    """Return the files of a folder and its subfolders, sorted; hidden ones are left out."""
+def _files_below(path: str, skipped: Provenance | None = None) -> list[str]:
+    """Return the files of a folder and its subfolders, sorted; hidden ones are left out, and noted in ``skipped``."""
     if is_url(path):
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
         return sorted(f"{scheme}://{name}" for name in found)
-    return sorted(str(file) for file in files_below(path))
+    note = None if skipped is None else lambda file, reason: skipped.skip(str(file), reason)
+    return sorted(str(file) for file in files_below(path, note))
 
 
 def _remote(path: str, ask: Callable[..., Any]) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_file, write_file
 from mmrec.core.text_files import is_unicode
+from mmrec.data.pipeline.json_lines import MOST_FIELDS
 from mmrec.data.pipeline.readers import READERS
 from mmrec.data.pipeline.records import Record, Rejected
 from mmrec.data.pipeline.shards import Shard
@@ -65,7 +66,7 @@ def hash_of(data: bytes) -> np.ndarray:
 def tokenize_shard(work: Path, number: int) -> None:
     """Do shard ``number`` of the plan in ``work``, if it is not done yet.
 
-    What a user can act on is left as a file for the one who asked, ``000012.failed``: an executor would only
+    A UserError is left as a file for the process that started the work, ``000012.failed``: an executor would only
     show where in its own code it met the error.
     """
     done, failed = work / f"{stem(number)}.json", work / f"{stem(number)}.failed"
@@ -100,11 +101,14 @@ def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> di
     names = [target.with_suffix(end) for end in (".tokens", ".documents", ".rejected")]
     separator = np.array([tokenizer.separator], dtype=tokenizer.dtype).tobytes()
     reasons: Counter[str] = Counter()
+    fields: dict[str, None] = {}
     count = size = total = 0
     with staged_file(names[0]) as tokens, staged_file(names[1]) as rows, staged_file(names[2]) as rest:
         for number, record in enumerate(documents(shard, field), 1):
             if isinstance(record, Rejected):
                 reasons[record.reason] += 1
+                if len(fields) < MOST_FIELDS:
+                    fields.update(dict.fromkeys(record.fields))
                 line = {"file": shard.path, "record": number, "where": record.where, "reason": record.reason}
                 rest.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 continue
@@ -117,4 +121,4 @@ def tokenize(shard: Shard, field: str, tokenizer: Tokenizer, target: Path) -> di
             tokens.write(encoded.data)
             rows.write(np.array((hash_of(data), len(encoded) + 1, len(data)), dtype=DOCUMENT).tobytes())
             count, size, total = count + 1, size + len(data), total + len(encoded) + 1
-    return {"documents": count, "bytes": size, "tokens": total, "rejected": dict(reasons)}
+    return {"documents": count, "bytes": size, "tokens": total, "rejected": dict(reasons), "fields": list(fields)}

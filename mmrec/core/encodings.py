@@ -1,0 +1,49 @@
+"""Proposals for the encoding of a text, each with a sample of what it would read."""
+
+from __future__ import annotations
+
+import codecs
+
+MOST = 4
+"""Encodings that are proposed."""
+NEARBY = 1 << 16
+"""Bytes before and after the place in question that are looked at."""
+USUAL = ("cp1252", "cp1251", "koi8_r", "gb18030", "cp932", "euc_jis_2004", "cp949", "big5", "cp1250", "cp1254")
+"""Named before others that fit as well: texts are seldom in those."""
+
+
+def propose_encodings(data: bytes, place: int) -> str:
+    """Return the encodings that ``data`` may be in, the likeliest first, with what each reads around byte ``place``.
+
+    Every one that is named decodes all of ``data``. An empty string where none is likely.
+    """
+    samples: list[str] = []
+    for name in _candidates(data, place):
+        try:
+            text = data.decode(name)
+        except UnicodeError:
+            continue
+        at = len(data[:place].decode(name, errors="ignore"))
+        sample = " ".join(text[max(0, at - 12) : at + 20].split())
+        if sample and sample.isprintable():
+            samples.append(f"{name.replace('_', '-')} reads {sample!r}")
+    return ", ".join(samples[:MOST])
+
+
+def _candidates(data: bytes, place: int) -> list[str]:
+    """Return names of encodings, the likeliest first."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ["utf-16"]
+    if b"\0" in data:  # of text, only UTF-16 holds zeros: those of letters below U+0100 at one of two places
+        head = data[: 2 * NEARBY]
+        zeros = [head[start::2].count(0) / max(1, len(head) // 2) for start in (0, 1)]
+        return [name for name, share in zip(("utf-16-be", "utf-16-le"), zeros, strict=True) if share > 0.3]
+    from charset_normalizer import from_bytes
+
+    start = data.rfind(b"\n", 0, max(0, place - NEARBY)) + 1
+    nearby = data[start : place + NEARBY]
+    found = [match.encoding for match in from_bytes(nearby)] or [
+        match.encoding for match in from_bytes(nearby, threshold=0.6)
+    ]
+    # The detector cannot tell some of them apart by the text; what is usual goes first.
+    return sorted(found[: 2 * MOST], key=lambda name: (name not in USUAL, found.index(name)))

@@ -1,0 +1,73 @@
+"""The programs and the notebook in examples/ run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+NOTEBOOK = json.loads((EXAMPLES / "what_the_state_remembers.ipynb").read_text(encoding="utf-8"))
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run Python in ``folder`` as a user does, warnings shown; return what it printed, which has no error."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "Agg"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def figures(pattern: str, output: str) -> list[float]:
+    found = re.search(pattern, output)
+    assert found is not None, output
+    return [float(figure) for figure in found.groups()]
+
+
+def test_train_on_your_text_and_read_a_book(tmp_path: Path, text: str) -> None:
+    """The second example takes up what the first one wrote."""
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+    output = run(tmp_path, str(EXAMPLES / "train_on_your_text.py"), "mine.txt", "--updates=40")
+    (loss,) = figures(r"validation: ([\d.]+) nats/token after 40 updates", output)
+    assert loss < 3.0  # log(256) = 5.5 before it has learned anything
+
+    output = run(tmp_path, str(EXAMPLES / "read_a_book.py"))
+    read, unread = figures(r"what follows: ([\d.]+) nats/token after the book, ([\d.]+) without it", output)
+    assert read < unread
+    assert (tmp_path / "book.mem").stat().st_size < 100_000
+
+
+def test_your_own_layer(tmp_path: Path) -> None:
+    output = run(tmp_path, str(EXAMPLES / "your_own_layer.py"))
+    (loss,) = figures(r"loss of the last update: ([\d.]+)", output)
+    assert loss < 0.5
+
+
+def test_the_notebook_is_stored_without_results() -> None:
+    for cell in NOTEBOOK["cells"]:
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its cells, one after the other in one namespace, with fewer updates."""
+    cells = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    program = "\n".join(cells)
+    assert program.count("UPDATES = 150") == 1
+    (tmp_path / "cells.py").write_text(program.replace("UPDATES = 150", "UPDATES = 60"), encoding="utf-8")
+    (tmp_path / "train_on_your_text.py").write_bytes((EXAMPLES / "train_on_your_text.py").read_bytes())
+    output = run(tmp_path, "cells.py")
+    carried, reset = figures(r"carried: ([\d.]+) nats/token; from an empty state on each page: ([\d.]+)", output)
+    assert carried < reset
+    one, all_pages = figures(r"bytes after one page and after all: (\d+) (\d+)", output)
+    assert abs(one - all_pages) <= 8  # the count of tokens has more digits
