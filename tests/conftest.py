@@ -46,6 +46,9 @@ def lightning_talks_to_the_test() -> None:
     logging.getLogger("lightning.fabric").handlers.clear()
 
 
+Command = Callable[..., int]
+"""What the fixture ``mmrec`` is: a command's arguments in, its exit status out."""
+
 FIGURES = os.environ.get("MMREC_FIGURES")
 """Where ./scripts/reliability wants its figures; only there is everything repeated as often as its table says."""
 Figure = Callable[[str, str], None]
@@ -90,7 +93,7 @@ def prepared(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command in this process, in ``tmp_path``; returns its exit status."""
     from mmrec.cli import main
 
@@ -107,7 +110,7 @@ def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 
 @pytest.fixture(scope="session")
 def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run "a", trained for an epoch. Not to be changed."""
+    """A folder with a run "a", trained for three epochs. Not to be changed."""
     from helpers import fit
 
     from mmrec.cli import main
@@ -117,7 +120,7 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(["prepare", "--input_file=text.txt", "--output_dir=tokens", "--tokenizer=characters"]) == 0
-        assert main(fit(folder / "tokens", "--trainer.max_epochs=1", "--run=a")) == 0
+        assert main(fit(folder / "tokens", "--trainer.max_epochs=3", "--run=a")) == 0
     return folder
 
 

@@ -17,7 +17,7 @@ import torch
 from fuzzing import altered, damaged
 from hypothesis import strategies as st
 from layouts import WIKI, page, record_of, tar_of, write_parquet
-from test_checkpoint import SHAPE, content
+from models import SHORT_AND_LONG, content
 
 from mmrec.checkpoints.checkpoint import load_model, write_checkpoint
 from mmrec.checkpoints.checksummed import _digest as digest_of
@@ -84,7 +84,7 @@ def manifest(data: st.DataObject) -> None:
 def checkpoint() -> tuple[bytes, bytes]:
     """The bytes of a checkpoint of ours, and of the same without a seal."""
     torch.manual_seed(0)
-    written = content(RecurrentLM(SHAPE, 3))
+    written = content(RecurrentLM(SHORT_AND_LONG, 3))
     write_checkpoint(written, Path("a.ckpt"))
     torch.save(written, Path("b.ckpt"))
     return Path("a.ckpt").read_bytes(), Path("b.ckpt").read_bytes()
@@ -123,7 +123,7 @@ def other_checkpoint(data: st.DataObject) -> None:
 @cache
 def memory() -> tuple[RecurrentLM, bytes]:
     torch.manual_seed(0)
-    net = RecurrentLM(SHAPE, 3).eval()
+    net = RecurrentLM(SHORT_AND_LONG, 3).eval()
     save_memory(Path("a.mem"), SavedState.empty(net), "hash")
     return net, Path("a.mem").read_bytes()
 

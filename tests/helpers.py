@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+BATCH = (2, 230)
+"""Rows and tokens of a row."""
 QUICK = [
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--model.config={dim: 16, layers: 2, heads: 2, ffn_dim: 24}",
     "--model.dropout=0.1",
     "--model.warmup_steps=5",
-    "--data.batch_size=2",
-    "--data.seq_len=64",
+    f"--data.batch_size={BATCH[0]}",
+    f"--data.seq_len={BATCH[1]}",
 ]
+"""A model of some thousand weights; the text of ``conftest`` has 21 batches of that size: three segments of seven."""
 
 
 def fit(prepared: Path, *more: object) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from torch import Tensor
 
 from mmrec.baselines.models import BASELINES, GPT, LSTM, make_baseline, size
@@ -87,7 +88,7 @@ def test_baselines_are_of_equal_size_and_predict_from_the_past(name: str) -> Non
 
 
 def test_an_op_that_differs_from_its_reference_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, mmrec: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert max(check_ops().values()) < 1e-4
     right = chunked.gated_delta_rule
@@ -104,7 +105,7 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:matplotlib", "ignore::DeprecationWarning:pyparsing")
 def test_all_that_is_measured(
-    mmrec: Callable[..., int], prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training in processes of their own, as all is measured; the rest in this one, which has imported everything."""
     measure = Runner.measure
@@ -118,7 +119,7 @@ def test_all_that_is_measured(
     monkeypatch.setattr(Runner, "measure", measure_here)
     for name in ("mmrec", "gpt"):
         monkeypatch.setitem(TIME_TO_TARGET, name, {**TIME_TO_TARGET[name], "max_tokens": 20_000})
-    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,16384] --tokens=40000"
+    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=40000"
     measures = "--measures=[train,decode,read,learn,time_to_target]"
     assert mmrec("bench", *options.split(), measures, "--baselines=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
@@ -152,14 +153,14 @@ def test_all_that_is_measured(
     ],
 )
 def test_a_wrong_request_is_refused(
-    mmrec: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, says: str
+    mmrec: Command, capsys: pytest.CaptureFixture[str], option: str, says: str
 ) -> None:
     assert mmrec("bench", option) == 2
     assert says in capsys.readouterr().err
 
 
 def test_learning_is_the_same_again(prepared: Path) -> None:
-    options = LearningOptions("mmrec", str(prepared), 20_480, seed=2, evaluations=2)
+    options = LearningOptions("mmrec", str(prepared), 10_240, seed=2, evaluations=2)
     runs = [learning(replace(options, seed=1)) for _ in range(2)]
     assert [point["loss"] for point in runs[0]["curve"]] == [point["loss"] for point in runs[1]["curve"]]
     other = learning(options)

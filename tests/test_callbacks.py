@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints, fit, last, losses
-from test_cli import Command
 
 from mmrec.training.module import RecurrentLMModule
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from helpers import fit, last
 
 from mmrec.checkpoints.checkpoint import load_model
@@ -16,7 +16,7 @@ from mmrec.model import reset_state_rows
 
 
 @pytest.mark.parametrize("interleave", [1, 3])
-def test_each_stream_goes_on_with_its_own_state(interleave: int, mmrec: Callable[..., int], prepared: Path) -> None:
+def test_each_stream_goes_on_with_its_own_state(interleave: int, mmrec: Command, prepared: Path) -> None:
     rows = {"batch_size": 2, "seq_len": 20, "segment_len": 60, "interleave": interleave}
     options = [f"--data.{name}={value}" for name, value in rows.items()]
     frozen = ["--model.learning_rate=0", "--model.dropout=0", "--trainer.max_steps=25", "--trainer.precision=32-true"]

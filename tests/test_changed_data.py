@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, make_text
+from conftest import REPOSITORY, Command, make_text
 from helpers import checkpoints, fit, last, losses
-from test_cli import Command
 
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.options import PrepareOptions

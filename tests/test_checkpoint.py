@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Figure
+from models import SHORT_AND_LONG, TOKENIZER, content
 
 from mmrec.checkpoints import runs
 from mmrec.checkpoints.checkpoint import (
@@ -20,7 +21,6 @@ from mmrec.checkpoints.checkpoint import (
     PROGRESS_KEY,
     VERSION,
     check_compatible,
-    describe,
     find_intact_checkpoint,
     load_model,
     read_checkpoint,
@@ -28,19 +28,11 @@ from mmrec.checkpoints.checkpoint import (
 )
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.tokenizers import CharacterTokenizer, Tokenizer
-
-SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
-TOKENIZER = CharacterTokenizer("abc")
-
-
-def content(net: RecurrentLM, tokenizer: Tokenizer = TOKENIZER) -> dict:
-    weights = {f"net.{name}": value for name, value in net.state_dict().items()}
-    return {KEY: describe(net, tokenizer), "state_dict": weights, "global_step": 7}
+from mmrec.tokenizers import CharacterTokenizer
 
 
 def test_a_checkpoint_is_all_that_a_model_needs(tmp_path: Path) -> None:
-    net = RecurrentLM(SHAPE, 3).eval()
+    net = RecurrentLM(SHORT_AND_LONG, 3).eval()
     write_checkpoint(content(net), tmp_path / "deep" / "a.ckpt")
     trained = load_model(tmp_path / "deep" / "a.ckpt")
     assert (trained.step, trained.tokenizer.digest()) == (7, TOKENIZER.digest())
@@ -50,7 +42,7 @@ def test_a_checkpoint_is_all_that_a_model_needs(tmp_path: Path) -> None:
 
 def test_negative_eigenvalues_are_kept_and_a_config_of_before_has_none(tmp_path: Path) -> None:
     for negative in (False, True):
-        config = replace(SHAPE, negative_eigenvalues=negative)
+        config = replace(SHORT_AND_LONG, negative_eigenvalues=negative)
         assert ("negative_eigenvalues" in config.as_dict()) == negative  # older files and hashes have no such field
         write_checkpoint(content(RecurrentLM(config, 3)), tmp_path / "a.ckpt")
         assert load_model(tmp_path / "a.ckpt").net.config.negative_eigenvalues == negative
@@ -59,7 +51,7 @@ def test_negative_eigenvalues_are_kept_and_a_config_of_before_has_none(tmp_path:
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     path = tmp_path / "a.ckpt"
-    write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
+    write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     before = path.read_bytes()
 
     def full(*args: object) -> None:
@@ -68,7 +60,7 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(os, broken, full)
         with pytest.raises(UserError, match=r"a\.ckpt: cannot be written: No space left"):
-            write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
+            write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
@@ -105,7 +97,7 @@ def test_shards_are_read_and_code_in_them_is_refused(
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
     monkeypatch.chdir(tmp_path)
-    net, folder = RecurrentLM(SHAPE, 3), Path("last.ckpt")
+    net, folder = RecurrentLM(SHORT_AND_LONG, 3), Path("last.ckpt")
     written = content(net)
     sharded = {"state_dict": written.pop("state_dict"), "optimizer": {"rate": 0.1}}
     dcp.save(sharded, checkpoint_id=folder, no_dist=True)
@@ -172,7 +164,7 @@ def test_archives_that_are_no_checkpoints_are_refused(
     tmp_path: Path, change: Callable[..., tuple[zipfile.ZipInfo, bytes]], says: str, figure: Figure
 ) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save(content(RecurrentLM(SHAPE, 3)), path)
+    torch.save(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     assert read_checkpoint(path)
     rewritten(path, change)
     with pytest.raises(UserError, match=says):
@@ -182,7 +174,7 @@ def test_archives_that_are_no_checkpoints_are_refused(
 
 def test_the_seal_is_the_comment_of_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    write_checkpoint(content(RecurrentLM(SHAPE, 3)), path)
+    write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     with zipfile.ZipFile(path) as archive:
         assert archive.comment.startswith(b"mmrec sha256 ")
         assert archive.testzip() is None
@@ -203,7 +195,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path, links: bool, monkeypatc
     target, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     contents = []
     for _ in range(3):
-        write_checkpoint(content(RecurrentLM(SHAPE, 3)), target, previous)
+        write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), target, previous)
         contents.append(target.read_bytes())
     assert previous.read_bytes() == contents[1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
@@ -214,7 +206,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path, links: bool, monkeypatc
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    checkpoint = content(RecurrentLM(SHAPE, 3))
+    checkpoint = content(RecurrentLM(SHORT_AND_LONG, 3))
     checkpoint[KEY]["version"] = VERSION + 1
     write_checkpoint(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=f"version {VERSION + 1}"):
@@ -222,18 +214,18 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_named() -> None:
-    checkpoint = content(RecurrentLM(SHAPE, 3))
-    check_compatible(checkpoint, RecurrentLM(SHAPE, 3), TOKENIZER)
+    checkpoint = content(RecurrentLM(SHORT_AND_LONG, 3))
+    check_compatible(checkpoint, RecurrentLM(SHORT_AND_LONG, 3), TOKENIZER)
     other = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=24)
     with pytest.raises(UserError, match="memories"):
         check_compatible(checkpoint, RecurrentLM(other, 3), TOKENIZER)
-    turning = replace(SHAPE, negative_eigenvalues=True)
+    turning = replace(SHORT_AND_LONG, negative_eigenvalues=True)
     with pytest.raises(UserError, match="negative_eigenvalues False there, True here"):
         check_compatible(checkpoint, RecurrentLM(turning, 3), TOKENIZER)
     with pytest.raises(UserError, match="negative_eigenvalues True there, False here"):
-        check_compatible(content(RecurrentLM(turning, 3)), RecurrentLM(SHAPE, 3), TOKENIZER)
+        check_compatible(content(RecurrentLM(turning, 3)), RecurrentLM(SHORT_AND_LONG, 3), TOKENIZER)
     with pytest.raises(UserError, match="another tokenizer"):
-        check_compatible(checkpoint, RecurrentLM(SHAPE, 3), CharacterTokenizer("abd"))
+        check_compatible(checkpoint, RecurrentLM(SHORT_AND_LONG, 3), CharacterTokenizer("abd"))
 
 
 def test_runs_are_found_by_name_and_by_age(tmp_path: Path) -> None:
@@ -254,7 +246,7 @@ def test_runs_are_found_by_name_and_by_age(tmp_path: Path) -> None:
 
 
 def test_names_of_version_1_are_brought_to_those_of_today(tmp_path: Path) -> None:
-    path, model = tmp_path / "a.ckpt", content(RecurrentLM(SHAPE, 3))
+    path, model = tmp_path / "a.ckpt", content(RecurrentLM(SHORT_AND_LONG, 3))
     head = torch.ones(2)
     model[KEY]["version"] = 1
     model["state_dict"]["second.norm.weight"] = head

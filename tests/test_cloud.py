@@ -7,12 +7,13 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
+from conftest import Command
 from layouts import texts, tokens_of, write_json_lines
 
 from mmrec.core import urls
@@ -102,9 +103,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("scheme", DRIVERS)
-def test_texts_and_tokens_in_a_bucket(
-    mmrec: Callable[..., int], tmp_path: Path, bucket: dict[str, bytes], scheme: str
-) -> None:
+def test_texts_and_tokens_in_a_bucket(mmrec: Command, tmp_path: Path, bucket: dict[str, bytes], scheme: str) -> None:
     pytest.importorskip(DRIVERS[scheme])
     for k in range(2):
         write_json_lines(tmp_path / "in" / f"{k}.jsonl.gz", texts()[k::2])
@@ -121,7 +120,7 @@ def test_texts_and_tokens_in_a_bucket(
 
 @pytest.mark.parametrize(("scheme", "driver"), DRIVERS.items())
 def test_without_the_client_the_extra_is_named(
-    mmrec: Callable[..., int],
+    mmrec: Command,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     scheme: str,

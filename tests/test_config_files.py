@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Command
 from helpers import fit
-
-Command = Callable[..., int]
 
 REFUSED = {
     "a section twice": (

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import Command
+from helpers import checkpoints, last
 
+from mmrec.checkpoints.checkpoint import load_model
 from mmrec.core.options import find_config, shipped_configs
+from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig, RecurrentLM
-
-Command = Callable[..., int]
 
 CONFIGS = shipped_configs()
 
@@ -66,12 +67,21 @@ def test_every_config_is_parsed(name: str, mmrec: Command, capsys: pytest.Captur
             assert_holds(shown[group], values)
 
 
+def assert_was_stepped(name: str, prepared: Path) -> None:
+    """Assert that the run "a" has made one update of the config's model, to finite weights."""
+    checkpoint = last("a")
+    assert checkpoint["global_step"] == 1
+    trained = load_model(checkpoints("a") / "last.ckpt")
+    assert trained.net.parameter_count() == count(name, open_tokens(prepared).tokenizer.vocab_size)
+    assert all(value.isfinite().all() for value in trained.net.state_dict().values())
+
+
 @pytest.mark.parametrize("name", ["tiny", "quickstart", "mini"])
 def test_what_fits_is_stepped(name: str, mmrec: Command, prepared: Path) -> None:
     short = ["--data.seq_len=32", "--data.batch_size=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
     quiet = ["--trainer.enable_progress_bar=false", "--run=a", "--config=trainer/cpu"]
     assert mmrec("fit", "--config", name, f"--data.data_dir={prepared}", *short, *quiet) == 0
-    assert Path("lightning_logs/a/checkpoints/last.ckpt").exists()
+    assert_was_stepped(name, prepared)
 
 
 @pytest.mark.slow
@@ -79,6 +89,7 @@ def test_small_is_stepped(mmrec: Command, prepared: Path) -> None:
     short = ["--data.seq_len=16", "--data.batch_size=1", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
     quiet = ["--trainer.enable_progress_bar=false", "--run=a", "--config=trainer/cpu"]
     assert mmrec("fit", "--config=small", f"--data.data_dir={prepared}", *short, *quiet) == 0
+    assert_was_stepped("small", prepared)
 
 
 def test_configs_stack(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:

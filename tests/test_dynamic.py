@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from helpers import fit
 from torch.nn import functional as F
 
@@ -53,9 +53,7 @@ def test_a_text_that_repeats_itself_is_learned_and_then_forgotten() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_the_protocols_of_validate(
-    mmrec: Callable[..., int], prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_protocols_of_validate(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec(*fit(prepared, "--run=a", "--trainer.max_epochs=1")) == 0
     losses = {}
     for option in ((), ("--window", 16), ("--dynamic",)):

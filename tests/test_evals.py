@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from helpers import fit
 
 from mmrec.baselines.models import GPT
@@ -26,7 +26,6 @@ from mmrec.evals.tasks import MQAR, PERMUTATIONS, S5, Copy, Induction, KeyValue,
 from mmrec.evals.training import Recipe, sample_level, train
 from mmrec.model import ModelConfig, RecurrentLM
 
-Command = Callable[..., int]
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=16)
 
 

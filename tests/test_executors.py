@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from layouts import texts, tokens_of, write_json_lines
 
 pytest.importorskip("datatrove")
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-Command = Callable[..., int]
 
 STARTER = """
 import sys, time
@@ -63,7 +63,7 @@ def cluster() -> Iterator[subprocess.Popen[str]]:
 def test_a_ray_cluster_that_loses_a_node(mmrec: Command, tmp_path: Path, cluster: subprocess.Popen[str]) -> None:
     pieces = texts(600)
     for k in range(8):
-        write_json_lines(tmp_path / "in" / f"{k}.jsonl", pieces[k::8] * 300)
+        write_json_lines(tmp_path / "in" / f"{k}.jsonl", pieces[k::8] * 150)
     options = ["--tokenizer", "bpe", "--vocab_size", "400"]
     assert mmrec("prepare", "in", "--output_dir", "local", "--workers", "1", *options) == 0
 

@@ -1,18 +1,17 @@
 """A model in other programs: the same tokens, logits and text, and its memories fit."""
 
-# ruff: noqa: RUF001 -- the dotless letter is a letter
-
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints
+from models import TEXT, TOKENIZERS, made
 
 from mmrec import MemoryLM as API
 from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
@@ -20,29 +19,8 @@ from mmrec.checkpoints.state_file import model_hash
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
 from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
-
-Command = Callable[..., int]
-TEXT = "Iğdır'da ılık bir İNCE yağmur 🙂👩‍👩‍👧 e\u0301 <|pad|> the the\r\n\n\n  then\t\u00a0\u2028\ufeff\0 end\n"
-TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
-    "characters": lambda: CharacterTokenizer(TEXT),
-    "bytes": ByteTokenizer,
-    "bytes of documents": lambda: ByteTokenizer(documents=True),
-    "bpe": lambda: BPETokenizer.train(TEXT * 20, 320),
-    "bpe of documents": lambda: BPETokenizer.train(TEXT * 20, 320, documents=True),
-}
-SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24)
-
-
-def made(tokenizer: Tokenizer, config: ModelConfig = SHAPE) -> LoadedModel:
-    """Return a model whose next token is clear: its weights are large."""
-    torch.manual_seed(0)
-    net = RecurrentLM(config, tokenizer.vocab_size).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(3)
-    return LoadedModel(net, tokenizer, 5)
+from mmrec.model import ModelConfig
+from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer
 
 
 @pytest.fixture(params=TOKENIZERS)
@@ -149,7 +127,7 @@ def test_an_export_is_replaced_only_if_asked_for(
     Path("out/mine.txt").write_text("dear", encoding="utf-8")
     assert mmrec(*command, "--force") == 2
     assert "holds something else (mine.txt)" in capsys.readouterr().err
-    assert Path("out/mine.txt").exists()
+    assert Path("out/mine.txt").read_text(encoding="utf-8") == "dear"
 
 
 def test_nothing_is_left_of_an_export_that_fails(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_export import SHAPE, TEXT, TOKENIZERS, made
+from models import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
 from mmrec.checkpoints.checkpoint import LoadedModel

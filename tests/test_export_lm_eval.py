@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from harness import Harness
 from helpers import checkpoints, fit
 
 from mmrec.checkpoints.checkpoint import load_model
-
-Command = Callable[..., int]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, make_text
-from test_export import made
+from models import made
 
 from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.checkpoints.state_file import SavedState, model_hash, save_memory

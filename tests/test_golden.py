@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Figure, make_text
+from conftest import Command, Figure, make_text
 from helpers import fit, last, losses
-from victim import start
+from processes import run
 
 from mmrec.checkpoints.checkpoint import VERSION, load_model
-
-Command = Callable[..., int]
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"
 COURSE = DATA / "course.json"
 PROMPT = "1: to be or not"
+BATCHES = ["--data.batch_size=2", "--data.seq_len=64"]
+"""Of what is stored."""
 
 pytestmark = pytest.mark.reliability
 
@@ -43,12 +42,13 @@ def test_an_old_checkpoint_still_means_the_same(figure: Figure) -> None:
 
 
 def test_an_old_checkpoint_can_be_trained_on(mmrec: Command, prepared: Path) -> None:
-    more = ["--trainer.max_steps=60", "--trainer.max_epochs=-1", f"--ckpt_path={CHECKPOINT}", "--run=more"]
+    more = [*BATCHES, "--trainer.max_steps=60", "--trainer.max_epochs=-1", f"--ckpt_path={CHECKPOINT}", "--run=more"]
     assert mmrec(*fit(prepared, *more)) == 0
     assert last("more")["global_step"] == 60
 
 
 COMMAND = [
+    *BATCHES,
     "--trainer.precision=32-true",
     "--trainer.max_steps=50",
     "--trainer.max_epochs=-1",
@@ -60,9 +60,7 @@ COMMAND = [
 def test_the_course_of_a_training(prepared: Path, tmp_path: Path, figure: Figure) -> None:
     courses = []
     for name in ("one", "two"):
-        process = start(tmp_path, fit(prepared, *COMMAND, f"--run={name}"))
-        process.join(120)
-        assert process.exitcode == 0, (tmp_path / "output.txt").read_text()[-2000:]
+        run(tmp_path, *fit(prepared, *COMMAND, f"--run={name}"))
         courses.append(losses(name, root=tmp_path))
     assert len(courses[0]) == 50
     assert courses[0] == courses[1]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import QUICK, checkpoints, fit
 
 from mmrec.checkpoints.checkpoint import load_model
 
-Command = Callable[..., int]
 SETTINGS = [option for option in QUICK if not option.startswith("--model.config")]
 STILL = ["--model.learning_rate=0", "--trainer.max_epochs=-1", "--trainer.max_steps=2"]
 
@@ -78,6 +77,8 @@ def test_it_is_scored_without_a_training(
     shutil.copy(best, alone)
     assert score(alone, "--window=64") == score(model, "--window=64")
     assert mmrec("predict", f"--ckpt_path={model}", "--data.data_dir=tokens") == 0
+    scored = len(Path("tokens/val.txt").read_text()) - 1
+    assert f"predictions.tsv: {scored:,} tokens" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(

@@ -17,14 +17,16 @@ import pytest
 import torch
 from conftest import FIGURES, Figure
 from helpers import assert_same_training, checkpoints, fit, last
-from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions, start
+from processes import start, wait
+from victim import STAGES, Moment, die, lift_file_size, limit_file_size, linger, obey_permissions
 
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.core.errors import UserError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
-KILLS, EPOCHS = (18, 4) if FIGURES is None else (30, 6)
+KILLS, EPOCHS, SAVES = (12, 3, 2) if FIGURES is None else (30, 6, 3)
+"""How often a run is killed, how long it is, and that every second or third kill is inside a save."""
 OPTIONS = [
     "--trainer.max_epochs=2",
     "--trainer.val_check_interval=10",
@@ -38,19 +40,16 @@ OPTIONS = [
 
 def end(folder: Path, arguments: list[str], prepare: Callable[..., None] | None = None, *more: object) -> int:
     """Run a training in a process of its own and return its exit status, negative for a signal."""
-    process: Any = start(folder, arguments, prepare, *more)
-    process.join(120)
-    assert process.exitcode is not None, (folder / "output.txt").read_text()[-2000:]
-    return int(process.exitcode)
+    return wait([start(folder, arguments, prepare, *more)])
 
 
 def moments(seed: int) -> list[Moment]:
-    """Return where to kill: a third of the moments inside a save, the others anywhere in or between updates."""
+    """Return where to kill: inside every stage of a save, the others anywhere in or between updates."""
     draw = random.Random(seed)
     chosen: list[Moment] = []
     for number in range(KILLS):
-        if number % 3 == 0:
-            chosen.append((STAGES[number // 3 % len(STAGES)], draw.randint(2, 4), draw.random()))
+        if number % SAVES == 0:
+            chosen.append((STAGES[number // SAVES % len(STAGES)], draw.randint(2, 4), draw.random()))
         else:
             chosen.append(("step", draw.randint(1, 7), draw.random() * 0.03))
     return chosen

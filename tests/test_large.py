@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from layouts import split_at_separator, texts, tokens_of, write_json_lines, write_parquet
 
 from mmrec.data.corpora.large import LARGE_CORPORA
@@ -26,8 +26,6 @@ from mmrec.data.store import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-Command = Callable[..., int]
 
 
 def make_folder(folder: Path, count: int = 120) -> Path:
@@ -73,7 +71,7 @@ def test_a_folder_of_everything(mmrec: Command, tmp_path: Path, capsys: pytest.C
 
 
 def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from helpers import fit
+    from helpers import fit, last
 
     make_folder(tmp_path / "mine")
     options = ["--output_dir", "out", "--tokenizer", "bpe", "--vocab_size", "300", "--workers", "1"]
@@ -81,7 +79,12 @@ def test_it_trains_and_writes(mmrec: Command, tmp_path: Path, capsys: pytest.Cap
     assert open_tokens(Path("out")).tokenizer.vocab_size == 300
     reset = "--model.reset_at_documents=true"
     assert mmrec(*fit(Path("out"), "--trainer.max_steps=3", "--run=r", reset)) == 0
+    assert last("r")["global_step"] == 3
+    capsys.readouterr()
     assert mmrec("generate", "--run", "r", "--ckpt", "last", "--length", "5", "--prompt", "The") == 0
+    written = capsys.readouterr().out
+    assert written.startswith("The")
+    assert len(written) > len("The\n")
 
 
 def test_the_result_does_not_depend_on_the_workers(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from layouts import tar_of, texts, write_json_lines
 
 from mmrec.core.errors import UserError
@@ -19,8 +19,6 @@ from mmrec.data.store import open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-Command = Callable[..., int]
 
 
 def read(path: Path, reader: str = "jsonl", field: str = "text") -> list[Record]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import Command, make_text
 from layouts import split_at_separator, texts, write_json_lines
 
 from mmrec.data.store import TokenFolder, open_tokens
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-
-Command = Callable[..., int]
 
 
 def sides(tokens: TokenFolder) -> tuple[list[str], list[str]]:

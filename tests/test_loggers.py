@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conftest import Command
 from helpers import fit, losses
 from lightning.pytorch.loggers import Logger
-from test_cli import Command
 
 CSV = ["--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=tables"]
 MEASURED = ("val_loss_by_position/from_0", "val_half_life/layer0_short", "val_state_norm/layer1_long", "val/loss")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import checkpoints, fit, last, losses
+from conftest import Command
+from helpers import BATCH, checkpoints, fit, last, losses
 from torch.distributions import Categorical
 
 from mmrec.checkpoints.checkpoint import load_model
@@ -17,8 +17,6 @@ from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import token_nll
 from mmrec.model import reset_state_rows
 from mmrec.training.losses import confidence, confidence_weight
-
-Command = Callable[..., int]
 
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
@@ -48,7 +46,7 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
     assert losses("with", "val/loss") == losses("without", "val/loss")
 
     tokens, net = open_tokens(prepared), load_model(checkpoints("with") / "last.ckpt").net
-    stream, state = SegmentSampler(tokens.train, 2, 64), net.zero_state(2)
+    stream, state = SegmentSampler(tokens.train, *BATCH), net.zero_state(BATCH[0])
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):

@@ -11,15 +11,15 @@ import shlex
 import shutil
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 
 from mmrec import MemoryLM
+from mmrec.checkpoints.checkpoint import load_model
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.inference.reading import iter_nll
@@ -28,7 +28,6 @@ from mmrec.model import ModelConfig
 from mmrec.model import RecurrentLM as Net
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer
 
-Command = Callable[..., int]
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
 
@@ -252,7 +251,9 @@ def test_the_documentation_s_python_runs(trained: str, text: str, capsys: pytest
     for example in examples:
         exec(compile(example, "docs/memory.md", "exec"), {})
     assert capsys.readouterr().out
-    assert Path("book.mem").is_file()
+    loaded = load_model(Path("lightning_logs/a/checkpoints/best.ckpt"))
+    kept = load_memory(Path("book.mem"), loaded.net, model_hash(loaded.net, loaded.tokenizer))
+    assert kept.position >= 3000
 
 
 def test_the_documentation_s_commands_run(mmrec: Command, trained: str, text: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import checkpoints, fit, last
+from conftest import Command
+from helpers import BATCH, checkpoints, fit, last
 from torch.nn import functional as F
 
 from mmrec.checkpoints.checkpoint import load_model
@@ -16,8 +16,6 @@ from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets
-
-Command = Callable[..., int]
 
 SECOND = "--model.mtp_loss_weight=0.5"
 
@@ -38,7 +36,7 @@ def gradient_by_hand(run: str, data: Path, weight: float) -> torch.Tensor:
     net = load_model(checkpoints(run) / "last.ckpt").net
     second = MTPHead(net.config.dim)
     second.load_state_dict({k.removeprefix("mtp_head."): v for k, v in saved.items() if k.startswith("mtp_head.")})
-    stream, state = SegmentSampler(open_tokens(data).train, 2, 64), net.zero_state(2)
+    stream, state = SegmentSampler(open_tokens(data).train, *BATCH), net.zero_state(BATCH[0])
     for number in range(4):
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import Command
 from helpers import fit, last
+from processes import run
 
 from mmrec.checkpoints.checkpoint import load_model
-
-Command = Callable[..., int]
 
 pytestmark = pytest.mark.slow
 
@@ -23,15 +18,6 @@ DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = ["--trainer.devices=2", "--trainer.strategy=sharded"]
 LOSSES = ["--model.mtp_loss_weight=0.5", "--model.confidence_penalty=0.3"]
 EXACT = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.max_epochs=-1", "--trainer.max_steps=20"]
-
-
-def run(folder: Path, *args: object, status: int = 0) -> str:
-    """Run a command in ``folder``, in processes of its own, and return what it printed, or said of its failure."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "mmrec", *map(str, args)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr if status else done.stdout
 
 
 def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -54,7 +40,7 @@ def test_two_processes_learn_what_one_does(
     assert mmrec(*fit(prepared, *options, "--data.batch_size=4", "--run=one")) == 0
     one = trained("one", tmp_path)
     for way, strategy in ways.items():
-        run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"))
+        run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"), ranks=2)
         two = trained(way, tmp_path)
         assert one.keys() == two.keys()
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
@@ -73,11 +59,11 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     options += ["--data.batch_size=2", "--model.min_lr_ratio=1.0", *FSDP]
     # Validations on the way: what the first process shows of them must not wait for the others.
     validated = ["--trainer.val_check_interval=10", "--trainer.limit_val_batches=2"]
-    run(tmp_path, *fit(prepared, *options, *validated, "--trainer.max_steps=20", "--run=whole"))
-    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=12", "--run=parts"))
+    run(tmp_path, *fit(prepared, *options, *validated, "--trainer.max_steps=20", "--run=whole"), ranks=2)
+    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=12", "--run=parts"), ranks=2)
     folder = tmp_path / "lightning_logs" / "parts" / "checkpoints"
     assert len(list((folder / "last.ckpt").glob("*.distcp"))) == 2
-    run(tmp_path, "fit", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=20")
+    run(tmp_path, "fit", "--run=parts", "--ckpt_path=last", "--trainer.max_steps=20", ranks=2)
     ends = [
         load_model(tmp_path / "lightning_logs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
     ]
@@ -87,13 +73,13 @@ def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert mmrec("generate", "--run=whole", "--ckpt=last", "--length=5", "--prompt=to be") == 0
     # Both processes read all of the validation text, and one of them says what came of it.
-    assert run(tmp_path, "validate", "--run=whole", "--ckpt_path=last").count("validation (carried") == 1
-    assert run(tmp_path, "predict", "--run=whole", "--ckpt_path=last").count("predictions.tsv") == 1
+    assert run(tmp_path, "validate", "--run=whole", "--ckpt_path=last", ranks=2).count("validation (carried") == 1
+    assert run(tmp_path, "predict", "--run=whole", "--ckpt_path=last", ranks=2).count("predictions.tsv") == 1
 
 
 def test_averages_of_weights_need_a_model_that_is_whole(prepared: Path, tmp_path: Path) -> None:
     average = ["--trainer.callbacks+=EMAWeightAveraging", "--run=a"]
-    said = run(tmp_path, *fit(prepared, *FSDP, *average), status=2)
+    said = run(tmp_path, *fit(prepared, *FSDP, *average), ranks=2, status=2)
     assert "leave it out by --trainer.callbacks null" in said
     assert "Traceback" not in said
     assert not (tmp_path / "lightning_logs" / "a").exists()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Command = Callable[..., int]
+from conftest import Command
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import Command
 from helpers import fit
 
 from mmrec.core.runtime import native_precision
-
-Command = Callable[..., int]
 
 
 def has(monkeypatch: pytest.MonkeyPatch, cuda: bool, **units: bool) -> None:

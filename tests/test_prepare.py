@@ -6,13 +6,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHAKESPEARE
+from conftest import SHAKESPEARE, Command
 
 from mmrec.core.errors import UserError
 from mmrec.data.corpora.base import Document
@@ -188,7 +187,7 @@ def test_a_file_in_the_way(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
-    mmrec: Callable[..., int],
+    mmrec: Command,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -270,7 +269,7 @@ def test_what_is_no_token_folder_is_refused(tmp_path: Path, prepared: Path) -> N
 
 
 def test_a_text_file_may_stand_where_a_corpus_does(
-    mmrec: Callable[..., int], tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "my.novel.txt").write_text(text)
     assert mmrec("prepare", "my.novel.txt") == 0

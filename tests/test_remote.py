@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from helpers import fit, last
 
 from mmrec.core.errors import UserError
@@ -19,8 +20,6 @@ from mmrec.data import remote_store as remote
 from mmrec.data.batches import SegmentSampler, StatefulEvalLoader
 from mmrec.data.remote_store import RemoteTokens, open_remote_tokens
 from mmrec.data.store import open_tokens
-
-Command = Callable[..., int]
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from helpers import fit
 
 from mmrec.core.errors import UserError
@@ -16,7 +16,6 @@ from mmrec.report.charts import Line, line_chart, spread_chart, ticks
 from mmrec.report.page import render
 from mmrec.report.run import read_run
 
-Command = Callable[..., int]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -73,8 +72,8 @@ def write(text: str, events: Path) -> None:
 
 
 def test_the_page_of_a_run(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    every = ["--trainer.val_check_interval=20", "--trainer.log_every_n_steps=5"]
-    assert mmrec(*fit(prepared, *every, "--trainer.max_steps=60", "--trainer.max_epochs=-1", "--run=a")) == 0
+    every = ["--trainer.val_check_interval=7", "--trainer.log_every_n_steps=5"]
+    assert mmrec(*fit(prepared, *every, "--trainer.max_steps=21", "--trainer.max_epochs=-1", "--run=a")) == 0
     evil = '<script>alert("x")</script> & <img src=https://example.org/x.png onerror=alert(1)> </pre></table>'
     write(evil, Path("lightning_logs/a"))
     capsys.readouterr()
@@ -85,7 +84,7 @@ def test_the_page_of_a_run(mmrec: Command, prepared: Path, capsys: pytest.Captur
     assert evil in page.text
     run = read_run(Path("lightning_logs/a"))
     updates, loss = min(run.curve("val/loss").items(), key=lambda item: item[1])
-    assert list(run.curve("val/loss")) == [20, 40, 60]
+    assert list(run.curve("val/loss")) == [7, 14, 21]
     assert f"{loss:.4f} nats/token" in page.text
     assert f"best.ckpt: {loss:.4f} nats/token after {updates} updates" in page.text
     for heading in ("Loss", "Loss by position", "Half-lives of the memories", "Layers", "Samples over time"):

@@ -8,15 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIGURES, REPOSITORY, Figure
+from conftest import FIGURES, REPOSITORY, Command, Figure
 from helpers import assert_same_training, checkpoints, fit, last, losses
-
-Command = Callable[..., int]
+from processes import interrupt, run, start_ranks, wait
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
@@ -90,55 +90,67 @@ def test_from_every_saved_step(
 # Two processes
 
 
-def command_line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mmrec", *arguments]
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_line(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
+def saves(folder: Path, arguments: Sequence[str], wait: Callable[[float], bool]) -> None:
+    """Return when the run that ``arguments`` name has saved once more, or ``wait`` of some seconds says: ended."""
+    name = next(a for a in arguments if a.startswith("--run=")).removeprefix("--run=")
+    path = checkpoints(name, folder) / "last.ckpt"
+
+    def stored() -> int | None:
+        return path.stat().st_ino if path.exists() else None
+
+    before = stored()
+    while stored() == before and not wait(0.02):
+        pass
 
 
-def interrupted(folder: Path, *arguments: str) -> int:
-    """Run a command, send Ctrl-C to all its processes when it has saved once, and return its status."""
+def interrupted(folder: Path, *arguments: str, ranks: int) -> int:
+    """Run a command in ``ranks`` processes, send Ctrl-C to all when it has saved once, and return its status."""
+    processes = start_ranks(folder, arguments, ranks)
+
+    def ended(seconds: float) -> bool:
+        processes[0].join(seconds)
+        return not processes[0].is_alive()
+
+    saves(folder, arguments, ended)
+    interrupt(processes)
+    return wait(processes)
+
+
+def interrupted_where_lightning_starts_the_others(folder: Path, *arguments: str) -> int:
+    """The same as it is typed: one process, which starts what else it needs."""
     process = subprocess.Popen(
-        command_line(*arguments),
+        [sys.executable, "-m", "mmrec", *arguments],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    name = next(a for a in arguments if a.startswith("--run=")).removeprefix("--run=")
-    path = checkpoints(name, folder) / "last.ckpt"
-    before = path.stat().st_ino if path.exists() else None
-    while (path.stat().st_ino if path.exists() else before) == before and process.poll() is None:
-        try:
-            process.wait(0.02)
-        except subprocess.TimeoutExpired:
-            continue
+
+    def ended(seconds: float) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        return process.poll() is not None
+
+    saves(folder, arguments, ended)
     os.killpg(process.pid, signal.SIGINT)
     return process.wait(120)
 
 
 def test_two_processes(prepared: Path, tmp_path: Path, figure: Figure) -> None:
-    options = ["--trainer.max_epochs=3", "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
+    options = ["--trainer.max_epochs=2", "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
     options += ["--trainer.accumulate_grad_batches=2", *EMA]
-    whole = fit(prepared, *options, *TWO, "--run=whole")
-    done = run(tmp_path, *whole)
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"), ranks=2)
     end = last("whole", tmp_path)
 
-    assert interrupted(tmp_path, *fit(prepared, *options, *TWO, "--run=parts")) == 130
+    parts = fit(prepared, *options, *TWO, "--run=parts")
+    assert interrupted_where_lightning_starts_the_others(tmp_path, *parts) == 130
     stopped = last("parts", tmp_path)["global_step"]
     assert 0 < stopped < end["global_step"]
-    done = run(tmp_path, "fit", "--run=parts", "--ckpt_path=last")
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "fit", "--run=parts", "--ckpt_path=last", ranks=2)
     assert_same_training(end, last("parts", tmp_path))
     logged = losses("parts", root=tmp_path)
     assert logged.items() <= losses("whole", root=tmp_path).items()
@@ -165,22 +177,20 @@ def test_two_processes_go_on_as_one_and_one_as_two(
 ) -> None:
     """The rule: rows x processes stay. The memory and the place of every row are then taken up by the others."""
     # Products in bfloat16 would differ more by the order of their sums.
-    options = ["--trainer.max_epochs=3", "--model.dropout=0", "--trainer.precision=32-true"]
+    options = ["--trainer.max_epochs=2", "--model.dropout=0", "--trainer.precision=32-true"]
     options += ["--last.every_n_train_steps=3", "--trainer.callbacks+=tokens_read.TokensRead"]
-    done = run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"))
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"), ranks=2)
     expected = read(tmp_path)
-    assert interrupted(tmp_path, *fit(prepared, *options, *TWO, "--run=a")) == 130
+    assert interrupted(tmp_path, *fit(prepared, *options, *TWO, "--run=a"), ranks=2) == 130
     stops = [last("a", tmp_path)["global_step"]]
 
     again = ["fit", "--run=a", "--ckpt_path=last"]
     alone = [*again, "--trainer.devices=1", "--trainer.strategy=auto"]
     assert mmrec(*alone) == 2
     assert "rows 4 there, 2 here" in capsys.readouterr().err
-    assert interrupted(tmp_path, *alone, "--data.batch_size=4") == 130
+    assert interrupted(tmp_path, *alone, "--data.batch_size=4", ranks=1) == 130
     stops.append(last("a", tmp_path)["global_step"])
-    done = run(tmp_path, *again, *TWO, "--data.batch_size=2")
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, *again, *TWO, "--data.batch_size=2", ranks=2)
 
     one, other = last("a", tmp_path), last("whole", tmp_path)
     assert 0 < stops[0] < stops[1] < one["global_step"] == other["global_step"]

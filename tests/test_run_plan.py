@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints, fit, last
-from test_cli import Command
-from victim import start
+from processes import start
 
 from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, write_checkpoint
 from mmrec.core.errors import UserError

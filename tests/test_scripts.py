@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -100,7 +101,7 @@ def test_without_data_the_sample_corpus_is_trained_on(
     assert script("train_base_model", "--epochs", "1") == 0
     config = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())
     assert config["data"]["corpus"] == "sample"
-    assert Path("data/sample/manifest.json").exists()
+    assert json.loads(Path("data/sample/manifest.json").read_text())["corpus"]["name"] == "sample"
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="Tiny Shakespeare is not on this machine")
@@ -216,14 +217,14 @@ def test_quickstart_with_a_mirror(checkout: Path) -> None:
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
-    command = [sys.executable, REPOSITORY / "scripts" / "end_to_end.py", "all", "--megabytes", "3", "--updates", "40"]
+    command = [sys.executable, REPOSITORY / "scripts" / "end_to_end.py", "all", "--megabytes", "1", "--updates", "20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, verdict = done.stdout.splitlines()
-    assert verdict == "the weights after 40 and 40 updates are equal"
-    names = ["what", "---", "text", "prepare", "fit, 40 updates", "the same, killed", "gone on with", "validate"]
+    assert verdict == "the weights after 20 and 20 updates are equal"
+    names = ["what", "---", "text", "prepare", "fit, 20 updates", "the same, killed", "gone on with", "validate"]
     assert [row.split("|")[1].strip() for row in rows] == names
-    assert int(rows[5].split(";")[1].split()[0]) in range(20, 40)
+    assert int(rows[5].split(";")[1].split()[0]) in range(10, 20)
     assert (
         subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode != 0
     )  # never over another

@@ -208,7 +208,7 @@ def test_names_in_a_path(client: Client, memories: Path) -> None:
         for method, path in (("GET", f"{name}/file"), ("GET", name), ("DELETE", name)):
             status, _ = client.ask(method, f"/v1/memories/{path}")
             assert status in (400, 404, 405)
-    assert (memories.parent / "secret.mem").exists()
+    assert (memories.parent / "secret.mem").read_bytes() == b"secret"
 
 
 def test_bad_uploads(client: Client, memories: Path, small_model: LoadedModel, tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_text
+from conftest import Command, make_text
 from harness import Harness, nats
 from safetensors.torch import load_file
 from serving import LIMITS, Client, make_service, running
@@ -25,7 +24,6 @@ from mmrec.serve.protocol import CompletionRequest
 from mmrec.serve.service import Started
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, make_tokenizer
 
-Command = Callable[..., int]
 TEXT = "Çay, üç şişe: öğle çorbas\u0131… 😀\nto be or not to be\n" * 60
 
 

@@ -49,83 +49,133 @@ def until(page: Any, condition: str) -> None:
     raise AssertionError(f"{condition}: {page.inner_text('body')}")
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(small_model: LoadedModel, memories: Path, tmp_path: Path) -> None:
-    service = make_service(small_model, memories, replace(LIMITS, max_tokens=4096))
-    with running(service, KEY) as client, browser() as chromium:
-        page = chromium.new_page()
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("dialog", lambda dialog: dialog.accept())
-        page.goto(f"http://localhost:{client.port}/")
-        page.fill("#key", KEY)
-        page.click("text=Unlock")
-        page.wait_for_selector("#locked", state="hidden")
-        problems.clear()  # the first request, without the key, was refused
+class Sheet:
+    """The page of a server in a browser, unlocked, with what went wrong in it.
 
-        # Typing: each character has a colour, and says its bits.
-        page.fill("#prompt", "to be or not")
-        until(page, "document.querySelectorAll('#sheet span').length === 12")
-        assert page.inner_text("#sheet") == "to be or not"
-        classes = page.eval_on_selector_all("#sheet span", "found => found.map(span => span.className)")
-        assert classes[0] == ""
-        assert all(re.fullmatch(r"s[0-6]", name) for name in classes[1:])
-        assert len(set(classes)) > 2
-        page.hover("#sheet span:nth-child(3)")
-        assert re.fullmatch(r'" " \d+\.\d\d bits', page.inner_text("#tip"))
-        assert "bits per byte" in page.inner_text("#figures")
+    Args:
+        chromium: the browser.
+        client: asks the same server.
+    """
 
-        # Writing.
-        page.fill("#tokens", "40")
-        page.fill("#seed", "1")
-        page.click("#write")
-        until(page, "document.querySelectorAll('#sheet .written').length === 40")
-        written = page.eval_on_selector_all("#sheet .written", "found => found.map(s => s.textContent).join('')")
-        alone = Client(client.port)
+    def __init__(self, chromium: Any, client: Client) -> None:
+        self.client, self.problems = client, list[str]()
+        self.page = chromium.new_page()
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
+        self.page.on("dialog", lambda dialog: dialog.accept())
+        self.page.goto(f"http://localhost:{client.port}/")
+        self.page.fill("#key", KEY)
+        self.page.click("text=Unlock")
+        self.page.wait_for_selector("#locked", state="hidden")
+        self.problems.clear()  # the first request, without the key, was refused
+
+    def write(self, prompt: str, tokens: int, seed: int) -> str:
+        """Write ``tokens`` characters after ``prompt``, and return them."""
+        for field, value in (("prompt", prompt), ("seed", seed), ("tokens", tokens)):
+            self.page.fill(f"#{field}", str(value))
+        self.page.click("#write")
+        until(self.page, f"document.querySelectorAll('#sheet .written').length === {tokens}")
+        return str(
+            self.page.eval_on_selector_all("#sheet .written", "found => found.map(s => s.textContent).join('')")
+        )
+
+    def asked(self, **options: Any) -> str:
+        """Return what the server writes to another client that asks for it."""
         key = {"authorization": f"Bearer {KEY}"}
-        asked = {"prompt": "to be or not", "max_tokens": 40, "temperature": 0.8, "seed": 1}
-        answer = alone.good("POST", "/v1/completions", asked, **key)
-        assert written == answer["choices"][0]["text"]
+        answer = self.client.good("POST", "/v1/completions", {"temperature": 0.8, **options}, **key)
+        return str(answer["choices"][0]["text"])
 
-        # A memory of all that, found again after a reload.
-        page.fill("#name", "mine")
-        page.click("#save")
-        until(page, "document.getElementById('memory').value === 'mine'")
-        assert "52 tokens read" in page.inner_text("#status")
-        with page.expect_download() as download:
-            page.click("#download")
-        download.value.save_as(tmp_path / "mine.mem")
-        assert (tmp_path / "mine.mem").read_bytes() == (memories / "mine.mem").read_bytes()
-        page.reload()
-        page.wait_for_selector("#memory option[value=mine]", state="attached")
-        page.select_option("#memory", "mine")
-        page.fill("#prompt", "")
-        page.fill("#seed", "2")
-        page.fill("#tokens", "10")
-        page.click("#write")
-        until(page, "document.querySelectorAll('#sheet .written').length === 10")
-        asked = {"memory": "mine", "max_tokens": 10, "temperature": 0.8, "seed": 2}
-        answer = alone.good("POST", "/v1/completions", asked, **key)
-        assert page.text_content("#sheet") == answer["choices"][0]["text"]
+    def save(self, name: str) -> None:
+        self.page.fill("#name", name)
+        self.page.click("#save")
+        until(self.page, f"document.getElementById('memory').value === '{name}'")
 
-        # Stopping, a character that the model does not know, uploading, a text file, deleting.
-        page.fill("#tokens", "4096")
-        page.click("#write")
-        until(page, "document.getElementById('sheet').textContent.length > 20")
-        page.click("#stop")
-        page.wait_for_selector("#write:enabled")
-        assert client.idle()
-        page.set_input_files("#memory-file", tmp_path / "mine.mem")
-        until(page, "document.getElementById('status').textContent.startsWith('mine: ')")
-        (tmp_path / "a text.txt").write_text("to be or not to be\n" * 20)
-        page.set_input_files("#text-file", tmp_path / "a text.txt")
-        page.wait_for_selector("#memory option[value=a-text]", state="attached")
-        page.click("#delete")
-        page.wait_for_selector("#memory option[value=a-text]", state="detached")
-        assert {path.name for path in memories.iterdir()} == {"mine.mem"}
-        assert problems == []
-        page.fill("#prompt", "to Ω")
-        page.wait_for_selector("#status.bad")
-        assert "'Ω'" in page.inner_text("#status")
-        assert page.inner_text("#sheet") == "to Ω"
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def sheet(chromium: Any, small_model: LoadedModel, memories: Path) -> Iterator[Sheet]:
+    service = make_service(small_model, memories, replace(LIMITS, max_tokens=4096))
+    with running(service, KEY) as client:
+        sheet = Sheet(chromium, client)
+        yield sheet
+        sheet.page.close()
+        assert sheet.problems == []
+
+
+@pytest.mark.slow
+def test_each_character_that_is_typed_has_a_colour_and_says_its_bits(sheet: Sheet) -> None:
+    page = sheet.page
+    page.fill("#prompt", "to be or not")
+    until(page, "document.querySelectorAll('#sheet span').length === 12")
+    assert page.inner_text("#sheet") == "to be or not"
+    classes = page.eval_on_selector_all("#sheet span", "found => found.map(span => span.className)")
+    assert classes[0] == ""
+    assert all(re.fullmatch(r"s[0-6]", name) for name in classes[1:])
+    assert len(set(classes)) > 2
+    page.hover("#sheet span:nth-child(3)")
+    assert re.fullmatch(r'" " \d+\.\d\d bits', page.inner_text("#tip"))
+    assert "bits per byte" in page.inner_text("#figures")
+
+
+@pytest.mark.slow
+def test_the_page_writes_what_the_server_writes_for_others(sheet: Sheet) -> None:
+    written = sheet.write("to be or not", tokens=40, seed=1)
+    assert written == sheet.asked(prompt="to be or not", max_tokens=40, seed=1)
+
+
+@pytest.mark.slow
+def test_a_memory_is_kept_and_found_again_after_a_reload(sheet: Sheet, memories: Path, tmp_path: Path) -> None:
+    page = sheet.page
+    sheet.write("to be or not", tokens=40, seed=1)
+    sheet.save("mine")
+    assert "52 tokens read" in page.inner_text("#status")
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "mine.mem")
+    assert (tmp_path / "mine.mem").read_bytes() == (memories / "mine.mem").read_bytes()
+    page.reload()
+    page.wait_for_selector("#memory option[value=mine]", state="attached")
+    page.select_option("#memory", "mine")
+    sheet.write("", tokens=10, seed=2)
+    assert page.text_content("#sheet") == sheet.asked(memory="mine", max_tokens=10, seed=2)
+
+
+@pytest.mark.slow
+def test_files_are_uploaded_read_and_deleted(sheet: Sheet, memories: Path, tmp_path: Path) -> None:
+    page = sheet.page
+    sheet.write("to be", tokens=5, seed=1)
+    sheet.save("mine")
+    (memories / "mine.mem").rename(tmp_path / "mine.mem")
+    page.set_input_files("#memory-file", tmp_path / "mine.mem")
+    until(page, "document.getElementById('status').textContent.startsWith('mine: ')")
+    (tmp_path / "a text.txt").write_text("to be or not to be\n" * 20)
+    page.set_input_files("#text-file", tmp_path / "a text.txt")
+    page.wait_for_selector("#memory option[value=a-text]", state="attached")
+    page.click("#delete")
+    page.wait_for_selector("#memory option[value=a-text]", state="detached")
+    assert {path.name for path in memories.iterdir()} == {"mine.mem"}
+
+
+@pytest.mark.slow
+def test_writing_is_stopped(sheet: Sheet) -> None:
+    page = sheet.page
+    page.fill("#tokens", "4096")
+    page.click("#write")
+    until(page, "document.getElementById('sheet').textContent.length > 20")
+    page.click("#stop")
+    page.wait_for_selector("#write:enabled")
+    assert sheet.client.idle()
+
+
+@pytest.mark.slow
+def test_a_character_that_the_model_does_not_know_is_named(sheet: Sheet) -> None:
+    sheet.page.fill("#prompt", "to Ω")
+    sheet.page.wait_for_selector("#status.bad")
+    assert "'Ω'" in sheet.page.inner_text("#status")
+    assert sheet.page.inner_text("#sheet") == "to Ω"
+    sheet.problems.clear()  # the request was refused

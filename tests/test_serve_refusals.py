@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 from serving import KEY, LIMITS, Client, make_service, running
 
 from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.serve.command import listen
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
-
-Command = Callable[..., int]
-
 
 # What is refused
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SHAKESPEARE
+from conftest import REPOSITORY, SHAKESPEARE, Command
 from statements import CONFIGS, LARGE, VOCABULARY, content, find, model, number, page, same
 
 from mmrec.baselines.models import GPT, make_baseline, size
@@ -37,7 +36,6 @@ from mmrec.training.dynamic import DYNAMIC_LENGTH
 from mmrec.training.mtp import MTPHead
 from mmrec.training.options import DataOptions
 
-Command = Callable[..., int]
 READMES = ("README.md", "README.tr.md")
 
 

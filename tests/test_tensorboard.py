@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Command
 from helpers import assert_same_training, fit, last, losses
 
 from mmrec.checkpoints.checkpoint import load_model
@@ -18,8 +18,6 @@ from mmrec.model.statistics import layer_statistics
 from mmrec.training.callbacks import measurements
 from mmrec.training.callbacks.measurements import RecurrentLayerStatistics, samples_table
 from mmrec.training.callbacks.tensorboard import CHARTS
-
-Command = Callable[..., int]
 
 
 def events(run: str) -> Any:
@@ -77,12 +75,12 @@ def test_the_bands_of_position_add_up_to_the_loss(mmrec: Command, prepared: Path
 
 
 def test_samples_stand_side_by_side_also_after_resuming(mmrec: Command, prepared: Path) -> None:
-    every = "--trainer.val_check_interval=10"
-    assert mmrec(*fit(prepared, every, "--trainer.max_steps=20", "--trainer.max_epochs=-1", "--run=a")) == 0
-    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=40") == 0
+    every = "--trainer.val_check_interval=7"
+    assert mmrec(*fit(prepared, every, "--trainer.max_steps=14", "--trainer.max_epochs=-1", "--run=a")) == 0
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=28") == 0
     table = events("a").Tensors("progress/text_summary")[-1].tensor_proto.string_val[0].decode()
     rows = table.splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["10", "20", "30", "40"]
+    assert [row.split(" | ")[0] for row in rows] == ["7", "14", "21", "28"]
     logged = losses("a", "val/loss")
     assert [float(row.split(" | ")[1]) for row in rows] == pytest.approx(list(logged.values()), abs=1e-4)
 
@@ -112,7 +110,7 @@ def test_any_text_is_shown_as_it_is() -> None:
 def test_what_is_shown_leaves_no_trace_in_the_training(
     mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["--trainer.max_epochs=2", "--trainer.val_check_interval=20", "--model.dropout=0.3"]
+    command = ["--trainer.max_epochs=2", "--trainer.val_check_interval=7", "--model.dropout=0.3"]
     assert mmrec(*fit(prepared, *command, "--run=shown")) == 0
     for callback in (measurements.RecurrentLayerStatistics, measurements.TextSample, measurements.LossByPosition):
         monkeypatch.setattr(callback, "on_validation_end", lambda *_: None)

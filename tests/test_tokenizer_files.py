@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_text
+from conftest import Command, make_text
 from foreign_tokenizers import WORDS, added, byte_level, sentencepiece
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers, processors, trainers
@@ -18,8 +17,6 @@ from mmrec.core.errors import UserError
 from mmrec.data.store import open_tokens
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 from mmrec.tokenizers.loading import PROBE, read_tokenizer
-
-Command = Callable[..., int]
 
 
 def write_foreign(path: Path, prefix_space: bool = False) -> HFTokenizer:

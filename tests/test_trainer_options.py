@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
 from helpers import checkpoints, fit, last, losses
-from test_cli import Command
 
 EVERY_STEP = "--trainer.log_every_n_steps=1"
-SHORT = ["--trainer.limit_train_batches=30", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 75 batches
+SHORT = ["--trainer.limit_train_batches=10", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 21 batches
 
 
 def test_short_epochs_are_all_of_one_length(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, *SHORT, "--run=a", EVERY_STEP)) == 0
-    assert list(losses("a", "val/loss")) == [29, 59, 89, 119]
-    assert list(losses("a", "train/learning_rate").values())[-1] == pytest.approx(0.05 * 3e-3, rel=0.01)
+    assert list(losses("a", "val/loss")) == [9, 19, 29, 39]
+    assert list(losses("a", "train/learning_rate").values())[-1] == pytest.approx(0.05 * 3e-3, rel=0.05)
 
 
 def test_loaders_that_are_asked_for_again_go_on(mmrec: Command, prepared: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_run_without_an_end_keeps_its_rate(mmrec: Command, prepared: Path) -> 
     never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1", EVERY_STEP]
     assert mmrec(*fit(prepared, "--trainer.max_epochs=-1", *never_better, "--run=a")) == 0
     rates = list(losses("a", "train/learning_rate").values())
-    assert rates[5:] == pytest.approx([3e-3] * 145)
+    assert rates[5:] == pytest.approx([3e-3] * 37)
 
 
 def test_the_throughput_is_logged_as_often_as_the_loss(mmrec: Command, prepared: Path) -> None:
@@ -88,7 +88,7 @@ def test_another_name_is_another_run_and_replaces_none(
     files = {path: path.read_bytes() for run in ("a", "b") for path in checkpoints(run).iterdir()}
     here = "--ckpt_path=lightning_logs/a/checkpoints/last.ckpt"
     assert mmrec("fit", here, "--run=branch", "--trainer.max_epochs=2") == 0
-    assert last("branch")["global_step"] == 150
+    assert last("branch")["global_step"] == 42
     assert mmrec("fit", here, "--run=b", "--trainer.max_epochs=2") == 2
     assert "the run 'b' already exists" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
@@ -98,18 +98,18 @@ def test_another_name_is_another_run_and_replaces_none(
     checkpoints("branch").symlink_to(Path("elsewhere").absolute())
     for way, epochs in (("link/checkpoints/last.ckpt", 3), ("last", 4)):
         assert mmrec("fit", "--run=branch", f"--ckpt_path={way}", f"--trainer.max_epochs={epochs}") == 0
-        assert last("branch")["global_step"] == 75 * epochs
+        assert last("branch")["global_step"] == 21 * epochs
     # The run of another root has the name of one here, which is not touched either.
     other = ["--trainer.default_root_dir=other", "--trainer.max_epochs=1", "--run=a"]
     assert mmrec(*fit(prepared, *other)) == 0
     there = ["--ckpt_path=other/lightning_logs/a/checkpoints/last.ckpt", "--trainer.default_root_dir=."]
     assert mmrec("fit", *there, "--trainer.max_epochs=2") == 0
-    assert last("version_0")["global_step"] == 150
+    assert last("version_0")["global_step"] == 42
     assert {path: path.read_bytes() for path in files} == files
 
 
 REFUSED = {
-    "interval": (["--trainer.val_check_interval=1000"], "an epoch has 75 batches"),
+    "interval": (["--trainer.val_check_interval=1000"], "an epoch has 21 batches"),
     "share": (["--trainer.val_check_interval=1.5"], "invalid value 1.5 for val_check_interval"),
     "nothing": (["--trainer.limit_train_batches=0.0001"], "which leaves none of the 75 batches"),
     "none": (["--trainer.limit_train_batches=0"], "limit_train_batches is 0, which leaves none of the 75 batches"),

@@ -8,20 +8,17 @@ import io
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Command
 from helpers import fit
 
 from mmrec import MemoryLM
 from mmrec.data.store import open_tokens
 from mmrec.inference.text_input import iter_pieces
 from mmrec.tokenizers import TOKENIZERS, StreamDecoder, Tokenizer, make_tokenizer
-
-Command = Callable[..., int]
 
 SENTENCES = """\
 Sabah erkenden uyandım; ışık, perdenin arasından ince bir çizgi gibi sızıyordu.

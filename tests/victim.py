@@ -1,12 +1,8 @@
-"""A training in a process of its own, which a test can end at any moment.
-
-The processes are forked from a server that has imported everything: a start takes a fraction of a second.
-"""
+"""What a training in a process of its own is prepared with, so that it ends at a moment, or meets a full disk."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import resource
 import struct
@@ -20,36 +16,6 @@ from helpers import kill_here
 Moment = tuple[str, int, float]
 """Where to die: ("step", updates, seconds after), or (a stage of saving, saves before, share of the file)."""
 STAGES = ("write", "seal", "fsync", "link", "rename", "folder")
-
-
-def server() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmrec.training.cli", "torch.utils.tensorboard", "victim"])
-    return context
-
-
-def start(folder: Path, arguments: list[str], prepare: Callable[..., None] | None = None, *more: object) -> object:
-    """Start ``mmrec`` with ``arguments`` in ``folder``, after ``prepare(*more)`` in the new process."""
-    process = server().Process(target=_train, args=(folder, arguments, prepare, more))
-    process.start()
-    return process
-
-
-def _train(folder: Path, arguments: list[str], prepare: Callable[..., None] | None, more: tuple[object, ...]) -> None:
-    import torch
-
-    from mmrec.cli import main
-
-    os.chdir(folder)
-    os.setsid()
-    torch.set_num_threads(1)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if prepare is not None:
-        prepare(*more)
-    status = main(arguments)
-    os._exit(status)
 
 
 def die(moment: Moment) -> None:

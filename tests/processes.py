@@ -1,0 +1,98 @@
+"""Commands in processes of their own, forked from a server that has imported everything.
+
+A start takes a tenth of a second, where torch and Lightning take seconds to import. What happens at that import or
+before it, and the processes that Lightning starts by itself, want a new interpreter: those tests start one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+OUTPUT = "output.txt"
+"""What the processes that were started in a folder have printed, and said of their failures."""
+
+
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmrec.training.cli", "torch.utils.tensorboard"])
+    return context
+
+
+def start(
+    folder: Path, arguments: Sequence[object], prepare: Callable[..., None] | None = None, *more: object
+) -> ForkServerProcess:
+    """Start ``mmrec`` with ``arguments`` in ``folder``, after ``prepare(*more)`` in the new process."""
+    process = server().Process(target=_command, args=(folder, [str(one) for one in arguments], prepare, more))
+    process.start()
+    return process
+
+
+def start_ranks(folder: Path, arguments: Sequence[object], count: int) -> list[ForkServerProcess]:
+    """Start ``count`` processes that train together, as torchrun does: each is told its rank. One is told nothing."""
+    if count == 1:
+        return [start(folder, arguments)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    ranks = [common | {"LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start(folder, arguments, _set_environment, rank) for rank in ranks]
+
+
+def wait(processes: Sequence[ForkServerProcess], seconds: float = 240) -> int:
+    """Return the exit status of the first of ``processes``, negative for a signal, when all have ended."""
+    for process in processes:
+        process.join(seconds)
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+    assert not late, f"{len(late)} of {len(processes)} processes have not ended"
+    assert processes[0].exitcode is not None
+    return processes[0].exitcode
+
+
+def run(folder: Path, *arguments: object, ranks: int = 1, status: int = 0) -> str:
+    """Run a command in ``folder`` in ``ranks`` processes to its end, and return what they printed or said."""
+    output = folder / OUTPUT
+    output.unlink(missing_ok=True)
+    processes = start_ranks(folder, arguments, ranks)
+    wait(processes)
+    said = output.read_text(encoding="utf-8")
+    assert {process.exitcode for process in processes} == {status}, said
+    return said
+
+
+def interrupt(processes: Sequence[ForkServerProcess], number: signal.Signals = signal.SIGINT) -> None:
+    """Send a signal to all of them, as a terminal does."""
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    os.environ.update(values)
+
+
+def _command(
+    folder: Path, arguments: list[str], prepare: Callable[..., None] | None, more: tuple[object, ...]
+) -> None:
+    import torch
+
+    from mmrec.cli import main
+
+    os.chdir(folder)
+    os.setsid()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if prepare is not None:
+        prepare(*more)
+    raise SystemExit(main(arguments))
