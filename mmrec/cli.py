@@ -3,40 +3,117 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 from mmrec import __version__
-from mmrec.core.errors import UserError, exit_status, nearest, open_missing_streams
+from mmrec.core.errors import UserError, exit_status, nearest
 from mmrec.core.options import Parser, call
+from mmrec.core.runtime import configure, configure_streams
 from mmrec.core.text_files import is_unicode
 
-LIGHTNING_COMMANDS = {
-    "fit": "train a model, and validate it as it learns",
-    "validate": "score a checkpoint on the validation text",
-    "test": "the same, under the name test/ instead of val/",
-    "predict": "write how well each token of the validation text was predicted",
-}
-OTHER_COMMANDS = {
-    "prepare": "turn a corpus, a file or a folder into training and validation tokens",
-    "generate": "write text with a trained model",
-    "read": "read a text of any length, and keep what was read in a small file",
-    "score": "print how well a text is predicted, in total and by position",
-    "export": "write a trained model for transformers, onnxruntime, or as one safetensors file",
-    "serve": "answer requests of OpenAI's completions API, and show a page to type in",
-    "eval": "measure what the memory remembers, beside other models",
-    "report": "write a page about a run that opens without a network",
-    "bench": "compare speed, memory and learning with other models, side by side",
-}
 CORPUS_HELP = (
     "tiny_shakespeare, shakespeare_plays, sample, file, directory, openwebtext, wikipedia, c4, hf:OWNER/NAME, or "
     "your own files and folders"
 )
-COMMANDS = OTHER_COMMANDS | LIGHTNING_COMMANDS
+
+
+def _prepare_arguments(parser: Parser) -> None:
+    parser.add_argument("corpus", nargs="?", help=CORPUS_HELP)
+    parser.add_argument("paths", nargs="*", help="files and folders, for a large corpus")
+    for flag, about in {
+        "force": "replace another token folder at output_dir",
+        "verify": "only check the files of output_dir",
+        "drop_duplicates": "keep one of several documents with the same text (large corpora)",
+    }.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=about)
+
+
+def _text_argument(parser: Parser) -> None:
+    parser.add_argument("file", help="a UTF-8 text, or - for standard input")
+
+
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
+
+
+def _report_arguments(parser: Parser) -> None:
+    parser.add_argument("run", help="name of a run in lightning_logs, or its folder")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and where to find it: nothing of it is imported before it is run.
+
+    Attributes:
+        about: one line of the help.
+        function: the module and the function, whose signature and docstring give the options.
+        arguments: adds those of its parameters whose names are not all there is to say.
+        extra: the extra of the package that it needs.
+        parses: the function takes the arguments as they were typed.
+        computes: it runs a model.
+    """
+
+    about: str
+    function: str
+    arguments: Callable[[Parser], None] = lambda parser: None
+    extra: str | None = None
+    parses: bool = False
+    computes: bool = True
+
+
+_TRAINING = "mmrec.training.cli:run_lightning"
+COMMANDS = {
+    "prepare": Command(
+        "turn a corpus, a file or a folder into training and validation tokens",
+        "mmrec.data.prepare:prepare",
+        _prepare_arguments,
+        computes=False,
+    ),
+    "generate": Command("write text with a trained model", "mmrec.inference.generate:generate"),
+    "read": Command(
+        "read a text of any length, and keep what was read in a small file",
+        "mmrec.inference.scoring:read",
+        _text_argument,
+    ),
+    "score": Command(
+        "print how well a text is predicted, in total and by position",
+        "mmrec.inference.scoring:score",
+        _text_argument,
+    ),
+    "export": Command(
+        "write a trained model for transformers, onnxruntime, or as one safetensors file",
+        "mmrec.export.command:export",
+        _export_arguments,
+    ),
+    "serve": Command(
+        "answer requests of OpenAI's completions API, and show a page to type in",
+        "mmrec.serve.command:serve",
+        extra="serve",
+    ),
+    "eval": Command(
+        "measure what the memory remembers, beside other models", "mmrec.evals.command:evaluate", parses=True
+    ),
+    "report": Command(
+        "write a page about a run that opens without a network",
+        "mmrec.report.page:report",
+        _report_arguments,
+        computes=False,
+    ),
+    "bench": Command(
+        "compare speed, memory and learning with other models, side by side", "mmrec.bench.compare:bench"
+    ),
+    "fit": Command("train a model, and validate it as it learns", _TRAINING, parses=True),
+    "validate": Command("score a checkpoint on the validation text", _TRAINING, parses=True),
+    "test": Command("the same, under the name test/ instead of val/", _TRAINING, parses=True),
+    "predict": Command("write how well each token of the validation text was predicted", _TRAINING, parses=True),
+}
 
 
 def run() -> None:
     """Run the command that the process was started with, and exit."""
-    open_missing_streams()
+    configure_streams()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -54,7 +131,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10}{command.about}" for name, command in COMMANDS.items())
     return (
         "usage: mmrec COMMAND [options]; 'mmrec COMMAND --help' says more\n\n"
         f"Train a recurrent-memory language model on your own text.\n\n{rows}\n\n"
@@ -65,70 +142,36 @@ def _overview() -> str:
     )
 
 
-def _parser(command: str) -> Parser:
-    return Parser(prog=f"mmrec {command}", description=OTHER_COMMANDS[command])
-
-
-def _dispatch(command: str, *options: str) -> None:
-    args = list(options)
-    for arg in (command, *args):
+def _dispatch(name: str, *typed: str) -> None:
+    args = list(typed)
+    for arg in (name, *args):
         if not is_unicode(arg):
             raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")
-    match command:
-        case "prepare":
-            from mmrec.data.prepare import prepare
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    configure(command.computes)
+    function = import_function(name)
+    if command.function == _TRAINING:
+        function(name, args)
+    elif command.parses:
+        function(args)
+    else:
+        parser = Parser(prog=f"mmrec {name}", description=command.about)
+        command.arguments(parser)
+        call(function, parser, args)
 
-            flags = {
-                "force": "replace another token folder at output_dir",
-                "verify": "only check the files of output_dir",
-                "drop_duplicates": "keep one of several documents with the same text (large corpora)",
-            }
-            parser = _parser(command)
-            parser.add_argument("corpus", nargs="?", help=CORPUS_HELP)
-            parser.add_argument("paths", nargs="*", help="files and folders, for a large corpus")
-            for flag, about in flags.items():
-                parser.add_argument(f"--{flag}", action="store_true", help=about)
-            call(prepare, parser, args)
-        case "generate":
-            from mmrec.inference.generate import generate
 
-            call(generate, _parser(command), args)
-        case "read" | "score":
-            from mmrec.inference import scoring as reading
-
-            parser = _parser(command)
-            parser.add_argument("file", help="a UTF-8 text, or - for standard input")
-            call(getattr(reading, command), parser, args)
-        case "export":
-            from mmrec.export.command import export
-
-            parser = _parser(command)
-            parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
-            call(export, parser, args)
-        case "report":
-            from mmrec.report.page import report
-
-            parser = _parser(command)
-            parser.add_argument("run", help="name of a run in lightning_logs, or its folder")
-            call(report, parser, args)
-        case "serve":
-            try:
-                from mmrec.serve.command import serve
-            except ModuleNotFoundError as error:
-                raise UserError(f"no package {error.name!r}; serving needs it: pip install 'mmrec[serve]'") from None
-
-            call(serve, _parser(command), args)
-        case "bench":
-            from mmrec.bench.compare import bench
-
-            call(bench, _parser(command), args)
-        case "eval":
-            from mmrec.evals.command import evaluate
-
-            evaluate(args)
-        case _ if command in LIGHTNING_COMMANDS:
-            from mmrec.training.cli import run_lightning
-
-            run_lightning(command, args)
-        case _:
-            raise UserError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+def import_function(name: str) -> Callable[..., object]:
+    """Return the function of the command ``name``; UserError where a package of its extra is missing."""
+    command = COMMANDS[name]
+    module, _, function = command.function.partition(":")
+    try:
+        found: Callable[..., object] = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if command.extra is None or (error.name or "").partition(".")[0] == "mmrec":
+            raise
+        raise UserError(
+            f"no package {error.name!r}; mmrec {name} needs it: pip install 'mmrec[{command.extra}]'"
+        ) from None
+    return found

@@ -10,7 +10,7 @@ import torch
 import yaml
 from helpers import fit
 
-from mmrec.core.precision import native_precision
+from mmrec.core.runtime import native_precision
 
 Command = Callable[..., int]
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.baselines.models import GPT, LSTM
-from mmrec.core.precision import FULL, MIXED
+from mmrec.core.runtime import FULL, MIXED
 from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight

@@ -21,7 +21,7 @@ from mmrec.bench.plot import plot
 from mmrec.bench.tables import OURS, show_learning, show_reading, show_speed, show_time_to_target
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
-from mmrec.core.precision import native_precision
+from mmrec.core.runtime import native_precision
 from mmrec.data.store import open_tokens
 
 VOCABULARY = 65

@@ -20,8 +20,7 @@ from torch import Tensor
 from mmrec.baselines.learning import make_batches, train_step, validation_loss
 from mmrec.baselines.models import GPT, Cache, make_baseline, size
 from mmrec.baselines.training import HYPERPARAMETERS, Hyperparameters, TrainingLoop, carries_state, initial_state
-from mmrec.core.allocation import keep_freed_pages
-from mmrec.core.precision import FULL
+from mmrec.core.runtime import FULL, configure
 from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
 from mmrec.model.decode import Decoder
@@ -194,7 +193,6 @@ def learning(options: LearningOptions) -> dict[str, Any]:
     Scoring is not counted in the time.
     """
     torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
     data = open_tokens(Path(options.folder))
     chosen = hyperparameters_of(options.baseline, options.time_to_target)
     model = make_baseline(options.baseline, data.tokenizer.vocab_size, chosen.seq_len)
@@ -228,7 +226,7 @@ def main() -> None:
     """Make the measurement that the first argument asks for."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
-    keep_freed_pages()
+    configure()
     torch.manual_seed(0)
     before = peak_memory()
     result = MEASUREMENTS[request.pop("measurement")](**request)

@@ -58,21 +58,6 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
     return 2
 
 
-def open_missing_streams() -> None:
-    """Let the standard streams that the process was started without (``>&-``, some daemons) lead nowhere.
-
-    Python has None for them, which libraries do not expect, and the next file that is opened would take their place:
-    a checkpoint would be what C code prints into.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)  # for the processes that are started from here
-    os.close(number)
-    sys.stdin, sys.stdout, sys.stderr = (
-        stream or open(os.devnull, mode)  # noqa: SIM115 - open as long as the process runs
-        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
-    )
-
-
 def _interrupted(error: BaseException | None) -> bool:
     """Whether it is Ctrl-C, or what a library met as it cleaned up after it (loguru a lock that was held)."""
     while error is not None and not isinstance(error, KeyboardInterrupt):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._core import ArgumentGroup
+from jsonargparse._typehints import ActionTypeHint, adapt_typehints
 
 from mmrec.core.config_files import check_config
 from mmrec.core.errors import UserError, nearest, one_line
@@ -33,21 +37,111 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
     return UserError(text + hint)
 
 
-class Parser(ArgumentParser):
-    """A parser whose errors are :class:`mmrec.core.errors.UserError`."""
+def _kinds(typehint: Any) -> tuple[Any, ...]:
+    """Return the types of an option, without the None of one that may be left out."""
+    kinds = get_args(typehint) if get_origin(typehint) in (Union, UnionType) else (typehint,)
+    return tuple(kind for kind in kinds if kind is not NoneType)
+
+
+def _is_text(typehint: Any) -> bool:
+    """Whether an option is a text or a path."""
+    kinds = _kinds(typehint)
+    return bool(kinds) and all(
+        isinstance(kind, type) and (kind is str or issubclass(kind, os.PathLike)) for kind in kinds
+    )
+
+
+class TextAction(ActionTypeHint):
+    """An option of text or path: its value is what was typed, where jsonargparse would read YAML.
+
+    ``--prompt "# Act I"`` would be None to it, as ``null``, ``~`` and ``---`` are (jsonargparse 4.47).
+    """
+
+    def _check_type(self, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
+        if type(value) is not str:
+            return super()._check_type(value, append=append, cfg=cfg, mode=mode)
+        kinds = _kinds(self._typehint)
+        return value if str in kinds else adapt_typehints(value, kinds[0], default=self.default)
+
+    def instantiate_classes(self, value: Any) -> Any:
+        return value
+
+    def serialize(self, value: Any, dump_kwargs: Any = None) -> Any:
+        return None if value is None else os.fspath(value)
+
+
+class _TextOptions:
+    """Adds options of text or path as :class:`TextAction`."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        action = super().add_argument(*args, **kwargs)  # type: ignore[misc]
+        if type(action) is ActionTypeHint and _is_text(action._typehint):
+            action.__class__ = TextAction
+        return action
+
+
+class _Group(_TextOptions, ArgumentGroup):
+    """A group of options of a :class:`Parser`."""
+
+
+class Parser(_TextOptions, ArgumentParser):
+    """A parser that takes texts as they were typed, whole numbers of 64 bits, and says errors in one line.
+
+    Raises:
+        UserError: of :func:`parse_error`, wherever argparse would print its usage and exit.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._group_class = _Group
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise parse_error(self, message)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Return the options as a namespace; UserError where a whole number does not fit into 64 bits."""
+        values: Namespace = super().parse_args(*args, **kwargs)
+        for name, value in _numbers(values.as_dict(), ""):
+            if not -(2**63) <= value < 2**64:
+                self.error(f"--{name} is a number of {value.bit_length()} bits; it must be a whole number of 64 bits")
+        return values
 
-def call(function: Callable[..., object], parser: Parser, args: list[str]) -> None:
-    """Call ``function`` with what ``args`` say: options that its signature and docstring describe.
+    def _parse_known_args(self, arg_strings: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._parse_known_args(self._with_values(list(arg_strings)), *args, **kwargs)
+
+    def _with_values(self, args: list[str]) -> list[str]:
+        """Return ``args`` with a text that begins with a dash joined to its option, as argparse wants it."""
+        known = self._option_string_actions
+        joined: list[str] = []
+        for arg in args:
+            before = joined[-1] if joined else ""
+            text = isinstance(known.get(before), TextAction) and "--" not in joined
+            if text and arg.startswith("-") and arg not in ("-", "--") and arg.partition("=")[0] not in known:
+                joined[-1] = f"{before}={arg}"
+            else:
+                joined.append(arg)
+        return joined
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in the options ``value``, each with the name of its option."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, name)
+    elif isinstance(value, int):
+        yield name, value
+
+
+def add_options(function: Callable[..., object], parser: Parser) -> dict[str, type[DataclassInstance]]:
+    """Add the options that the signature and the docstring of ``function`` describe; return its dataclasses by name.
 
     Args:
-        function: a parameter without a default whose type is a dataclass gets an instance of it, each field an option
-            of its own; one with a default stays a group, its fields options with the group's name before them.
+        function: the fields of a parameter without a default whose type is a dataclass are options of their own; one
+            with a default stays a group, its fields options with the group's name before them.
         parser: may have some of the parameters already, where their names are not all there is to say.
-        args: what was typed.
     """
     parameters, hints = inspect.signature(function).parameters, get_type_hints(function)
     needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
@@ -56,6 +150,12 @@ def call(function: Callable[..., object], parser: Parser, args: list[str]) -> No
     parser.add_function_arguments(function, skip={*groups, *(known & {*parameters})})
     for group in groups.values():
         parser.add_class_arguments(group, skip={*(known & {f.name for f in fields(group)})})
+    return groups
+
+
+def call(function: Callable[..., object], parser: Parser, args: list[str]) -> None:
+    """Call ``function`` with what ``args`` say, by the options that :func:`add_options` gives ``parser``."""
+    groups = add_options(function, parser)
     values = vars(parser.instantiate_classes(parser.parse_args(args)))
     made = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
     function(**values, **made)

@@ -20,7 +20,7 @@ from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
 from mmrec.checkpoints.checkpoint import load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.core.errors import UserError
-from mmrec.core.precision import native_precision
+from mmrec.core.runtime import native_precision
 from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmrec.core.allocation import keep_freed_pages
 from mmrec.core.errors import UserError
 from mmrec.evals.models import check_model
 from mmrec.evals.recipes import FULL, SMALL
@@ -61,7 +60,6 @@ def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
     Runs that output_dir already holds of the same recipe are kept: a second call adds models and seeds.
     """
     recipe = options.recipe(task)
-    keep_freed_pages()
     path = options.output_dir / f"{task}.json"
     results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
     if path.exists():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mmrec.baselines.models import GPT
 from mmrec.baselines.training import Hyperparameters, TrainingLoop, carries_state, initial_state
-from mmrec.core.precision import MIXED, native_precision
+from mmrec.core.runtime import MIXED, native_precision
 from mmrec.evals.models import SelectiveLogits, layer_parameters, make_model
 from mmrec.evals.tasks import Task
 from mmrec.model import ModelConfig, RecurrentLM
@@ -76,7 +76,6 @@ def train(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
         ``layer_parameters``, ``seconds``.
     """
     torch.manual_seed(seed)
-    torch.set_flush_denormal(True)
     random, task = np.random.default_rng(seed), recipe.task()
     longest = max(task.length(level) for level in recipe.train_levels)
     model = make_model(name, recipe.config, task.vocab_size, longest)

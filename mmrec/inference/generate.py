@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from mmrec.inference.sampling import SamplingOptions, sample_token
 from mmrec.inference.text_input import read_standard_input
 from mmrec.model import RecurrentLM
 from mmrec.model.decode import Decoder
-from mmrec.tokenizers import StreamDecoder
+from mmrec.tokenizers import StreamDecoder, Tokenizer
 
 
 def generate_tokens(
@@ -58,6 +59,15 @@ def generate_with_logits(
             logits, state = read_tokens(net, torch.tensor([[token]], device=prompt.device), state)
 
 
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """Return what a text without a prompt begins with: a line end, a space, or the first symbol that there is."""
+    for text in ("\n", " "):
+        with contextlib.suppress(UserError):  # a character that the tokenizer lacks
+            tokenizer.encode(text)
+            return text
+    return tokenizer.decode([0])
+
+
 def generate(
     checkpoint: CheckpointOptions, sampling: SamplingOptions, prompt: str | None = None, memory: Path | None = None
 ) -> None:
@@ -66,19 +76,19 @@ def generate(
     Args:
         checkpoint: of the model.
         sampling: how many tokens, and how each is drawn.
-        prompt: the text to continue, or - for standard input; a line end if left out, or nothing where there is a
-            memory.
+        prompt: the text to continue, or - for standard input; if left out, a line end (where the model knows none, a
+            space or its first symbol), or nothing where there is a memory.
         memory: go on from what was read before, a file of mmrec read.
     """
-    if prompt is None:
-        prompt = "\n" if memory is None else ""
-    elif prompt == "-":
+    if prompt == "-":
         prompt = read_standard_input()
-    if not prompt and memory is None:
+    if prompt == "" and memory is None:
         raise UserError("--prompt is ''; it must not be empty")
-    if not is_unicode(prompt):
+    if prompt is not None and not is_unicode(prompt):
         raise UserError(f"--prompt is {prompt!r}; it must be UTF-8")
     trained, _, before = load_model_and_state(checkpoint, memory)
+    if prompt is None:
+        prompt = default_prompt(trained.tokenizer) if memory is None else ""
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
     decoder = StreamDecoder(trained.tokenizer)
     sys.stdout.write(prompt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import logging
 import os
 import socket
 from pathlib import Path
@@ -73,7 +72,6 @@ class Server(uvicorn.Server):
             limit_concurrency=service.limits.connections,
             timeout_graceful_shutdown=LAST_SECONDS,
         )
-        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns where a client goes while it is written to
         super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,11 +18,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from mmrec.checkpoints import runs
 from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
-from mmrec.core.allocation import keep_freed_pages
 from mmrec.core.errors import UserError, one_line
 from mmrec.core.files import staged_file, staged_text
-from mmrec.core.options import given, parse_error, resolve_configs
-from mmrec.core.precision import native_precision
+from mmrec.core.options import Parser, given, resolve_configs
+from mmrec.core.runtime import native_precision
 from mmrec.model import ModelConfig
 from mmrec.training import slurm
 from mmrec.training.callbacks.checkpointing import (
@@ -73,11 +69,8 @@ TRAINER_DEFAULTS = {
 }
 
 
-class TrainingArgumentParser(LightningArgumentParser):
-    """Lightning's parser, with errors of one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise parse_error(self, message)
+class TrainingArgumentParser(Parser, LightningArgumentParser):
+    """Lightning's parser, as strict as that of the other commands."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -301,26 +294,6 @@ class TrainingCLI(LightningCLI):
         print(f"{path}: {position - 1:,} tokens")
 
 
-def _quiet() -> None:
-    """Keep from the screen what a user can do nothing about."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="The number of training batches")  # of a small text
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a new run from another's checkpoint
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # not every run is a job
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging")  # it shards only where asked to
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")  # those of fit alone
-    advice = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
-    talkers = (
-        "pytorch.utilities.rank_zero",
-        "pytorch.trainer.connectors.checkpoint_connector",
-        "fabric.utilities.seed",
-    )
-    for name in talkers:
-        logger = logging.getLogger(f"lightning.{name}")
-        logger.addFilter(lambda record: not any(part in record.getMessage() for part in advice))
-
-
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
@@ -385,13 +358,9 @@ def run_lightning(command: str, args: list[str]) -> None:
         in_run = path.parent.name == runs.CHECKPOINTS and saved.is_file()
         if which and in_run and no_config:
             # The name in the config may be one that the folder had before, or that it has in another root.
-            args = ["--config", str(saved), f"--run={runs.run_of(root, path) or 'null'}", *args]
+            args = ["--config", str(saved), f"--run={runs.run_of(root, path) or ''}", *args]
         elif (init or not in_run) and not configured:  # a model has the architecture that it has
             args = [*args, _config_option(path)]
-    # Denormal numbers, which fading memories produce, are many times slower on a CPU.
-    torch.set_flush_denormal(True)
-    keep_freed_pages()
-    _quiet()
     before = sys.argv
     # jsonargparse reads the command from here, and so does Lightning to start the processes of the other devices.
     program = Path(sys.executable).with_name("mmrec")

@@ -1,0 +1,154 @@
+"""What is typed is what a command gets: texts as they are, whole numbers of 64 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import fit
+
+from mmrec.cli import COMMANDS, import_function
+from mmrec.core.errors import UserError
+from mmrec.core.options import Parser, TextAction, add_options, call
+
+Command = Callable[..., int]
+TYPED = ("# Act I", "null", "~", "---", "-x", "--x", "5", "1e3", "true", "[a]", "{a: 1}", "a: b", "- a", "!tag", " ")
+
+
+@dataclass
+class Nested:
+    """A group.
+
+    Args:
+        text: a text.
+        path: a path.
+    """
+
+    text: str | None = None
+    path: Path | None = None
+
+
+@dataclass
+class Flat:
+    """Options of their own.
+
+    Args:
+        name: a text.
+        folder: a path.
+    """
+
+    name: str | None = None
+    folder: Path = Path()
+
+
+NESTED = Nested()
+
+
+def takes_all(
+    flat: Flat, prompt: str | None = None, memory: Path | str | None = None, nested: Nested = NESTED
+) -> None:
+    """Take options of every kind.
+
+    Args:
+        flat: options of their own.
+        prompt: a text.
+        memory: a path or a text.
+        nested: a group.
+    """
+    taken.update(
+        {
+            "prompt": prompt,
+            "memory": memory,
+            "name": flat.name,
+            "folder": flat.folder,
+            "nested.text": nested.text,
+            "nested.path": nested.path,
+        }
+    )
+
+
+taken: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_text_is_what_was_typed(typed: str) -> None:
+    options = ("prompt", "memory", "name", "folder", "nested.text", "nested.path")
+    for form in (lambda name: [f"--{name}", typed], lambda name: [f"--{name}={typed}"]):
+        taken.clear()
+        call(takes_all, Parser(prog="test"), [part for name in options for part in form(name)])
+        assert {name: str(value) for name, value in taken.items()} == {
+            name: str(Path(typed)) if isinstance(taken[name], Path) else typed for name in options
+        }
+
+
+def test_a_text_that_is_left_out_is_the_default() -> None:
+    taken.clear()
+    call(takes_all, Parser(prog="test"), [])
+    assert set(taken.values()) == {None, Path()}
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.parses])
+def test_every_text_of_every_command_is_taken_as_typed(name: str) -> None:
+    parser = Parser(prog=name)
+    COMMANDS[name].arguments(parser)
+    add_options(import_function(name), parser)
+    texts = [action for action in parser._actions if isinstance(action, TextAction)]
+    lists = ("Literal", "list", "dict", "Sequence", "Mapping")
+    strings = {a.dest: str(a._typehint) for a in parser._actions if "str" in str(getattr(a, "_typehint", ""))}
+    assert {dest for dest, kind in strings.items() if not any(part in kind for part in lists)} <= {
+        a.dest for a in texts
+    }
+    assert texts
+    needed = [f"--{dest}=hf" for dest in parser.required_args if f"--{dest}" in parser._option_string_actions]
+    positional = ["text"] if name in ("read", "score", "report") else []
+    for action in texts:
+        for typed in TYPED:
+            values = parser.parse_args([*positional, *needed, action.option_strings[0], typed])
+            value = values[action.dest]
+            assert str(value) == (typed if isinstance(value, str) else str(Path(typed)))
+
+
+def test_an_option_is_never_taken_for_the_text_before_it() -> None:
+    for rest in (["--prompt", "--memory", "x"], ["--prompt", "--memory=x"], ["--prompt"], ["--prompt", "-h"]):
+        with pytest.raises(UserError, match="--prompt: expected one argument"):
+            call(takes_all, Parser(prog="test"), rest)
+
+
+def test_texts_of_a_training_and_of_its_config_are_taken_as_typed(
+    mmrec: Command, prepared: Path, tmp_path: Path
+) -> None:
+    tokens, root = tmp_path / "# tokens", "# logs"
+    tokens.symlink_to(prepared)
+    options = ["--trainer.max_steps=1", "--trainer.default_root_dir", root, "--run", "~"]
+    assert mmrec(*fit(Path("# tokens"), *options)) == 0
+    saved = tmp_path / root / "lightning_logs" / "~" / "config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    assert (config["run"], config["data"]["data_dir"]) == ("~", "# tokens")
+    assert config["trainer"]["default_root_dir"] == root
+    assert mmrec("fit", "--trainer.default_root_dir", root, "--run", "~", "--ckpt_path", "last") == 0
+    assert [path.name for path in saved.parent.parent.glob("[!.]*")] == ["~"]
+
+
+def test_numbers_of_more_than_64_bits_are_refused(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = str(10**30)
+    commands = [
+        ["generate", "--seed", big],
+        ["generate", "--length", f"-{big}"],
+        ["serve", "--port", big],
+        ["prepare", "sample", "--vocab_size", big],
+        ["bench", "--threads", big],
+        ["eval", "length", "--lengths", f"[1, {big}]"],
+        fit(prepared, f"--seed_everything={big}"),
+        fit(prepared, f"--trainer.max_steps={big}"),
+        fit(prepared, f"--data.batch_size={big}"),
+        [*fit(prepared), f"--model.config={{dim: {big}}}"],
+    ]
+    for command in commands:
+        assert mmrec(*command) == 2, command
+        assert "whole number of 64 bits" in capsys.readouterr().err, command
