@@ -102,9 +102,20 @@ class RecurrentLM(nn.Module):
 
     def hidden(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Read as :meth:`forward` does, and return what ``head`` makes the logits of, [B, T, D]."""
-        x = self.dropout(self.embedding(tokens))
+        return self.hidden_from_embeddings(self.embedding(tokens), state, reset_mask)
+
+    def hidden_from_embeddings(
+        self, x: Tensor, state: State, reset_mask: Tensor | None = None, streams: list[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """Read as :meth:`hidden` does, from embeddings ``x`` [B, T, D] in the place of tokens.
+
+        Where a list of ``streams`` is given, the residual stream before each block [B, T, D] is appended to it.
+        """
+        x = self.dropout(x)
         after: State = []
         for block, before in zip(self.blocks, state, strict=True):
+            if streams is not None:
+                streams.append(x)
             x, layer_state = block(x, before, reset_mask)
             after.append(layer_state)
         return self.norm(x), after
