@@ -74,7 +74,7 @@ def test_tokens_logits_and_text_are_ours(tokenizer: Tokenizer, tmp_path: Path) -
 def test_the_prompt_is_read_once_and_then_one_token_at_a_time(bytewise: tuple[LoadedModel, Any, Any]) -> None:
     _, model, fast = bytewise
     read: list[int] = []
-    model.net.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model.net.blocks[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     ids = fast(PROMPT, return_tensors="pt").input_ids
     model.generate(ids, max_new_tokens=20, do_sample=False)
     assert read == [ids.shape[1], *[1] * 19]

@@ -19,6 +19,7 @@ from test_export_hf import exported, folders
 from torch import Tensor
 
 from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer
 
 __all__ = ["folders"]  # a fixture that every test here takes
@@ -431,6 +432,74 @@ def test_the_pipeline(model: Any, fast: Any) -> None:
     assert together == alone
     with pytest.raises(ValueError, match=r"empty text|bos_token_id"):
         writer("", **options)
+
+
+@pytest.mark.slow
+def test_the_library_s_trainer_trains_evaluates_and_resumes(model: Any, fast: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    texts = [fast(prompt) for prompt in PROMPTS * 3]
+    fast.padding_side = "right"
+
+    def trainer(epochs: int, accumulate: int = 2) -> Any:
+        options = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=epochs,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        collator = DataCollatorForLanguageModeling(fast, mlm=False)
+        return Trainer(
+            model,
+            options,
+            train_dataset=texts,
+            eval_dataset=texts,
+            data_collator=collator,
+            compute_metrics=lambda scored: {"vocabulary": float(scored.predictions.shape[-1])},
+        )
+
+    with torch.enable_grad():
+        before = trainer(1).evaluate()["eval_loss"]
+        trainer(2).train()
+        resumed = trainer(4)
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    after = resumed.evaluate()
+    assert after["eval_loss"] < before
+    assert after["eval_vocabulary"] == 256
+    assert resumed.predict(texts).predictions.shape == (12, max(len(text.input_ids) for text in texts), 256)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-12", trust_remote_code=True)
+    ids = ids_of(fast, "the")
+    assert torch.equal(saved(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_larger_vocabulary_is_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trained = made(ByteTokenizer(), ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
+    model, fast = exported(trained, tmp_path / "out")
+    batch = fast(PROMPTS, padding=True, return_tensors="pt")
+    before, loss = model(**batch).logits, model(**batch, labels=batch.input_ids).loss
+    model.resize_token_embeddings(len(fast), mean_resizing=False)
+    assert model.config.vocab_size == len(fast) == 257
+    after = model(**batch)
+    close(after.logits[..., :256], before)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(**batch).logits, after.logits)
+    assert (again.net.head.weight is again.net.embedding.weight) == tied
+    # The padding token is now one of the model's: the mask still says what is padding.
+    more = float(model(**batch, labels=batch.input_ids).loss)
+    assert more == pytest.approx(float(loss), abs=0.2)
+    assert float(model(ids_of(fast, "the")).logits.std()) > 0
 
 
 def test_in_float64_the_state_is_too(model: Any) -> None:

@@ -117,3 +117,67 @@ def test_the_documentation_s_program_writes_our_text(
     prompt = torch.from_numpy(trained.tokenizer.encode("to be").astype("int64"))
     written = list(generate_tokens(trained.net, prompt, SamplingOptions(200 + 1 - len(prompt), temperature=0)))
     assert capsys.readouterr().out == "to be" + trained.tokenizer.decode(written) + "\n"
+
+
+def greedy(session: Any, prompt: list[int], length: int) -> list[int]:
+    tokens, state = list(prompt), zero_state(session, 1)
+    for place in range(len(prompt) + length - 1):
+        logits, *states = session.run(None, {"tokens": np.array([[tokens[place]]]), **state})
+        state = dict(zip(state, states, strict=True))
+        if place + 1 == len(tokens):
+            tokens.append(int(logits[0].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.slow
+def test_inputs_that_do_not_fit_are_refused(exported: tuple[LoadedModel, Path]) -> None:
+    trained, folder = exported
+    session, size = opened(folder), trained.tokenizer.vocab_size
+    state = zero_state(session, 1)
+    for tokens in ([[size]], [[-1]], [[-size]], [[0, 1]], [[0], [1]], [0]):
+        with pytest.raises(Exception, match=r"INVALID_ARGUMENT|FAIL"):
+            session.run(None, {"tokens": np.array(tokens), **state})
+    with pytest.raises(Exception, match="int32"):
+        session.run(None, {"tokens": np.array([[0]], dtype=np.int32), **state})
+
+
+@pytest.mark.slow
+def test_weights_beside_the_file_move_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmrec.export import onnx
+
+    trained = made(CharacterTokenizer(make_text()), SHAPE)
+    monkeypatch.setattr(onnx, "MAX_EMBEDDED_BYTES", 0)
+    (tmp_path / "out").mkdir()
+    onnx.save(tmp_path / "out", trained.net, trained.tokenizer)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data", "tokenizer.json"}
+    (tmp_path / "out").rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    written = list(generate_tokens(trained.net, torch.tensor([3]), SamplingOptions(30, temperature=0)))
+    assert greedy(opened(tmp_path / "moved"), [3], 30) == written
+
+
+@pytest.mark.slow
+def test_without_a_convolution_and_quantized(tmp_path: Path) -> None:
+    """A state of size 0, and weights of 8 bits: the state stays float32."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    from mmrec.export import onnx
+
+    trained = made(CharacterTokenizer(make_text()), ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, conv_width=1))
+    onnx.save(tmp_path, trained.net, trained.tokenizer)
+    written = list(generate_tokens(trained.net, torch.tensor([3]), SamplingOptions(30, temperature=0)))
+    whole = opened(tmp_path)
+    assert greedy(whole, [3], 30) == written
+    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+    small = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    assert small.get_modelmeta().custom_metadata_map["model"] == model_hash(trained.net, trained.tokenizer)
+    states, logits = [zero_state(whole, 1), zero_state(small, 1)], []
+    for token in written:
+        for number, session in enumerate((whole, small)):
+            found, *after = session.run(None, {"tokens": np.array([[token]]), **states[number]})
+            states[number] = dict(zip(states[number], after, strict=True))
+            logits.append(found)
+    assert all(part.dtype == np.float32 for part in states[1].values())
+    apart = [np.abs(one - other).mean() for one, other in zip(logits[::2], logits[1::2], strict=True)]
+    assert np.mean(apart) < 0.1 * np.std(logits)

@@ -1,1 +1,1 @@
-"""A model for other programs: ``mmrec export``."""
+"""``mmrec export``: a trained model for other programs."""

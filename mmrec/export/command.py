@@ -14,7 +14,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 
 Format = Literal["hf", "safetensors", "onnx"]
-OURS = re.compile(
+EXPORTED_FILES = re.compile(
     r"(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
     r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?"
 )
@@ -30,8 +30,8 @@ def export(
     """Write a trained model as a folder that other programs read.
 
     Args:
-        format: hf, a folder for transformers; safetensors, one file with weights, shape and tokenizer, which every
-            --ckpt takes too; onnx, one step with the state in and out, for onnxruntime.
+        format: hf, a folder for transformers; safetensors, one file with weights, config and tokenizer, which every
+            --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime.
         output_dir: folder to write; it must be new or empty.
         checkpoint: of the model.
         force: replace another export that stands at output_dir.
@@ -63,7 +63,7 @@ def _check_target(folder: Path, force: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: is not a folder; choose another --output_dir")
     found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    strangers = [name for name in found if not OURS.fullmatch(name)]
+    strangers = [name for name in found if not EXPORTED_FILES.fullmatch(name)]
     if strangers:
         raise UserError(f"{folder}: holds something else ({strangers[0]}); choose a new or empty --output_dir")
     if found and not force:

@@ -19,14 +19,14 @@ from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
 FORMAT, VERSION = "mmrec-onnx", "1"
-LARGEST = 2**31 - 2**20
-"""Bytes of weights that the file itself can hold (protobuf ends at 2 GiB); more of them stand beside it."""
+MAX_EMBEDDED_BYTES = 2**31 - 2**20
+"""Bytes of weights that the file itself holds (protobuf ends at 2 GiB); more of them go to ``model.onnx.data``."""
 
 
 def _expm1(x: Any) -> Any:
     """exp(x) - 1, which ONNX does not have, from an operation that is exact near 0.
 
-    As written, it loses what a memory that lasts long is made of: 1 - a^2 where a is close to 1.
+    Computed as written, 1 - a^2 loses its digits where the decay a is close to 1.
     """
     half = op.Tanh(op.Mul(x, 0.5))
     return op.Div(op.Mul(half, 2.0), op.Sub(1.0, half))
@@ -38,20 +38,23 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     return op.Add(op.Relu(x), op.Mul(op.Atanh(op.Div(y, op.Add(y, 2.0))), 2.0))
 
 
-EXACT: dict[Callable[..., Any], Callable[..., Any]] = {
+EXACT_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.expm1.default: _expm1,
     torch.ops.aten.softplus.default: _softplus,
 }
 
 
-class Step(nn.Module):
+class DecodeStep(nn.Module):
     """A token of each row [B, 1] and the state in; the logits of the next [B, N] and the state out."""
 
     def __init__(self, net: RecurrentLM) -> None:
         super().__init__()
         self.net = net
+        self.vocab_size = len(net.head.weight)
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        # ONNX counts negative indices from the end, and would read another token: N is one that it refuses.
+        tokens = torch.where(tokens < 0, self.vocab_size, tokens)
         logits, state = self.net(tokens, state)
         return logits[:, -1], state
 
@@ -59,34 +62,34 @@ class Step(nn.Module):
 def save(folder: Path, net: RecurrentLM, tokenizer: Tokenizer) -> None:
     """Write ``model.onnx``, and beside it ``tokenizer.json`` of the library tokenizers.
 
-    The state goes by the names that it has in a memory of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; what
-    comes out is next.0.past, and so on.
+    The state has the names of a file of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; the state that comes
+    out is next.0.past, and so on.
     """
     state = net.zero_state(2)
     names = [f"{number}.{part}" for number in range(len(state)) for part in ("past", "memory")]
     rows = {0: torch.export.Dim("B")}
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            Step(net).eval(),
+            DecodeStep(net).eval(),
             (torch.zeros(2, 1, dtype=torch.int64), state),
             dynamo=True,
             dynamic_shapes={"tokens": rows, "state": [(rows, rows) for _ in state]},
             input_names=["tokens", *names],
             output_names=["logits", *(f"next.{name}" for name in names)],
-            custom_translation_table=EXACT,
+            custom_translation_table=EXACT_TRANSLATIONS,
             verbose=False,
         )
     assert program is not None
-    said = {"format": FORMAT, "version": VERSION, "model": model_hash(net, tokenizer)}
-    program.model.metadata_props.update(said)
+    metadata = {"format": FORMAT, "version": VERSION, "model": model_hash(net, tokenizer)}
+    program.model.metadata_props.update(metadata)
     size = sum(weight.nbytes for weight in net.parameters())
-    program.save(folder / "model.onnx", external_data=size > LARGEST)
+    program.save(folder / "model.onnx", external_data=size > MAX_EMBEDDED_BYTES)
     fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the libraries say of one another, and not of the model."""
+    """Suppress warnings of the libraries that are about one another and not about the model."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is not installed
     level = registry.level
     registry.setLevel(logging.ERROR)
