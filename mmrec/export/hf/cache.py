@@ -17,7 +17,7 @@ class StateCache:
             output = model(ids, past_key_values=cache)  # changes it
 
     Attributes:
-        state: as :meth:`mmrec.model.RecurrentLM.forward` returns it; None before the first token.
+        state: as :meth:`~mmrec.model.RecurrentLM.forward` returns it; None before the first token.
         hidden: [B, D], what the logits after the last token are computed from; None before the first token.
         length: tokens that were read, padding too.
     """
