@@ -10,7 +10,7 @@ from mmrec.model import State
 
 
 class StateCache:
-    """The state of B texts; its size does not depend on how much has been read.
+    """The state of B texts; its size does not depend on how much has been read::
 
         cache = StateCache()
         for ids in parts:
