@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a name in a config": ("fit -c config.yaml", {"run": "mine", "root": Path("other")}),
     "a name after a config": ("fit --config=config.yaml --run n", {"run": "n", "root": Path("other")}),
     "a name before a config": ("fit --run n -c config.yaml", {"run": "mine", "root": Path("other")}),
-    "no name, said so": ("fit --run=null", {"run": "version_0", "is_named": False}),
+    "no name, said so": ("fit --run=", {"run": "version_0", "is_named": False}),
     "the latest run": ("fit --ckpt_path last", {"run": "b", "checkpoint": B / "last.ckpt", "config": OWN["b"]}),
     "a run by name": (
         "fit --run a --ckpt_path=best",

@@ -178,7 +178,7 @@ class TrainingCLI(SubcommandCLI):
         """Refuse options that decide on the run, and that only the parser found: as part of a group's JSON."""
         for option, field in OPTIONS.items():
             value = config.get(option)
-            if (None if value is None else str(value)) != getattr(self.request, field):
+            if (str(value) if value else None) != getattr(self.request, field):
                 raise UserError(f"give --{option} by its own name, as --{option}={value}")
 
     def instantiate_classes(self) -> None:

@@ -2,7 +2,8 @@
 
 Checked with Lightning 2.6.6, jsonargparse 4.47 and TensorBoard 2.21. Each says which public interface is missing,
 and the upstream issue that it is for ("no issue known" where a search found none). On an upgrade, this is the file to
-read. The one private interface outside of ``training/`` that is of the same kind is in ``mmrec/core/options.py``.
+read. Private interfaces of jsonargparse that all commands need are in ``mmrec/core/options.py``; messages that are
+kept from the screen in ``mmrec/core/runtime.py``.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def read_request(command: str, args: list[str], job: Job | None = None) -> RunRe
         elif name.startswith("--model.config"):
             has_architecture = True
         elif name.removeprefix("--") in OPTIONS:
-            found[OPTIONS[name.removeprefix("--")]] = None if value in ("", "null") else value
+            found[OPTIONS[name.removeprefix("--")]] = value or None
     return RunRequest(command, **found, has_config=has_config, has_architecture=has_architecture, job=job)
 
 
