@@ -20,6 +20,7 @@ import torch
 import yaml
 from conftest import FIGURES, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
+from fuzz_split import large_split
 from fuzz_tokenizers import foreign_tokenizer, prepared_text
 from fuzzing import ANY_TEXT, VALUES, Target, altered, damaged, fuzz
 from hypothesis import strategies as st
@@ -238,6 +239,7 @@ TARGETS: list[tuple[Target, int, int]] = [
     (text_file, 400, 20_000),
     (play, 200, 10_000),
     (documents, 200, 10_000),
+    (large_split, 100, 3_000),
     (damaged_tokens, 200, 6_000),
     (manifest, 200, 6_000),
     (damaged_checkpoint, 100, 5_000),

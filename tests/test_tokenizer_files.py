@@ -225,3 +225,22 @@ def test_what_loses_text_is_not_prepared(tmp_path: Path, mmrec: Command, capsys:
     assert mmrec("prepare", "a.jsonl", "--tokenizer=tokenizer.json", "--output_dir=out", "--workers=1") == 2
     assert "a.jsonl: record 2: the tokenizer changes the text: from character 4 on" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_what_loses_text_is_not_read_by_a_model_either(
+    tmp_path: Path, mmrec: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on text that its tokenizer keeps, a model refuses a text that it would change."""
+    from helpers import fit
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level() | {"normalizer": {"type": "NFC"}} | TRUNCATED))
+    (tmp_path / "text.txt").write_text(make_text())
+    (tmp_path / "other.txt").write_text("a caf\u0065\u0301")
+    assert mmrec("prepare", "text.txt", "--tokenizer=tokenizer.json", "--output_dir=out") == 0
+    assert len(open_tokens(Path("out")).train) > 100
+    assert mmrec(*fit(Path("out"), "--trainer.max_steps=1", "--run=r")) == 0
+    assert mmrec("score", "text.txt", "--run=r", "--ckpt=last") == 0
+    capsys.readouterr()
+    for command in (["score", "other.txt"], ["read", "other.txt", "--save=m"], ["generate", "--prompt=e\u0301"]):
+        assert mmrec(*command, "--run=r", "--ckpt=last") == 2
+        assert "the tokenizer changes the text: from character" in capsys.readouterr().err

@@ -177,11 +177,11 @@ def _tokens_that_train(shards: Shards, wanted: int, val_bytes: float, tokenizer:
         bytes_ = token_lengths(tokenizer)[tokens, 0]
         bytes_[0] = 0  # the separator
         kept = max(2, int(np.searchsorted(np.cumsum(bytes_), bytes_.sum() - val_bytes, side="right")))
-        while kept < length - 1 and _continues(tokenizer.token_bytes(int(tokens[kept]))):
-            kept += 1
-        if kept >= length:
-            break
-        return kept
+        # The last part begins with a character: the next one, or, where none is left, the one before.
+        for index in [*range(kept, length), *range(min(kept, length) - 1, 1, -1)]:
+            if not _continues(tokenizer.token_bytes(int(tokens[index]))):
+                return index
+        break
     raise UserError("there is too little text to split; give more text or another --val_split")
 
 
