@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from serving import Client
 
-    from mmrec.checkpoints.checkpoint import LoadedModel
+    from mmrec.checkpoints.loading import LoadedModel
 
 REPOSITORY = Path(__file__).parent.parent
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -127,7 +127,7 @@ def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_model(small_root: Path) -> LoadedModel:
     """The model of that run."""
-    from mmrec.checkpoints.checkpoint import load_model
+    from mmrec.checkpoints.loading import load_model
 
     return load_model(small_root / "lightning_logs/a/checkpoints/best.ckpt")
 

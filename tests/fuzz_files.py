@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from layouts import WIKI, page, record_of, tar_of, write_parquet
 from models import SHORT_AND_LONG, content
 
-from mmrec.checkpoints.checkpoint import load_model, write_checkpoint
+from mmrec.checkpoints.checkpoint import write_checkpoint
 from mmrec.checkpoints.checksummed import _digest as digest_of
+from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.state_file import SavedState, load_memory, save_memory
 from mmrec.core.errors import UserError
 from mmrec.data.pipeline.formats import reader_of
@@ -82,7 +83,7 @@ def manifest(data: st.DataObject) -> None:
 
 @cache
 def checkpoint() -> tuple[bytes, bytes]:
-    """The bytes of a checkpoint of ours, and of the same without a seal."""
+    """The bytes of a checkpoint of ours, and of the same without a checksum."""
     torch.manual_seed(0)
     written = content(RecurrentLM(SHORT_AND_LONG, 3))
     write_checkpoint(written, Path("a.ckpt"))
@@ -91,15 +92,15 @@ def checkpoint() -> tuple[bytes, bytes]:
 
 
 def damaged_checkpoint(data: st.DataObject) -> None:
-    """A sealed checkpoint that is not as it was is refused; one without a seal is refused or read."""
-    sealed = data.draw(st.booleans())
-    whole = checkpoint()[0 if sealed else 1]
+    """A changed checkpoint is refused by its checksum; one without a checksum is refused or read."""
+    checksummed = data.draw(st.booleans())
+    whole = checkpoint()[0 if checksummed else 1]
     harmed = damaged(whole, data)
     path = Path("damaged.ckpt")
     path.write_bytes(harmed)
     try:
         load_model(path)
-        assert not sealed or harmed == whole
+        assert not checksummed or harmed == whole
     except UserError:
         assert harmed != whole
 

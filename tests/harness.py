@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from conftest import REPOSITORY
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.inference.reading import iter_nll
 

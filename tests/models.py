@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe
+from mmrec.checkpoints.contents import MODEL_KEY, describe_model
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer
 
@@ -41,4 +42,4 @@ TOKENIZER = CharacterTokenizer("abc")
 def content(net: RecurrentLM, tokenizer: Tokenizer = TOKENIZER) -> dict[str, Any]:
     """Return what a checkpoint of ours holds of a model."""
     weights = {f"net.{name}": value for name, value in net.state_dict().items()}
-    return {KEY: describe(net, tokenizer), "state_dict": weights, "global_step": 7}
+    return {MODEL_KEY: describe_model(net, tokenizer), "state_dict": weights, "global_step": 7}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
 from mmrec.serve.memories import StateStore

@@ -9,7 +9,7 @@ import torch
 from conftest import Command
 from helpers import fit, last
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows

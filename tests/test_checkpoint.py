@@ -16,16 +16,10 @@ from conftest import Figure
 from models import SHORT_AND_LONG, TOKENIZER, content
 
 from mmrec.checkpoints import runs
-from mmrec.checkpoints.checkpoint import (
-    KEY,
-    PROGRESS_KEY,
-    VERSION,
-    check_compatible,
-    find_intact_checkpoint,
-    load_model,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint, write_checkpoint
+from mmrec.checkpoints.contents import MODEL_KEY, PROGRESS_KEY, check_compatible
+from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.migrations import VERSION
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import CharacterTokenizer
@@ -79,7 +73,7 @@ class Malicious:
 @pytest.mark.reliability
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({KEY: Malicious()}, "a.ckpt")
+    torch.save({MODEL_KEY: Malicious()}, "a.ckpt")
     (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Malicious()))
     for name in ("a.ckpt", "b.ckpt"):
         with pytest.raises(UserError, match="not a readable checkpoint"):
@@ -111,7 +105,7 @@ def test_shards_are_read_and_code_in_them_is_refused(
     unpickled.state_dict_metadata[weight] = unpickled.state_dict_metadata[rate]
     unpickled.storage_data[MetadataIndex(weight)] = unpickled.storage_data[MetadataIndex(rate)]
     harmful = {
-        "holds posix.mkdir": pickle.dumps(Malicious()),
+        "names posix.mkdir": pickle.dumps(Malicious()),
         "leads out": index.replace(shard.name.encode(), b"../../0.dist"),
         "is no tensor": pickle.dumps(unpickled),
         "not a readable": index[:-9],
@@ -120,7 +114,7 @@ def test_shards_are_read_and_code_in_them_is_refused(
         (folder / ".metadata").write_bytes(data)
         with pytest.raises(UserError, match=says):
             read_checkpoint(folder)
-    (folder / ".metadata").write_bytes(harmful["holds posix.mkdir"])
+    (folder / ".metadata").write_bytes(harmful["names posix.mkdir"])
     with pytest.raises(UserError, match="was not run"):  # before Lightning would read it to go on
         find_intact_checkpoint(folder)
     assert not Path("pwned").exists()
@@ -172,7 +166,7 @@ def test_archives_that_are_no_checkpoints_are_refused(
     figure("archives with compressed entries, '..' or absolute names are refused", "refused")
 
 
-def test_the_seal_is_the_comment_of_an_archive(tmp_path: Path) -> None:
+def test_the_checksum_is_the_comment_of_an_archive(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
     with zipfile.ZipFile(path) as archive:
@@ -207,7 +201,7 @@ def test_the_previous_checkpoint_is_kept(tmp_path: Path, links: bool, monkeypatc
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     checkpoint = content(RecurrentLM(SHORT_AND_LONG, 3))
-    checkpoint[KEY]["version"] = VERSION + 1
+    checkpoint[MODEL_KEY]["version"] = VERSION + 1
     write_checkpoint(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=f"version {VERSION + 1}"):
         read_checkpoint(tmp_path / "a.ckpt")
@@ -248,7 +242,7 @@ def test_runs_are_found_by_name_and_by_age(tmp_path: Path) -> None:
 def test_names_of_version_1_are_brought_to_those_of_today(tmp_path: Path) -> None:
     path, model = tmp_path / "a.ckpt", content(RecurrentLM(SHORT_AND_LONG, 3))
     head = torch.ones(2)
-    model[KEY]["version"] = 1
+    model[MODEL_KEY]["version"] = 1
     model["state_dict"]["second.norm.weight"] = head
     model["current_model_state"] = dict(model["state_dict"])
     model["callbacks"] = {"Patience{'monitor': 'val/loss'}": {"wait_count": 3}, "GradientGuard": {"skipped": 1}}
@@ -256,7 +250,7 @@ def test_names_of_version_1_are_brought_to_those_of_today(tmp_path: Path) -> Non
     model[PROGRESS_KEY] = {"hyperparameters": options, "carried": None, "random": []}
     write_checkpoint(model, path)
     found = read_checkpoint(path)
-    assert found[KEY]["version"] == VERSION
+    assert found[MODEL_KEY]["version"] == VERSION
     assert found[PROGRESS_KEY]["hyperparameters"] == {"mtp_loss_weight": 0.3, "min_lr_ratio": 0.1, "dropout": 0.2}
     assert found["callbacks"] == {
         "ResumableEarlyStopping{'monitor': 'val/loss'}": {"wait_count": 3},

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, Command
 from helpers import fit, last
 
 from mmrec import __version__
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 
 # The main job
 

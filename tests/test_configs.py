@@ -11,7 +11,7 @@ import yaml
 from conftest import Command
 from helpers import checkpoints, last
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.core.options import find_config, shipped_configs
 from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig, RecurrentLM

@@ -15,7 +15,7 @@ from conftest import Command
 from helpers import fit
 
 from mmrec.baselines.models import GPT
-from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.data.batches import IGNORE_INDEX
 from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed

@@ -14,7 +14,9 @@ from helpers import checkpoints
 from models import TEXT, TOKENIZERS, made
 
 from mmrec import MemoryLM as API
-from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
+from mmrec.checkpoints.checkpoint import write_checkpoint
+from mmrec.checkpoints.contents import MODEL_KEY, describe_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.state_file import model_hash
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
@@ -33,7 +35,7 @@ def run(mmrec: Command, text: str) -> LoadedModel:
     """A run in the folder of the test, as a training leaves it."""
     trained = made(CharacterTokenizer(text))
     weights = {f"net.{name}": weight for name, weight in trained.net.state_dict().items()}
-    checkpoint = {KEY: describe(trained.net, trained.tokenizer), "state_dict": weights, "global_step": 5}
+    checkpoint = {MODEL_KEY: describe_model(trained.net, trained.tokenizer), "state_dict": weights, "global_step": 5}
     write_checkpoint(checkpoint, checkpoints("a") / "best.ckpt")
     Path("text.txt").write_text(text, encoding="utf-8")
     return trained

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from models import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig

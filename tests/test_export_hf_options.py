@@ -18,7 +18,7 @@ from test_export import made
 from test_export_hf import exported, folders
 from torch import Tensor
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer
 

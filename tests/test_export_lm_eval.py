@@ -9,7 +9,7 @@ from conftest import Command
 from harness import Harness
 from helpers import checkpoints, fit
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from conftest import REPOSITORY, make_text
 from models import made
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState, model_hash, save_memory
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.reading import iter_nll

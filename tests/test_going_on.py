@@ -12,7 +12,7 @@ from conftest import Command
 from helpers import assert_same_training, fit, last
 from processes import OUTPUT, interrupt, start, wait
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 
 
 @pytest.mark.parametrize("every", [{"--last.every_n_train_steps": 5}, {"--trainer.accumulate_grad_batches": 2}])

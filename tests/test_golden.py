@@ -11,7 +11,8 @@ from conftest import Command, Figure, make_text
 from helpers import fit, last, losses
 from processes import run
 
-from mmrec.checkpoints.checkpoint import VERSION, load_model
+from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.migrations import VERSION
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"

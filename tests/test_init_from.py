@@ -11,7 +11,7 @@ import torch
 from conftest import Command
 from helpers import QUICK, checkpoints, fit
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 
 SETTINGS = [option for option in QUICK if not option.startswith("--model.config")]
 STILL = ["--model.learning_rate=0", "--trainer.max_epochs=-1", "--trainer.max_steps=2"]

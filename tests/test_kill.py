@@ -254,7 +254,7 @@ def test_damaged_checkpoints_are_found(prepared: Path, tmp_path: Path, figure: F
             same = read_checkpoint(path)
         except UserError as error:
             found += str(path) in str(error)
-        else:  # the seal itself was hit, and is one no more
+        else:  # the checksum itself was hit, and is none any more
             harmless += 1
             assert all(torch.equal(value, same["state_dict"][key]) for key, value in whole["state_dict"].items())
     assert found + harmless == 400

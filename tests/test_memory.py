@@ -19,7 +19,7 @@ import torch
 from conftest import REPOSITORY, Command
 
 from mmrec import MemoryLM
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.inference.reading import iter_nll

@@ -11,7 +11,7 @@ from conftest import Command
 from helpers import BATCH, checkpoints, fit, last
 from torch.nn import functional as F
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.model import reset_state_rows

@@ -10,7 +10,7 @@ from conftest import Command
 from helpers import fit, last
 from processes import run
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ from conftest import Command
 from helpers import checkpoints, fit, last
 from processes import start
 
-from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, write_checkpoint
+from mmrec.checkpoints.checkpoint import write_checkpoint
+from mmrec.checkpoints.contents import MODEL_KEY, PROGRESS_KEY
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig
 from mmrec.training.run_plan import RunPlan, RunRequest, plan_run, read_request
@@ -25,7 +26,10 @@ CONFIG = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24)
 
 def write(path: Path, with_training: bool = True) -> None:
     """Write a checkpoint that has all that a plan looks at."""
-    content: dict[str, Any] = {KEY: {"version": 2, "shape": CONFIG.as_dict(), "tokenizer": {}}, "global_step": 1}
+    content: dict[str, Any] = {
+        MODEL_KEY: {"version": 2, "shape": CONFIG.as_dict(), "tokenizer": {}},
+        "global_step": 1,
+    }
     content["state_dict"] = {"weight": torch.zeros(3)}
     if with_training:
         content[PROGRESS_KEY] = {"hyperparameters": {}, "carried": {}, "random": []}

@@ -15,7 +15,7 @@ from conftest import make_text
 from safetensors.torch import save
 from serving import Client, make_service
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import KIND, SavedState, load_memory, model_hash, save_memory
 from mmrec.cli import main
 from mmrec.inference.generate import generate_tokens

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from serving import LIMITS, Client, make_service, running
 from torch import Tensor
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.inference.reading import READ_CHUNK
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits

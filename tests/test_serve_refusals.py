@@ -23,7 +23,7 @@ import pytest
 from conftest import REPOSITORY, Command
 from serving import KEY, LIMITS, Client, make_service, running
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.serve.command import listen
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest

@@ -12,7 +12,7 @@ import torch
 from conftest import Command
 from helpers import assert_same_training, fit, last, losses
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.data.store import open_tokens
 from mmrec.model.statistics import layer_statistics
 from mmrec.training.callbacks import measurements

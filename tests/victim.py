@@ -15,7 +15,7 @@ from helpers import kill_here
 
 Moment = tuple[str, int, float]
 """Where to die: ("step", updates, seconds after), or (a stage of saving, saves before, share of the file)."""
-STAGES = ("write", "seal", "fsync", "link", "rename", "folder")
+STAGES = ("write", "checksum", "fsync", "link", "rename", "folder")
 
 
 def die(moment: Moment) -> None:
@@ -65,7 +65,7 @@ def _inside_save(stage: str, count: int, share: float) -> None:
 
             writer.write = die_within  # type: ignore[attr-defined]
         save(content, writer)
-        if saves == count and stage == "seal":
+        if saves == count and stage == "checksum":
             kill_here()
 
     checkpoint.torch.save = counted  # type: ignore[assignment]

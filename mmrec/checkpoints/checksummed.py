@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file that says what it is, and is sealed by a sha256."""
+"""Checksummed safetensors files: tensors and metadata, with a format version and a sha256."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmrec.core.files import write_file
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What such a file holds.
+class FileFormat:
+    """A format of such files.
 
     Attributes:
         format: its name in the file.
@@ -32,36 +32,38 @@ class Kind:
     remedy: str
 
 
-def write_checksummed(path: Path, kind: Kind, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_checksummed(
+    path: Path, file_format: FileFormat, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Write tensors, contiguous and none of them shared, and ``metadata`` of them: whole, or not at all.
 
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    metadata = {"format": kind.format, "version": kind.version, **metadata}
+    metadata = {"format": file_format.format, "version": file_format.version, **metadata}
     data = save(tensors, metadata | {"sha256": _digest(tensors, metadata)})
     write_file(path, data)
 
 
-def read_checksummed(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another kind."""
-    metadata, tensors = _open(path, kind, with_tensors=True)
+def read_checksummed(path: Path, file_format: FileFormat) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another format."""
+    metadata, tensors = _open(path, file_format, with_tensors=True)
     digest = metadata.pop("sha256", None)
     try:
         whole = digest == _digest(tensors, metadata)
     except TypeError:  # numbers of a kind that is never written
         whole = False
     if not whole:
-        raise UserError(f"{path}: is damaged (wrong sha256); {kind.remedy}")
+        raise UserError(f"{path}: is damaged (wrong sha256); {file_format.remedy}")
     return tensors, metadata
 
 
-def read_metadata(path: Path, kind: Kind) -> dict[str, str]:
+def read_metadata(path: Path, file_format: FileFormat) -> dict[str, str]:
     """Return the metadata of the tensors, which are neither read nor checked; raises as :func:`read_checksummed`."""
-    return _open(path, kind, with_tensors=False)[0]
+    return _open(path, file_format, with_tensors=False)[0]
 
 
-def _open(path: Path, kind: Kind, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _open(path: Path, file_format: FileFormat, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -70,12 +72,14 @@ def _open(path: Path, kind: Kind, with_tensors: bool) -> tuple[dict[str, str], d
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a readable {kind.title} ({str(error)[:100]})") from None
-    if metadata.get("format") != kind.format:
-        raise UserError(f"{path}: is not a {kind.title} of mmrec")
+        raise UserError(f"{path}: is not a readable {file_format.title} ({str(error)[:100]})") from None
+    if metadata.get("format") != file_format.format:
+        raise UserError(f"{path}: is not a {file_format.title} of mmrec")
     version = metadata.get("version")
-    if version != kind.version:
-        raise UserError(f"{path}: {kind.title} format version {version}; this program reads {kind.version}")
+    if version != file_format.version:
+        raise UserError(
+            f"{path}: {file_format.title} format version {version}; this program reads {file_format.version}"
+        )
     return metadata, tensors
 
 

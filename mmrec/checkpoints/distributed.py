@@ -1,4 +1,4 @@
-"""A checkpoint in shards, a folder that several processes wrote (FSDP2), read without running what it may hold."""
+"""Sharded checkpoints (FSDP2): a folder with a file of each process, read without running code."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from torch.futures import Future
 
 from mmrec.core.errors import UserError, one_line
 
-METADATA = "torch.distributed.checkpoint.metadata"
-KNOWN = {
-    (METADATA, "Metadata"),
-    (METADATA, "MetadataIndex"),
-    (METADATA, "StorageMeta"),
-    (METADATA, "TensorStorageMetadata"),
-    (METADATA, "BytesStorageMetadata"),
-    (METADATA, "ChunkStorageMetadata"),
-    (METADATA, "TensorProperties"),
-    (METADATA, "_MEM_FORMAT_ENCODING"),
+TORCH_METADATA = "torch.distributed.checkpoint.metadata"
+ALLOWED = {
+    (TORCH_METADATA, "Metadata"),
+    (TORCH_METADATA, "MetadataIndex"),
+    (TORCH_METADATA, "StorageMeta"),
+    (TORCH_METADATA, "TensorStorageMetadata"),
+    (TORCH_METADATA, "BytesStorageMetadata"),
+    (TORCH_METADATA, "ChunkStorageMetadata"),
+    (TORCH_METADATA, "TensorProperties"),
+    (TORCH_METADATA, "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
-"""All that torch's index of shards, a pickle, is made of, beside dtypes."""
+"""Classes that torch's metadata of a sharded checkpoint, a pickle, consists of, besides dtypes."""
 
 
-class _Index(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise UserError(f"the index of its shards holds {module}.{name}, which no checkpoint has; it was not run")
+        raise UserError(f"the metadata of its shards names {module}.{name}, which no checkpoint has; it was not run")
 
 
-class _Reader(FileSystemReader):
+class _CheckedReader(FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.index = read_index(folder)
+        self.checked = read_metadata(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.index
+        return self.checked
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for info in self.storage_data.values():
@@ -60,26 +60,26 @@ class _Reader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
-class _OnlyTensors(_EmptyStateDictLoadPlanner):
+class _TensorsOnlyPlanner(_EmptyStateDictLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise UserError(f"{read_item.dest_index.fqn} is no tensor")  # torch would unpickle it
 
 
-def read_index(folder: Path) -> Metadata:
-    """Return the index of the shards in ``folder``; UserError where it would run code."""
+def read_metadata(folder: Path) -> Metadata:
+    """Return torch's metadata of the shards in ``folder``; UserError where reading it would run code."""
     with open(folder / ".metadata", "rb") as file:
-        index = _Index(file).load()
+        index = _RestrictedUnpickler(file).load()
     if not isinstance(index, Metadata):
-        raise UserError("its index of shards is none")
+        raise UserError("its metadata is not that of shards")
     return index
 
 
-def read_weights(folder: Path) -> dict[str, Any]:
+def read_sharded_weights(folder: Path) -> dict[str, Any]:
     """Return the tensors under "state_dict", put together, as a dictionary with that key."""
     found: dict[str, Any] = {}  # filled in
-    planner = _OnlyTensors(keys={"state_dict"})
+    planner = _TensorsOnlyPlanner(keys={"state_dict"})
     try:
-        _load_state_dict(found, storage_reader=_Reader(folder), planner=planner, no_dist=True)
+        _load_state_dict(found, storage_reader=_CheckedReader(folder), planner=planner, no_dist=True)
     except CheckpointException as error:  # no Exception; it holds what went wrong in each process
         cause, _ = next(iter(error.failures.values()))
         raise UserError(one_line(cause)[:200]) from None

@@ -1,4 +1,4 @@
-"""What a model has read, as a small file: safetensors, bound to the model that read it by a hash."""
+"""Files of a saved state: the carried state after a text, bound by a hash to the model that read it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmrec.checkpoints.checksummed import Kind, read_checksummed, read_metadata, tensor_bytes, write_checksummed
+from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, read_metadata, tensor_bytes, write_checksummed
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
-KIND = Kind("mmrec-memory", "1", "memory", "read the text again")
+FORMAT = FileFormat("mmrec-memory", "1", "memory", "read the text again")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def save_memory(path: Path, memory: SavedState, model: str) -> None:
         UserError: of :func:`check_memory_target`.
     """
     check_memory_target(path)
-    write_checksummed(path, KIND, _tensors(memory), {"model": model, "position": str(memory.position)})
+    write_checksummed(path, FORMAT, _tensors(memory), {"model": model, "position": str(memory.position)})
 
 
 def check_memory_target(path: Path) -> None:
@@ -78,7 +78,7 @@ def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
     Raises:
         UserError: the file is missing or damaged, or is of another model.
     """
-    tensors, metadata = read_checksummed(path, KIND)
+    tensors, metadata = read_checksummed(path, FORMAT)
     if metadata.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
     empty = _tensors(SavedState.empty(net))
@@ -96,7 +96,7 @@ def memory_header(path: Path) -> tuple[str, int]:
     Raises:
         UserError: the file is missing, or is not a memory.
     """
-    metadata = read_metadata(path, KIND)
+    metadata = read_metadata(path, FORMAT)
     return metadata.get("model", ""), _position(path, metadata)
 
 

@@ -1,4 +1,4 @@
-"""A model without its training, as one safetensors file: weights, shape and tokenizer."""
+"""A model as one safetensors file: weights, config and tokenizer, without the state of training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mmrec.checkpoints.checksummed import Kind, read_checksummed, write_checksummed
+from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, write_checksummed
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM
 from mmrec.tokenizers import Tokenizer
 
 SUFFIX = ".safetensors"
-KIND = Kind("mmrec-model", "1", "model file", "export it again")
+FORMAT = FileFormat("mmrec-model", "1", "model file", "export it again")
 
 
 def save_weights(path: Path, net: RecurrentLM, tokenizer: Tokenizer, step: int) -> None:
@@ -24,7 +24,7 @@ def save_weights(path: Path, net: RecurrentLM, tokenizer: Tokenizer, step: int) 
         del weights["head.weight"]
     described = {"shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
     metadata = {name: json.dumps(value) for name, value in described.items()} | {"step": str(step)}
-    write_checksummed(path, KIND, weights, metadata)
+    write_checksummed(path, FORMAT, weights, metadata)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
@@ -33,12 +33,12 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     Raises:
         UserError: the file is missing, damaged, or holds something else.
     """
-    weights, metadata = read_checksummed(path, KIND)
+    weights, metadata = read_checksummed(path, FORMAT)
     try:
         description = {key: json.loads(metadata[key]) for key in ("shape", "tokenizer")}
         step = int(metadata["step"])
         if description["shape"].get("tie_embeddings"):
             weights["head.weight"] = weights["embedding.weight"]
     except (LookupError, ValueError, AttributeError):
-        raise UserError(f"{path}: does not describe its model; {KIND.remedy}") from None
+        raise UserError(f"{path}: does not describe its model; {FORMAT.remedy}") from None
     return description, weights, step

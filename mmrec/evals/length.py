@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmrec.baselines.learning import RandomWindows, train_step
 from mmrec.baselines.models import GPT
 from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import native_precision

@@ -9,7 +9,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import find_checkpoint
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.inference.generate import generate_tokens

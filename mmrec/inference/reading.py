@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoints.checkpoint import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.inference.metrics import token_nll

@@ -11,7 +11,7 @@ from types import FrameType
 
 import uvicorn
 
-from mmrec.checkpoints.checkpoint import load_model
+from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.serve.app import create_app

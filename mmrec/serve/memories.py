@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState, load_memory, memory_header, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.serve.limits import Limits

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.inference.generate import generate_with_logits

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmrec.checkpoints import checkpoint as checkpoints
+from mmrec.checkpoints import contents
 from mmrec.core.errors import UserError
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.metrics import TextMetrics, token_nll
@@ -260,17 +260,17 @@ class RecurrentLMModule(LightningModule):
 
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
         """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
-        checkpoints.check_compatible(checkpoint, self.net, self.tokenizer)
-        self.net.load_state_dict(checkpoints.model_weights(checkpoint))
+        contents.check_compatible(checkpoint, self.net, self.tokenizer)
+        self.net.load_state_dict(contents.model_weights(checkpoint))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the model's description, the carried state, the random numbers."""
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self.net, self.tokenizer)
+        checkpoint[contents.MODEL_KEY] = contents.describe_model(self.net, self.tokenizer)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         processes = gather({"random": random, "carried": self._carried.state_dict()})
-        checkpoint[checkpoints.PROGRESS_KEY] = {
+        checkpoint[contents.PROGRESS_KEY] = {
             "carried": join_states([process["carried"] for process in processes]),
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
@@ -285,8 +285,8 @@ class RecurrentLMModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; restore the carried state and the random numbers."""
-        checkpoints.check_compatible(checkpoint, self.net, self.tokenizer)
-        progress = checkpoint.get(checkpoints.PROGRESS_KEY)
+        contents.check_compatible(checkpoint, self.net, self.tokenizer)
+        progress = checkpoint.get(contents.PROGRESS_KEY)
         if not self.trainer.training:
             self._leave_training_out(checkpoint)
         if progress is None:

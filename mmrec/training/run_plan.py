@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from mmrec.checkpoints import runs
-from mmrec.checkpoints.checkpoint import KEY, PROGRESS_KEY, find_intact_checkpoint, read_checkpoint
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
+from mmrec.checkpoints.contents import MODEL_KEY, PROGRESS_KEY
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig
 from mmrec.training.slurm import Job
@@ -215,7 +216,7 @@ def _refuse_to_resume(path: Path, checkpoint: dict[str, Any]) -> None:
         )
     # Each process reads its shards by the names that the module has today.
     options = checkpoint[PROGRESS_KEY]["hyperparameters"]
-    if path.is_dir() and checkpoint[KEY]["written_as"] == 1 and options.get("mtp_loss_weight"):
+    if path.is_dir() and checkpoint[MODEL_KEY]["written_as"] == 1 and options.get("mtp_loss_weight"):
         raise UserError(
             f"{path}: is in shards of format version 1 with multi-token prediction, from which training cannot be "
             f"resumed; begin a run with its weights by --init_from"
@@ -235,4 +236,4 @@ def _new_run(root: Path, taken: Collection[str]) -> str:
 
 def _architecture(checkpoint: dict[str, Any]) -> str:
     """Return the option that makes a model of the architecture of ``checkpoint``."""
-    return f"--model.config={json.dumps(asdict(ModelConfig.from_dict(checkpoint[KEY]['shape'])))}"
+    return f"--model.config={json.dumps(asdict(ModelConfig.from_dict(checkpoint[MODEL_KEY]['shape'])))}"

@@ -1,0 +1,52 @@
+"""Loading a model from a checkpoint or a safetensors file: all that inference needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
+from mmrec.checkpoints.contents import MODEL_KEY, model_weights
+from mmrec.core.errors import UserError, one_line
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, and the number of updates that it was trained for."""
+
+    net: RecurrentLM
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_model(path: Path) -> LoadedModel:
+    """Return the model of the checkpoint or the safetensors file at ``path``, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = find_intact_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        description = checkpoint[MODEL_KEY]
+        tokenizer = load_tokenizer(description["tokenizer"])
+        net = _model(ModelConfig.from_dict(description["shape"]), tokenizer.vocab_size, model_weights(checkpoint))
+        return LoadedModel(net.eval(), tokenizer, int(checkpoint["global_step"]))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
+        raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
+
+
+def _model(config: ModelConfig, vocab_size: int, weights: dict[str, Any]) -> RecurrentLM:
+    """Return a model with ``weights``, which needs no more memory than they do, whatever the config says."""
+    if config.layers > len(weights):
+        raise ValueError(f"{config.layers} layers, {len(weights)} weights")
+    with torch.device("meta"):
+        net = RecurrentLM(config, vocab_size)
+    net.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    net.tie()
+    return net
