@@ -87,7 +87,7 @@ def test_the_page_of_a_run(mmrec: Command, prepared: Path, capsys: pytest.Captur
     assert list(run.curve("val/loss")) == [7, 14, 21]
     assert f"{loss:.4f} nats/token" in page.text
     assert f"best.ckpt: {loss:.4f} nats/token after {updates} updates" in page.text
-    for heading in ("Loss", "Loss by position", "Half-lives of the memories", "Layers", "Samples over time"):
+    for heading in ("Loss", "Loss by position", "Half-lives of the layers", "Layers", "Samples over time"):
         assert f"<h2>{heading}</h2>" in source
     assert "Reached its end." in page.text
     assert re.search(r"weight_decay\s*0\.1", page.text)
@@ -127,7 +127,7 @@ def test_a_run_that_is_still_going_or_was_killed(mmrec: Command, prepared: Path)
     start, _ = history.read_text().splitlines()
     history.write_text(start + '\n{"event": "end", "ti')  # the machine stopped as it wrote
     page = check(render(read_run(Path("lightning_logs/a"))))
-    assert "it is still going, or was killed. The last sign of it is of 20" in page.text
+    assert "it is still going, or was killed. It last logged at 20" in page.text
     for path in Path("lightning_logs/a").glob("events*"):
         path.unlink()
     page = check(render(read_run(Path("lightning_logs/a"))))

@@ -1,4 +1,4 @@
-"""The page: one HTML file with all that it shows inside."""
+"""``mmrec report``: a run as one HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 
 def report(run: str, output: Path = Path("report.html"), root: Path = Path()) -> None:
-    """Write a page about a run that opens without a network.
+    """Write the report of a run: one page that opens without a network.
 
     Args:
         run: its name, or its folder.
@@ -59,14 +59,14 @@ def render(run: Run) -> str:
 
 
 def status(run: Run) -> str:
-    """Return in a sentence how the run ended, or that it has not."""
+    """Return a sentence on how the run ended, or that it has not."""
     if run.ended is not None:
         how = run.ended[0].upper() + run.ended[1:]
         return f"{how}{'' if how.endswith('.') else '.'}"
-    sign = f" The last sign of it is of {_time(run.last_sign)}." if run.last_sign else " It has logged nothing yet."
+    logged = f" It last logged at {_time(run.last_logged)}." if run.last_logged else " It has logged nothing yet."
     if run.history:
-        return f"No end is noted: it is still going, or was killed.{sign}"
-    return f"How it ended is not known: it did not get as far as training, or is of an older version.{sign}"
+        return f"No end is noted: it is still going, or was killed.{logged}"
+    return f"How it ended is not known: it did not get as far as training, or was made by an older version.{logged}"
 
 
 def _facts(run: Run) -> Rows:
@@ -85,7 +85,7 @@ def _facts(run: Run) -> Rows:
 
 
 def _trained(run: Run) -> timedelta | None:
-    """Return the time between starts and ends; of a start without an end, to the last sign of life."""
+    """Return the time between starts and ends; of a start without an end, to what was last logged."""
     total, began = timedelta(), None
     for line in run.history:
         time = datetime.fromisoformat(line["time"])
@@ -93,8 +93,8 @@ def _trained(run: Run) -> timedelta | None:
             began = time
         elif began is not None:
             total, began = total + (time - began), None
-    if began is not None and run.last_sign is not None:
-        total += max(timedelta(), run.last_sign.replace(microsecond=0) - began)
+    if began is not None and run.last_logged is not None:
+        total += max(timedelta(), run.last_logged.replace(microsecond=0) - began)
     return total or None
 
 
@@ -102,7 +102,7 @@ def _charts(run: Run) -> Iterator[tuple[str, str, Markup]]:
     """Yield title, explanation and drawing of each chart that there are figures for."""
     losses = [
         Line("training, each batch", list(run.curve("train/loss").items()), faint=True),
-        Line("validation, memory carried", list(run.curve("val/loss").items()), marked=True),
+        Line("validation, state carried", list(run.curve("val/loss").items()), marked=True),
     ]
     if shown := [line for line in losses if line.points]:
         # Without validations the training stands alone, and is not faint.
@@ -111,7 +111,7 @@ def _charts(run: Run) -> Iterator[tuple[str, str, Markup]]:
     bands = sorted(run.group("val_loss_by_position").items(), key=lambda item: int(item[0].removeprefix("from_")))
     if bands:
         about = (
-            "The validation text is read once, from its start, with the memory carried: its first 1,024 tokens, then "
+            "The validation text is read once, from its start, with the state carried: its first 1,024 tokens, then "
             "those up to 2,047, and so on. Its parts differ in difficulty: what counts is how the lines differ."
         )
         labels = [_short(int(name.removeprefix("from_"))) for name, _ in bands]
@@ -127,10 +127,10 @@ def _charts(run: Run) -> Iterator[tuple[str, str, Markup]]:
     }
     if rows:
         about = (
-            "Tokens after which half of what a layer remembers is left, at its mean decay on the validation text: a "
-            "count of channels in a short memory, of heads in a long one. What a long memory overwrites is not in it."
+            "Tokens after which half of a layer's state is left, at its mean decay on the validation text: counts of "
+            "channels in a short layer, of heads in a long one. What the delta rule overwrites is not in it."
         )
-        yield "Half-lives of the memories", about, spread_chart(rows, "half-life, tokens")
+        yield "Half-lives of the layers", about, spread_chart(rows, "half-life, tokens")
     for tag, title, unit in (
         ("train/grad_norm", "Gradient", "norm before clipping"),
         ("train/learning_rate", "Learning rate", "highest of the groups"),
@@ -142,7 +142,7 @@ def _charts(run: Run) -> Iterator[tuple[str, str, Markup]]:
 
 
 def _layers(run: Run) -> list[dict[str, str]]:
-    """Return for each layer what was last measured in it."""
+    """Return a row of the last statistics of each layer."""
     half_lives, norms, gates = (run.group(f"val_{name}") for name in ("half_life", "state_norm", "gate"))
     rows = []
     for name in sorted(half_lives, key=_number):

@@ -1,4 +1,4 @@
-"""What a run's folder tells: its events, its config, its history and its checkpoints."""
+"""Reading the folder of a run: its TensorBoard events, config, history and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Histogram = list[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
-class File:
+class CheckpointFile:
     """A checkpoint: its name, its bytes and when it was written."""
 
     name: str
@@ -44,7 +44,7 @@ class Run:
         samples: texts by the number of updates.
         history: its starts and ends, in order; empty in runs of older versions.
         checkpoints: those that are there.
-        last_sign: when anything was last logged.
+        last_logged: when anything was last logged.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Run:
     histograms: dict[str, Histogram]
     samples: dict[int, str]
     history: list[dict[str, Any]]
-    checkpoints: list[File]
-    last_sign: datetime | None
+    checkpoints: list[CheckpointFile]
+    last_logged: datetime | None
 
     def curve(self, tag: str) -> Curve:
         """Return what was logged under ``tag``, maybe nothing."""
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> Run:
         samples={updates: _sample(event) for updates, event in texts.items()},
         history=_history(folder / HISTORY),
         checkpoints=[file for n in (BEST, LAST, PREVIOUS) for file in _file(folder / CHECKPOINTS / f"{n}.ckpt")],
-        last_sign=datetime.fromtimestamp(max(times), UTC) if times else None,
+        last_logged=datetime.fromtimestamp(max(times), UTC) if times else None,
     )
 
 
@@ -154,11 +154,11 @@ def _history(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _file(path: Path) -> list[File]:
+def _file(path: Path) -> list[CheckpointFile]:
     """Return a checkpoint, which may be a folder of shards, in a list; an empty one where it is not there."""
     try:
         inside = [path, *path.rglob("*")] if path.is_dir() else [path]
         size = sum(part.stat().st_size for part in inside if part.is_file())
-        return [File(path.name, size, datetime.fromtimestamp(path.stat().st_mtime, UTC))]
+        return [CheckpointFile(path.name, size, datetime.fromtimestamp(path.stat().st_mtime, UTC))]
     except FileNotFoundError:
         return []
