@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.checkpoints.loading import LoadedModel
+from mmrec.serve.authentication import Access
+from mmrec.serve.chat import PLAIN, ChatTemplate
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
-from mmrec.serve.memories import StateStore
 from mmrec.serve.service import Service
+from mmrec.serve.state_store import StateStore
 from mmrec.serve.workers import Workers
 
 LIMITS = Limits(body_bytes=30_000, prompt_tokens=5000, max_tokens=4000, choices=4, memories=20)
 KEY = "a-key-of-the-tests"
+OPEN = Access()
 
 
 class Client:
@@ -80,10 +83,10 @@ class Client:
 
 
 @contextmanager
-def running(service: Service, key: str | None = None, loopback: bool = True) -> Iterator[Client]:
+def running(service: Service, access: Access = OPEN, template: ChatTemplate = PLAIN) -> Iterator[Client]:
     listening, _ = listen("127.0.0.1", 0)
     with listening:
-        server = Server(service, key, loopback)
+        server = Server(service, access, template)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
         thread.start()
         try:

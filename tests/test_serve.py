@@ -22,7 +22,7 @@ from mmrec.inference.generate import generate_tokens
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
-from mmrec.serve.service import Finished, Piece, Service
+from mmrec.serve.service import Finished, Service, TextChunk
 from mmrec.serve.transcript import StopFinder
 from mmrec.tokenizers import ByteTokenizer
 
@@ -116,7 +116,7 @@ def test_pieces_are_whole_characters(memories: Path) -> None:
 
     asked = CompletionRequest(prompt=text, max_tokens=300, seed=0)
     events = list(service.complete(asked))
-    pieces = [event.text for event in events if isinstance(event, Piece)]
+    pieces = [event.text for event in events if isinstance(event, TextChunk)]
     (ended,) = (event for event in events if isinstance(event, Finished))
     assert ended.tokens == 300
     # A model of random weights writes bytes at random; some of them are characters of several bytes.

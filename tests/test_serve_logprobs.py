@@ -19,7 +19,7 @@ from mmrec.checkpoints.loading import LoadedModel
 from mmrec.inference.reading import READ_CHUNK
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
-from mmrec.serve.logprobs import as_logprobs, rows_of, token_names
+from mmrec.serve.logprobs import format_logprobs, token_logprobs, token_names
 from mmrec.serve.protocol import CompletionRequest
 from mmrec.serve.service import Started
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, make_tokenizer
@@ -226,8 +226,8 @@ def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
     assert separator == tokenizer.separator
     logits = torch.zeros(2, tokenizer.vocab_size)
     logits[:, written], logits[:, separator] = 5, 4
-    rows = rows_of(logits, torch.tensor([separator, written]), 2)
-    found = as_logprobs(list(enumerate(rows)), names)
+    rows = token_logprobs(logits, torch.tensor([separator, written]), 2)
+    found = format_logprobs(list(enumerate(rows)), names)
     own, (first, second) = json.loads(f"[{found.token_logprobs}]"), json.loads(f"[{found.top_logprobs}]")
     assert first == second == {"\n\n": own[1]}
     assert own[0] == pytest.approx(own[1] - 1)

@@ -13,6 +13,7 @@ import pytest
 from serving import KEY, LIMITS, Client, make_service, running
 
 from mmrec.checkpoints.loading import LoadedModel
+from mmrec.serve.authentication import Access
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -100,7 +101,7 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def sheet(chromium: Any, small_model: LoadedModel, memories: Path) -> Iterator[Sheet]:
     service = make_service(small_model, memories, replace(LIMITS, max_tokens=4096))
-    with running(service, KEY) as client:
+    with running(service, Access(KEY)) as client:
         sheet = Sheet(chromium, client)
         yield sheet
         sheet.page.close()

@@ -25,6 +25,7 @@ from serving import KEY, LIMITS, Client, make_service, running
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
+from mmrec.serve.authentication import Access
 from mmrec.serve.command import listen
 from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 
@@ -44,6 +45,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "empty prompt": ("completions", {"prompt": ""}, 400, "must not be empty without a memory"),
     "no prompts": ("completions", {"prompt": []}, 400, "prompt is an empty list"),
     "unsupported": ("completions", {"suffix": "to be"}, 400, "suffix: "),
+    "best of more": ("completions", {"best_of": 2}, 400, "best_of: "),
     "many logprobs": ("completions", {"logprobs": 6}, 400, "logprobs: "),
     "long prompt": ("completions", {"prompt": "t" * 5001}, 400, "at most 5,000 are read at once"),
     "long prompts": ("completions", {"prompt": ["t" * 2501] * 2}, 400, "at most 5,000 are read at once"),
@@ -54,7 +56,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "top_p": ("completions", {"top_p": 0}, 400, "top_p: "),
     "seed": ("completions", {"seed": 1 << 63}, 400, "seed: "),
     "stops": ("completions", {"stop": ["a"] * 5}, 400, "at most 4"),
-    "empty stop": ("completions", {"stop": ""}, 400, "a stop must have"),
+    "empty stop": ("completions", {"stop": [""]}, 400, "a stop must have"),
     "save several": ("completions", {"n": 2, "save_memory": "a"}, 400, "one prompt and n 1"),
     "no such memory": ("completions", {"memory": "nothing"}, 404, "there is no memory 'nothing'"),
     "long score": ("score", {"text": "t" * 5001}, 400, "at most 5,000"),
@@ -107,7 +109,7 @@ def test_other_hosts_and_pages_are_refused(client: Client) -> None:
     port = client.port
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.", "", "[::1", "@"):
         status, answer = client.ask("GET", "/v1/models", host=host)
-        assert (status, "is there for localhost only" in answer["error"]["message"]) == (403, True), host
+        assert (status, "which is not localhost" in answer["error"]["message"]) == (403, True), host
     for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST:1"):
         assert client.ask("GET", "/v1/models", host=host)[0] == 200
     for origin in ("http://evil.example", "null", f"http://localhost:{port + 1}", "http://[", "file://"):
@@ -116,7 +118,7 @@ def test_other_hosts_and_pages_are_refused(client: Client) -> None:
 
 
 def test_the_key(small_model: LoadedModel, memories: Path) -> None:
-    with running(make_service(small_model, memories), KEY, loopback=False) as client:
+    with running(make_service(small_model, memories), Access(KEY, loopback=False)) as client:
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
             for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("DELETE", "/v1/memories/a")):
                 with client.open(method, path, {} if method == "POST" else None, **given) as response:

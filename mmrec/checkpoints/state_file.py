@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -27,11 +28,13 @@ class SavedState:
         state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it.
         logits: [N], of the next token; zeros before the first.
         position: tokens that were read.
+        pending: bytes of a character that the text ends inside of; the next tokens may complete it.
     """
 
     state: State
     logits: Tensor
     position: int
+    pending: bytes = b""
 
     @classmethod
     def empty(cls, net: RecurrentLM) -> SavedState:
@@ -60,7 +63,10 @@ def save_memory(path: Path, memory: SavedState, model: str) -> None:
         UserError: of :func:`check_memory_target`.
     """
     check_memory_target(path)
-    write_checksummed(path, FORMAT, _tensors(memory), {"model": model, "position": str(memory.position)})
+    metadata = {"model": model, "position": str(memory.position)}
+    if memory.pending:
+        metadata["pending"] = memory.pending.hex()
+    write_checksummed(path, FORMAT, _tensors(memory), metadata)
 
 
 def check_memory_target(path: Path) -> None:
@@ -87,7 +93,7 @@ def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: holds numbers that are not finite")
     state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
-    return SavedState(state, tensors["logits"], _position(path, metadata))
+    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata))
 
 
 def memory_header(path: Path) -> tuple[str, int]:
@@ -105,6 +111,18 @@ def _position(path: Path, metadata: dict[str, str]) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", position):
         raise UserError(f"{path}: does not say how many tokens were read")
     return int(position)
+
+
+def _pending(path: Path, metadata: dict[str, str]) -> bytes:
+    """Return the bytes of an incomplete character; UserError where they are not such."""
+    try:
+        pending = bytes.fromhex(metadata.get("pending", ""))
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        if decoder.decode(pending) == "" and decoder.getstate()[0] == pending:
+            return pending
+    except ValueError:
+        pass
+    raise UserError(f"{path}: holds bytes that begin no character")
 
 
 def _tensors(memory: SavedState) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ class MemoryLM:
         """
         options = SamplingOptions(length, temperature, top_k, top_p, seed)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
-        decoder = StreamDecoder(self._trained.tokenizer)
+        decoder = StreamDecoder(self._trained.tokenizer, b"" if prompt else self.memory.pending)
         for token in generate_tokens(self._trained.net, tokens, options, self.memory):
             yield decoder.push(token)
         yield decoder.flush()

@@ -90,7 +90,7 @@ def generate(
     if prompt is None:
         prompt = default_prompt(trained.tokenizer) if memory is None else ""
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
-    decoder = StreamDecoder(trained.tokenizer)
+    decoder = StreamDecoder(trained.tokenizer, b"" if prompt else before.pending)
     sys.stdout.write(prompt)
     for token in generate_tokens(trained.net, tokens, sampling, before):
         sys.stdout.write(decoder.push(token))

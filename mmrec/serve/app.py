@@ -1,45 +1,49 @@
-"""The endpoints: from requests to work, and from work to answers, at once or as it comes."""
+"""The endpoints of the API: from requests to jobs, and from jobs to responses."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
-import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 
-from mmrec.serve.guard import Authentication, error_response, read_body
-from mmrec.serve.logprobs import joined
+from mmrec.serve.authentication import Access, Authentication, error_response
+from mmrec.serve.body import read_body
+from mmrec.serve.chat import ChatRequest, ChatTemplate
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest, parse
-from mmrec.serve.service import Event, Finished, Piece, Service, Started
-from mmrec.serve.workers import ClientGone, Work, Workers, cancel_on_disconnect
+from mmrec.serve.responses import ChatResponse, CompletionResponse
+from mmrec.serve.service import Event, Service, Started
+from mmrec.serve.workers import ClientDisconnected, Job, Workers, cancel_on_disconnect
 
 JSON, BINARY = "application/json", "application/octet-stream"
-FILE_ROOM = 1 << 16
+FILE_OVERHEAD = 1 << 16
 """Bytes that a memory file may have beyond its numbers."""
+READ_METHODS = ["GET", "HEAD"]
+STREAM_HEADERS = {"X-Accel-Buffering": "no"}
+"""nginx passes a stream on as it comes, not a page at a time."""
 
 
-def create_app(service: Service, workers: Workers, key: str | None, loopback: bool) -> FastAPI:
+def create_app(service: Service, workers: Workers, access: Access, template: ChatTemplate) -> FastAPI:
     """Return the web application.
 
     Args:
         service: what the model does.
         workers: who does it; they are closed when the application ends.
-        key: that every request must carry; none if None.
-        loopback: whether it can be reached from this machine alone.
+        access: who may send requests.
+        template: of chats.
     """
-    started = int(time.time())
-    page, policy = read_page()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,17 +51,33 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
         workers.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Authentication, key=key, loopback=loopback)
+    app.add_middleware(Authentication, access=access)
+    if access.allowed_origins:  # outermost: a browser's preflight request has no key
+        origins = list(access.allowed_origins)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    endpoints = Endpoints(service, workers, template)
+    routers = [_page_routes(), _model_routes(service), _generation_routes(endpoints), _memory_routes(endpoints)]
+    for router in routers:
+        app.include_router(router)
+    _add_error_handlers(app, [route for router in routers for route in router.routes])
+    return app
 
+
+def _add_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     @app.exception_handler(ApiError)
     async def _refused(_: Request, error: ApiError) -> Response:
         return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def _unknown(request: Request, error: HTTPException) -> Response:
-        return error_response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        message, headers = f"{request.method} {request.url.path}: {error.detail}", {}
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_methods(routes, request)))
+        elif error.status_code == 404:
+            message += "; docs/serve.md lists what there is, of OpenAI's API: models, completions, chat/completions"
+        return error_response(ApiError(error.status_code, message), headers)
 
-    @app.exception_handler(ClientGone)
+    @app.exception_handler(ClientDisconnected)
     @app.exception_handler(ClientDisconnect)
     async def _gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)  # nginx's number for it; nobody reads it
@@ -66,152 +86,149 @@ def create_app(service: Service, workers: Workers, key: str | None, loopback: bo
     async def _failed(_: Request, __: Exception) -> Response:
         return error_response(ApiError(500, "the server failed; its terminal says how"))
 
-    async def only_answer(request: Request, work: Work[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return await cancel_on_disconnect(request, anext(work))
-        finally:
-            work.close()
 
-    @app.get("/")
+def _methods(routes: Sequence[BaseRoute], request: Request) -> set[str]:
+    """Return the methods that exist for the path of ``request``."""
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """What the endpoints share: parsing a request, and running its job.
+
+    Args:
+        service: what the model does.
+        workers: who does it.
+        template: of chats.
+    """
+
+    service: Service
+    workers: Workers
+    template: ChatTemplate
+
+    async def body(self, request: Request, kind: str = JSON, most: int | None = None) -> bytes:
+        """Return the body of a request, of ``most`` bytes, or as many as the limits say."""
+        return await read_body(request, kind, self.service.limits.body_bytes if most is None else most)
+
+    async def generate(
+        self, request: Request, completion: CompletionRequest, response: CompletionResponse
+    ) -> Response | StreamingResponse:
+        """Return the completion ``completion`` as ``response``, whole or streamed."""
+        job: Job[Event] = self.workers.start(self.service.complete(completion))
+        with ExitStack() as stack:
+            stack.callback(job.close)
+            started = await cancel_on_disconnect(request, anext(job))  # errors of the request are raised before it
+            assert isinstance(started, Started)
+            if not completion.stream:
+                return Response(await cancel_on_disconnect(request, response.whole(started, job)), media_type=JSON)
+            stack.pop_all()  # the stream ends the job itself
+        events = response.stream(started, job, completion.stream_options.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+
+    async def run(self, request: Request, job: Job[dict[str, Any]]) -> dict[str, Any]:
+        """Return the only result of ``job``."""
+        try:
+            return await cancel_on_disconnect(request, anext(job))
+        finally:
+            job.close()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise :class:`ApiError` where ``name`` is given and is not the model's."""
+        if name not in (None, self.service.name):
+            message = f"there is no model {name!r}, but {self.service.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+
+def _page_routes() -> APIRouter:
+    router, (page, policy) = APIRouter(), read_page()
+
+    @router.api_route("/", methods=READ_METHODS)
     async def index() -> Response:
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": policy})
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        model = {"id": service.name, "object": "model", "created": started, "owned_by": "mmrec"}
+    return router
+
+
+def _model_routes(service: Service) -> APIRouter:
+    router, created = APIRouter(), int(time.time())
+    model = {"id": service.name, "object": "model", "created": created, "owned_by": "mmrec"}
+
+    @router.api_route("/v1/models", methods=READ_METHODS)
+    async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), CompletionRequest)
-        if asked.model not in (None, service.name):
-            message = f"there is no model {asked.model!r}, but {service.name!r}"
+    @router.api_route("/v1/models/{name:path}", methods=READ_METHODS)
+    async def get_model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            message = f"there is no model {name!r}, but {service.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
-        asked.check(service.limits)
-        work: Work[Event] = workers.start(service.complete(asked))
-        answer = Answer(service.name, asked.logprobs is not None)
-        with ExitStack() as stack:
-            stack.callback(work.close)
-            begun = await cancel_on_disconnect(request, anext(work))  # what is wrong is found before it
-            assert isinstance(begun, Started)
-            if not asked.stream:
-                return Response(await cancel_on_disconnect(request, answer.whole(begun, work)), media_type=JSON)
-            stack.pop_all()  # the stream ends the work itself
-        return StreamingResponse(
-            answer.stream(begun, work, asked.stream_options.include_usage), media_type="text/event-stream"
-        )
+        return model
 
-    @app.post("/v1/score")
+    return router
+
+
+def _generation_routes(endpoints: Endpoints) -> APIRouter:
+    router, service = APIRouter(), endpoints.service
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        completion = parse(await endpoints.body(request), CompletionRequest)
+        endpoints.check_model(completion.model)
+        completion.check_stops()
+        completion.check(service.limits)
+        response = CompletionResponse(service.name, completion.logprobs is not None)
+        return await endpoints.generate(request, completion, response)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        chat = parse(await endpoints.body(request), ChatRequest)
+        endpoints.check_model(chat.model)
+        completion = chat.completion(endpoints.template)
+        completion.check(service.limits)
+        return await endpoints.generate(request, completion, ChatResponse(service.name))
+
+    @router.post("/v1/score")
     async def score(request: Request) -> dict[str, Any]:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ScoreRequest)
-        return await only_answer(request, workers.start(service.score(asked)))
+        scored = parse(await endpoints.body(request), ScoreRequest)
+        return await endpoints.run(request, endpoints.workers.start(service.score(scored)))
 
-    @app.get("/v1/memories")
+    return router
+
+
+def _memory_routes(endpoints: Endpoints) -> APIRouter:
+    router, service = APIRouter(), endpoints.service
+
+    @router.api_route("/v1/memories", methods=READ_METHODS)
     def list_memories() -> dict[str, Any]:
         return {"object": "list", "data": service.memories.all()}
 
-    @app.post("/v1/memories", status_code=201)
+    @router.post("/v1/memories", status_code=201)
     async def read_memory(request: Request) -> dict[str, Any]:
-        asked = parse(await read_body(request, JSON, service.limits.body_bytes), ReadRequest)
-        return await only_answer(request, workers.start(service.read(asked)))
+        reading = parse(await endpoints.body(request), ReadRequest)
+        return await endpoints.run(request, endpoints.workers.start(service.read(reading)))
 
-    @app.get("/v1/memories/{name}")
-    def about_memory(name: str) -> dict[str, Any]:
+    @router.api_route("/v1/memories/{name}", methods=READ_METHODS)
+    def describe_memory(name: str) -> dict[str, Any]:
         return service.memories.about(name)
 
-    @app.get("/v1/memories/{name}/file")
+    @router.api_route("/v1/memories/{name}/file", methods=READ_METHODS)
     def download_memory(name: str) -> Response:
         data = service.memories.data(name)
         save_as = {"Content-Disposition": f'attachment; filename="{name}.mem"'}
         return Response(data, media_type=BINARY, headers=save_as)
 
-    @app.put("/v1/memories/{name}/file", status_code=201)
+    @router.put("/v1/memories/{name}/file", status_code=201)
     async def upload_memory(request: Request, name: str) -> dict[str, Any]:
-        data = await read_body(request, BINARY, service.memories.bytes_of_one + FILE_ROOM)
-        return await only_answer(request, workers.start(service.put(name, data)))
+        data = await endpoints.body(request, BINARY, service.memories.bytes_of_one + FILE_OVERHEAD)
+        return await endpoints.run(request, endpoints.workers.start(service.put(name, data)))
 
-    @app.delete("/v1/memories/{name}")
+    @router.delete("/v1/memories/{name}")
     def delete_memory(name: str) -> dict[str, Any]:
         service.memories.delete(name)
         return {"id": name, "object": "memory", "deleted": True}
 
-    return app
-
-
-class Answer:
-    """One completion in OpenAI's shape.
-
-    Args:
-        model: its name.
-        scored: whether log probabilities were asked for.
-    """
-
-    def __init__(self, model: str, scored: bool) -> None:
-        self._scored = scored
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    async def whole(self, begun: Started, work: Work[Event]) -> str:
-        """Return the answer when all is written."""
-        pieces: dict[int, list[Piece]] = {}
-        choices: list[str] = []
-        written = 0
-        async for event in work:
-            if isinstance(event, Piece):
-                pieces.setdefault(event.index, []).append(event)
-            elif isinstance(event, Finished):
-                written += event.tokens
-                choices.append(self._choice(event.index, pieces.pop(event.index, []), event))
-        return self._body(choices, usage=_usage(begun, written))
-
-    async def stream(self, begun: Started, work: Work[Event], with_usage: bool) -> AsyncIterator[str]:
-        """Yield the answer as it is written, as server-sent events."""
-        written = 0
-        try:
-            async for event in work:
-                if isinstance(event, Piece):
-                    yield _sent(self._body([self._choice(event.index, [event])]))
-                elif isinstance(event, Finished):
-                    written += event.tokens
-                    yield _sent(self._body([self._choice(event.index, [], event)]))
-            if with_usage:
-                yield _sent(self._body([], usage=_usage(begun, written)))
-        except ApiError as error:  # the status was sent already: no room for a memory, or the server ends
-            yield _sent(json.dumps(error.body()))
-        finally:
-            work.close()
-        yield _sent("[DONE]")
-
-    def _body(self, choices: list[str], **further: Any) -> str:
-        return _with(self._head | further, "choices", f"[{', '.join(choices)}]")
-
-    def _choice(self, index: int, pieces: list[Piece], ended: Finished | None = None) -> str:
-        choice = {
-            "index": index,
-            "text": "".join(piece.text for piece in pieces),
-            "finish_reason": ended.reason if ended else None,
-        }
-        choice |= {"memory": ended.memory} if ended and ended.memory else {}
-        logprobs = joined(piece.logprobs for piece in pieces if piece.logprobs) if self._scored else "null"
-        return _with(choice, "logprobs", logprobs)
-
-
-def _with(fields: dict[str, Any], name: str, value: str) -> str:
-    """Return ``fields`` as JSON, and one more, whose value is JSON already."""
-    return f"{json.dumps(fields)[:-1]}, {json.dumps(name)}: {value}}}"
-
-
-def _usage(begun: Started, written: int) -> dict[str, int]:
-    read = begun.prompt_tokens
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def _sent(data: str) -> str:
-    return f"data: {data}\n\n"
+    return router
 
 
 def read_page() -> tuple[str, str]:

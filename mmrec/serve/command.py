@@ -6,6 +6,8 @@ import errno
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -15,9 +17,12 @@ from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.serve.app import create_app
+from mmrec.serve.authentication import Access
+from mmrec.serve.chat import PLAIN, ChatTemplate
+from mmrec.serve.connections import bounded_protocol
 from mmrec.serve.limits import DEFAULT, Limits
-from mmrec.serve.memories import StateStore
 from mmrec.serve.service import Service
+from mmrec.serve.state_store import StateStore
 from mmrec.serve.workers import Workers
 
 KEY_VARIABLE, SHORTEST_KEY = "MMREC_API_KEY", 16
@@ -59,17 +64,17 @@ def find_key(loopback: bool) -> str | None:
 class Server(uvicorn.Server):
     """Serves ``service``; the other arguments are those of :func:`mmrec.serve.app.create_app`."""
 
-    def __init__(self, service: Service, key: str | None, loopback: bool) -> None:
+    def __init__(self, service: Service, access: Access, template: ChatTemplate = PLAIN) -> None:
         self.workers = Workers(service.limits)
         config = uvicorn.Config(
-            create_app(service, self.workers, key, loopback),
-            http="h11",
+            create_app(service, self.workers, access, template),
+            http=bounded_protocol(service.limits.connections),
             ws="none",
             log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=service.limits.connections,
+            limit_concurrency=service.limits.connections + 1,  # uvicorn counts the connection that sends the request
             timeout_graceful_shutdown=LAST_SECONDS,
         )
         super().__init__(config)
@@ -80,33 +85,60 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+@dataclass(frozen=True)
+class ServeOptions:
+    """Address of the server, and who may send requests.
+
+    Args:
+        host: address to listen at; one that others can reach needs a key in the environment: MMREC_API_KEY.
+        port: to listen at; 0 takes any free one.
+        memories: folder of the named memories.
+        allowed_hosts: further names that the server is reached by, as example.org, where a proxy passes them on.
+        allowed_origins: pages that may send requests from a browser, as https://example.org.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    memories: Path = Path("memories")
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+
+    def access(self, loopback: bool) -> Access:
+        """Return who may send requests; UserError where a key is needed and not given, or a name is none."""
+        named = [] if _is_address(self.host) else [self.host]
+        return Access(find_key(loopback), loopback, (*named, *self.allowed_hosts), tuple(self.allowed_origins))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def serve(
-    checkpoint: CheckpointOptions,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    memories: Path = Path("memories"),
-    limits: Limits = DEFAULT,
+    checkpoint: CheckpointOptions, options: ServeOptions, limits: Limits = DEFAULT, chat: ChatTemplate = PLAIN
 ) -> None:
     """Answer requests of OpenAI's completions API, and show a page to type in, until Ctrl-C.
 
     Args:
         checkpoint: of the model.
-        host: address to listen at; one that others can reach needs a key in the environment: MMREC_API_KEY.
-        port: to listen at; 0 takes any free one.
-        memories: folder of the named memories.
+        options: address and access.
         limits: of requests.
+        chat: of chat completions.
     """
-    listening, loopback = listen(host, port)
+    listening, loopback = listen(options.host, options.port)
     with listening:
-        key = find_key(loopback)
+        access = options.access(loopback)
         path = checkpoint.path()
         trained = load_model(path)
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
-        service = Service(name, trained, StateStore(memories, trained, limits), limits)
-        shown = f"[{host}]" if ":" in host else host
-        locked = ", with a key" if key else ""
+        service = Service(name, trained, StateStore(options.memories, trained, limits), limits)
+        shown = f"[{options.host}]" if ":" in options.host else options.host
+        locked = ", with a key" if access.key else ""
         print(f"{name}: http://{shown}:{listening.getsockname()[1]}{locked}; Ctrl-C stops", flush=True)
         try:
-            Server(service, key, loopback).run(sockets=[listening])
+            Server(service, access, chat).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn's, after all has ended
             print("stopped")

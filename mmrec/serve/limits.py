@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may ask for."""
+"""Limits of one request, and of all of them together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Limits:
     body_bytes: int = 1 << 20
     prompt_tokens: int = 1 << 17
     max_tokens: int = 1 << 14
-    choices: int = 16
+    choices: int = 128
     memories: int = 100
     memory_bytes: int = 1 << 30
 

@@ -1,4 +1,4 @@
-"""How likely each token was, in the shape of OpenAI's ``logprobs``; always of the model's own distribution.
+"""Log probabilities of tokens, in the shape of OpenAI's ``logprobs``; always of the model's own distribution.
 
 What changes the draw (``temperature``, ``top_p``) does not change them, as in vLLM, so a text has the same log
 probabilities whether it was written or is given back by ``echo``.
@@ -19,7 +19,7 @@ ROWS = 256
 """Distributions that are computed at a time: bounds the memory that a long prompt takes with many tokens."""
 
 
-class Row(NamedTuple):
+class TokenLogprob(NamedTuple):
     """One token in its place.
 
     Attributes:
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     best: dict[int, float]
 
 
-def rows_of(logits: Tensor, tokens: Tensor, count: int) -> list[Row]:
+def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogprob]:
     """Return a row for each of ``tokens`` [n], int64, with its ``count`` likeliest ones, of ``logits`` [n, N]."""
     found = []
     for some, of in zip(logits.split(ROWS), tokens.split(ROWS), strict=True):
@@ -43,7 +43,7 @@ def rows_of(logits: Tensor, tokens: Tensor, count: int) -> list[Row]:
         for token, logprob, ids, values in zip(
             of.tolist(), own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
         ):
-            found.append(Row(token, logprob, dict(zip(ids, values, strict=True)) | {token: logprob}))
+            found.append(TokenLogprob(token, logprob, dict(zip(ids, values, strict=True)) | {token: logprob}))
     return found
 
 
@@ -61,7 +61,7 @@ class Logprobs:
     text_offset: str
 
 
-def as_logprobs(places: Sequence[tuple[int, Row]], names: list[str]) -> Logprobs:
+def format_logprobs(places: Sequence[tuple[int, TokenLogprob]], names: list[str]) -> Logprobs:
     """Return some rows, each with the place in the text where its token begins; ``names`` are the tokens'."""
     tops: list[dict[str, float] | None] = []
     for _, row in places:
@@ -78,7 +78,7 @@ def as_logprobs(places: Sequence[tuple[int, Row]], names: list[str]) -> Logprobs
     return Logprobs(*(json.dumps(values, allow_nan=False)[1:-1] for values in lists))
 
 
-def joined(parts: Iterable[Logprobs]) -> str:
+def join_logprobs(parts: Iterable[Logprobs]) -> str:
     """Return the JSON of ``logprobs`` for parts that follow one another."""
     columns = zip(*(astuple(part) for part in parts if part.tokens), strict=True)
     texts = [", ".join(column) for column in columns] or [""] * len(fields(Logprobs))

@@ -1,9 +1,9 @@
-"""What is asked and answered: OpenAI's completions, with the fields ``memory`` and ``save_memory`` beside its own."""
+"""Requests and errors of the API: OpenAI's completions, with ``memory`` and ``save_memory`` beside its fields."""
 
 from __future__ import annotations
 
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,13 +22,45 @@ from mmrec.serve.limits import Limits
 MOST_STOPS, LONGEST_STOP = 4, 64
 MOST_LOGPROBS = 5
 """Of the likeliest tokens in each place; OpenAI's bound."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-}
-"""Fields of OpenAI's that this server does not have, and what clients send in them that asks for nothing."""
+
+
+def _without_effect(fields: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the values, by field, that OpenAI's clients send and that ask for nothing.
+
+    Most of the fields are not supported otherwise.
+    """
+    return {
+        "best_of": (1, fields.get("n", 1)),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "metadata": ({},),
+        "min_p": (0,),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "presence_penalty": (0,),
+        "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "stop": ("", []),
+        "store": (False,),
+        "stream_options": ({},),
+        "suffix": ("",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "functions": ([],),
+        "top_k": (0, -1),
+    }
+
+
+HINTS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+"""Fields that say who asks, or how to cache: they change no answer."""
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Return whether two values are equal as JSON: 0 is not false there."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 class ApiError(Exception):
@@ -52,29 +84,27 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class Asked(BaseModel):
-    """The fields of a request. Nothing is guessed: an unknown field or a number in a string is an error."""
+class RequestModel(BaseModel):
+    """Fields of a request. Nothing is guessed: an unknown field or a number in a string is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Asked):
-    """Of a completion that is streamed."""
+class StreamOptions(RequestModel):
+    """Options of a streamed completion. Chunks are never padded, so ``include_obfuscation`` can only be false."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
-class CompletionRequest(Asked):
-    """Of ``POST /v1/completions``."""
+class GenerationRequest(RequestModel):
+    """Fields that completions and chat completions share."""
 
     model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] = 16
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
     n: Annotated[int, Field(ge=1)] = 1
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    echo: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     stop: str | list[str] = []
@@ -84,11 +114,37 @@ class CompletionRequest(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_asks_for_nothing(cls, fields: Any) -> Any:
+    def _without_fields_that_ask_for_nothing(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        asks = {key: value for key, value in fields.items() if value is not None and key != "user"}
-        return {key: value for key, value in asks.items() if value not in NEUTRAL.get(key, ())}
+        given = {key: value for key, value in fields.items() if value is not None and key not in HINTS}
+        neutral = _without_effect(given)
+        return {
+            key: value
+            for key, value in given.items()
+            if not any(_same(value, nothing) for nothing in neutral.get(key, ()))
+        }
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings before which a text ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def check_stops(self) -> None:
+        """Raise :class:`ApiError` for too many or too long stops."""
+        if len(self.stops) > MOST_STOPS:
+            raise ApiError(400, f"{len(self.stops)} stops; at most {MOST_STOPS} are looked for", "stop")
+        if not all(0 < len(stop) <= LONGEST_STOP for stop in self.stops):
+            raise ApiError(400, f"a stop must have 1 to {LONGEST_STOP} characters", "stop")
+
+
+class CompletionRequest(GenerationRequest):
+    """Request of ``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -96,8 +152,8 @@ class CompletionRequest(Asked):
         try:
             return validate(value)
         except ValidationError:  # one a kind of prompt, of which the first would mislead
-            layer_types = "must be a text, the numbers of its tokens, or a list of either"
-            raise PydanticCustomError("prompt", layer_types) from None
+            kinds = "must be a text, the numbers of its tokens, or a list of either"
+            raise PydanticCustomError("prompt", kinds) from None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -109,13 +165,8 @@ class CompletionRequest(Asked):
         tokens = [part for part in self.prompt if isinstance(part, int)]
         return [tokens] if tokens else [part for part in self.prompt if not isinstance(part, int)]
 
-    @property
-    def stops(self) -> list[str]:
-        """The strings before which a text ends."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
-
     def check(self, limits: Limits) -> None:
-        """Raise :class:`ApiError` where more is asked for than ``limits`` allow, or what makes no sense."""
+        """Raise :class:`ApiError` where a limit is exceeded, or fields contradict each other."""
         choices = len(self.prompts) * self.n
         for good, param, message in (
             (self.prompts, "prompt", "prompt is an empty list"),
@@ -126,34 +177,28 @@ class CompletionRequest(Asked):
                 "max_tokens",
                 f"{choices * self.max_tokens} tokens to write; at most {limits.max_tokens} are, in all choices",
             ),
-            (len(self.stops) <= MOST_STOPS, "stop", f"{len(self.stops)} stops; at most {MOST_STOPS} are looked for"),
-            (
-                all(0 < len(stop) <= LONGEST_STOP for stop in self.stops),
-                "stop",
-                f"a stop must have 1 to {LONGEST_STOP} characters",
-            ),
             (self.save_memory is None or choices == 1, "save_memory", "save_memory goes with one prompt and n 1"),
         ):
             if not good:
                 raise ApiError(400, message, param)
 
 
-class ScoreRequest(Asked):
-    """Of ``POST /v1/score``."""
+class ScoreRequest(RequestModel):
+    """Request of ``POST /v1/score``."""
 
     text: str
     memory: str | None = None
 
 
-class ReadRequest(Asked):
-    """Of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``."""
+class ReadRequest(RequestModel):
+    """Request of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``."""
 
     name: str
     text: Annotated[str, Field(min_length=1)]
     memory: str | None = None
 
 
-A = TypeVar("A", bound=Asked)
+A = TypeVar("A", bound=RequestModel)
 
 
 def parse(body: bytes, kind: type[A]) -> A:

@@ -1,10 +1,10 @@
-"""What the model does for a request, step by step. Nothing is kept between two requests but the named memories."""
+"""Generation, scoring and reading for a request, step by step. Nothing but the saved states outlives a request."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,22 +19,22 @@ from mmrec.inference.metrics import TextMetrics
 from mmrec.inference.reading import iter_logits, iter_nll
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.serve.limits import Limits
-from mmrec.serve.logprobs import Logprobs, Row, as_logprobs, rows_of, token_names
-from mmrec.serve.memories import StateStore
+from mmrec.serve.logprobs import Logprobs, TokenLogprob, format_logprobs, token_logprobs, token_names
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest
+from mmrec.serve.state_store import StateStore
 from mmrec.serve.transcript import Transcript
-from mmrec.tokenizers import StreamDecoder, token_lengths
+from mmrec.tokenizers import StreamDecoder, pending_bytes, token_lengths
 
 
 @dataclass(frozen=True)
 class Started:
-    """All that was asked for is in order, and writing begins."""
+    """The request is valid, and generation begins."""
 
     prompt_tokens: int
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """Some whole characters of choice ``index``, and the log probabilities of the tokens that begin there."""
 
     index: int
@@ -52,7 +52,7 @@ class Finished:
     memory: dict[str, Any] | None
 
 
-Event = Started | Piece | Finished
+Event = Started | TextChunk | Finished
 
 
 class Service:
@@ -74,82 +74,96 @@ class Service:
         self._lengths = torch.from_numpy(token_lengths(trained.tokenizer))
         self._names = token_names(trained.tokenizer)
 
-    def complete(self, asked: CompletionRequest) -> Iterator[Event | None]:
-        """Write what was asked for. Whatever is wrong with it is raised before :class:`Started`."""
-        prompts = [self._encode(prompt, "prompt") for prompt in asked.prompts]
+    def complete(self, request: CompletionRequest) -> Iterator[Event | None]:
+        """Generate what was requested. Whatever is wrong with the request is raised before :class:`Started`."""
+        prompts = [self._encode(prompt, "prompt") for prompt in request.prompts]
         count = sum(map(len, prompts))
         self._check_length(count, "prompt")
-        if asked.echo and count * asked.n > self.limits.prompt_tokens:
+        if request.echo and count * request.n > self.limits.prompt_tokens:
             most = f"at most {self.limits.prompt_tokens:,} are, in all choices"
-            raise ApiError(400, f"{count * asked.n:,} tokens of prompts to give back; {most}", "echo")
-        before = self.memories.load(asked.memory)
-        if asked.save_memory is not None:
-            self.memories.path(asked.save_memory, there=False)
+            raise ApiError(400, f"{count * request.n:,} tokens of prompts to give back; {most}", "echo")
+        before = self.memories.load(request.memory)
+        if request.save_memory is not None:
+            self.memories.path(request.save_memory, there=False)
         yield Started(count)
-        first = secrets.randbits(62) if asked.seed is None else asked.seed
+        first = secrets.randbits(62) if request.seed is None else request.seed
         for number, prompt in enumerate(prompts):
-            read, echo = yield from self._read_prompt(asked, prompt, before)
+            read, echo = yield from self._read_prompt(request, prompt, before)
             begin = sum(len(text) for text, _ in echo)
-            for index in range(number * asked.n, (number + 1) * asked.n):
-                yield from (Piece(index, text, logprobs) for text, logprobs in echo)
-                yield from self._write(asked, index, first + index, read, begin)
+            for index in range(number * request.n, (number + 1) * request.n):
+                yield from (TextChunk(index, text, logprobs) for text, logprobs in echo)
+                yield from self._generate(request, index, first + index, read, begin)
 
     def _read_prompt(
-        self, asked: CompletionRequest, prompt: np.ndarray, memory: SavedState
+        self, request: CompletionRequest, prompt: np.ndarray, memory: SavedState
     ) -> Generator[None, None, tuple[SavedState, list[tuple[str, Logprobs | None]]]]:
         """Read a prompt; return the memory after it, and, where it is to be given back, that in pieces."""
-        if not asked.echo:
+        if not request.echo:
             return (yield from self._read_on(prompt, memory)), []
         transcript, reached = Transcript(self._tokenizer, []), memory
         echo = []
         for logits, part, after in iter_logits(self._net, prompt, memory):
-            found = self._rows(asked, logits, part)
+            found = self._rows(request, logits, part)
             if reached.position == 0 and found[0] is not None:
-                found[0] = Row(found[0].token, None, {})  # nothing could predict it
+                found[0] = TokenLogprob(found[0].token, None, {})  # nothing could predict it
             text = "".join(map(transcript.push, part.tolist(), found))
-            echo.append((text, self._logprobs(asked, transcript)))
+            echo.append((text, self._logprobs(request, transcript)))
             reached = after
             yield None
-        echo.append((transcript.end(), self._logprobs(asked, transcript)))
-        return reached, [(text, logprobs) for text, logprobs in echo if text]
+        echo.append((transcript.end(), self._logprobs(request, transcript)))
+        return self._with_pending(reached, memory, prompt), [(text, logprobs) for text, logprobs in echo if text]
 
-    def _write(
-        self, asked: CompletionRequest, index: int, seed: int, before: SavedState, begin: int
+    def _generate(
+        self, request: CompletionRequest, index: int, seed: int, before: SavedState, begin: int
     ) -> Iterator[Event | None]:
-        transcript = Transcript(self._tokenizer, asked.stops, begin)
+        # A prompt that is given back has ended its last character already.
+        pending = b"" if request.echo else before.pending
+        transcript = Transcript(self._tokenizer, request.stops, begin, pending)
         nothing = torch.zeros(0, dtype=torch.int64)
         tokens: list[int] = []
-        written = ""
-        options = SamplingOptions(asked.max_tokens, asked.temperature, top_p=asked.top_p, seed=seed)
-        drawn = generate_with_logits(self._net, nothing, options, before)
-        for token, logits in drawn:
+        passed_on = ""
+        options = SamplingOptions(request.max_tokens, request.temperature, request.top_k, request.top_p, seed)
+        for token, logits in generate_with_logits(self._net, nothing, options, before):
             tokens.append(token)
-            (row,) = self._rows(asked, logits[None], torch.tensor([token]))
+            (row,) = self._rows(request, logits[None], torch.tensor([token]))
             text = transcript.push(token, row)
-            written += text
-            yield Piece(index, text, self._logprobs(asked, transcript)) if text else None
+            passed_on += text
+            yield TextChunk(index, text, self._logprobs(request, transcript)) if text else None
             if transcript.stopped:
                 break
-        if rest := transcript.end():
-            yield Piece(index, rest, self._logprobs(asked, transcript))
-        kept = None
-        if asked.save_memory is not None:
+        if rest := transcript.end(keep_pending=request.save_memory is not None):
+            yield TextChunk(index, rest, self._logprobs(request, transcript))
+        saved = None
+        if request.save_memory is not None:
             # What was passed on is what is remembered: not the string that the text ended at.
-            part = self._tokenizer.encode(written) if transcript.stopped else np.array(tokens, dtype=np.int64)
-            kept = self.memories.save(asked.save_memory, (yield from self._read_on(part, before)))
-        yield Finished(index, "stop" if transcript.stopped else "length", len(tokens), kept)
+            kept = self._encode_after(pending, passed_on) if transcript.stopped else np.array(tokens, dtype=np.int64)
+            saved = self.memories.save(request.save_memory, (yield from self._read_on(kept, before)))
+        yield Finished(index, "stop" if transcript.stopped else "length", len(tokens), saved)
 
-    def _rows(self, asked: CompletionRequest, logits: Tensor, tokens: Tensor) -> list[Row | None]:
-        return [None] * len(tokens) if asked.logprobs is None else [*rows_of(logits, tokens, asked.logprobs)]
+    def _encode_after(self, pending: bytes, text: str) -> np.ndarray:
+        """Return the tokens of ``text``, of whose first character the bytes ``pending`` were read already."""
+        if not pending or not text:
+            return self._tokenizer.encode(text)
+        first = text[0].encode()
+        if not first.startswith(pending):  # it was never completed: U+FFFD stands for it
+            return self._tokenizer.encode(text[1:])
+        byte_tokens = {self._tokenizer.token_bytes(token): token for token in range(self._tokenizer.vocab_size)}
+        rest = [byte_tokens[bytes([byte])] for byte in first[len(pending) :]]
+        return np.concatenate([np.array(rest, dtype=np.int64), self._tokenizer.encode(text[1:]).astype(np.int64)])
 
-    def _logprobs(self, asked: CompletionRequest, transcript: Transcript) -> Logprobs | None:
-        return None if asked.logprobs is None else as_logprobs(transcript.rows(), self._names)
+    def _rows(self, request: CompletionRequest, logits: Tensor, tokens: Tensor) -> list[TokenLogprob | None]:
+        return (
+            [None] * len(tokens) if request.logprobs is None else [*token_logprobs(logits, tokens, request.logprobs)]
+        )
 
-    def score(self, asked: ScoreRequest) -> Iterator[dict[str, Any] | None]:
+    def _logprobs(self, request: CompletionRequest, transcript: Transcript) -> Logprobs | None:
+        return None if request.logprobs is None else format_logprobs(transcript.rows(), self._names)
+
+    def score(self, request: ScoreRequest) -> Iterator[dict[str, Any] | None]:
         """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""
-        tokens = self._encode(asked.text, "text")
+        tokens = self._encode(request.text, "text")
         self._check_length(len(tokens), "text")
-        before = self.memories.load(asked.memory)
+        before = self.memories.load(request.memory)
         begun = before.position > 0
         decoder, total, done = StreamDecoder(self._tokenizer), TextMetrics(), 0
         texts: list[str] = []
@@ -180,12 +194,12 @@ class Service:
             "pieces": {"text": texts, "nats": costs},
         }
 
-    def read(self, asked: ReadRequest) -> Iterator[dict[str, Any] | None]:
+    def read(self, request: ReadRequest) -> Iterator[dict[str, Any] | None]:
         """Read a text on from a memory and keep what was read; yield, at last, what is said of it."""
-        self.memories.path(asked.name, there=False)
-        tokens = self._encode(asked.text, "text")
-        reached = yield from self._read_on(tokens, self.memories.load(asked.memory))
-        yield self.memories.save(asked.name, reached)
+        self.memories.path(request.name, there=False)
+        tokens = self._encode(request.text, "text")
+        reached = yield from self._read_on(tokens, self.memories.load(request.memory))
+        yield self.memories.save(request.name, reached)
 
     def put(self, name: str, data: bytes) -> Iterator[dict[str, Any]]:
         """Keep an uploaded memory file; yield what is said of it."""
@@ -197,7 +211,10 @@ class Service:
         for _, after in iter_nll(self._net, tokens, memory):
             reached = after
             yield None
-        return reached
+        return self._with_pending(reached, memory, tokens)
+
+    def _with_pending(self, reached: SavedState, before: SavedState, tokens: np.ndarray) -> SavedState:
+        return replace(reached, pending=pending_bytes(self._tokenizer, before.pending, tokens.tolist()))
 
     def _encode(self, text: str | list[int], param: str) -> np.ndarray:
         if not isinstance(text, str):

@@ -1,10 +1,10 @@
-"""A text as its tokens come: whole characters, nothing from a stop on, and which tokens were passed on with it."""
+"""Text of streamed tokens: whole characters, nothing from a stop on, and the log probabilities of its tokens."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from mmrec.serve.logprobs import Row
+from mmrec.serve.logprobs import TokenLogprob
 from mmrec.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -46,19 +46,20 @@ class Transcript:
         tokenizer: of the tokens.
         stops: strings before which the text ends.
         begin: characters that stand before the text.
+        pending: bytes of a character that had begun before the first token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], begin: int = 0) -> None:
-        self._tokenizer, self._decoder, self._stops = tokenizer, StreamDecoder(tokenizer), StopFinder(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], begin: int = 0, pending: bytes = b"") -> None:
+        self._tokenizer, self._decoder, self._stops = tokenizer, StreamDecoder(tokenizer, pending), StopFinder(stops)
         self._decoded = self._passed = begin
-        self._held: deque[tuple[int, Row]] = deque()
+        self._held: deque[tuple[int, TokenLogprob]] = deque()
 
     @property
     def stopped(self) -> bool:
         """Whether a stop was found; no more tokens are needed then."""
         return self._stops.found
 
-    def push(self, token: int, row: Row | None) -> str:
+    def push(self, token: int, row: TokenLogprob | None) -> str:
         """Return what may be passed on now that ``token`` has come."""
         if row is not None:
             self._held.append((self._decoded + self._follows_half_a_character(token), row))
@@ -66,11 +67,17 @@ class Transcript:
         self._decoded += len(text)
         return self._pass(self._stops.push(text))
 
-    def end(self) -> str:
-        """Return what was held back, where the tokens end."""
-        return "" if self.stopped else self._pass(self._stops.push(self._decoder.flush()) + self._stops.flush())
+    def end(self, keep_pending: bool = False) -> str:
+        """Return what was held back, where the tokens end.
 
-    def rows(self) -> list[tuple[int, Row]]:
+        A character whose bytes are not all there becomes U+FFFD, or is kept back where a later text completes it.
+        """
+        if self.stopped:
+            return ""
+        rest = "" if keep_pending else self._stops.push(self._decoder.flush())
+        return self._pass(rest + self._stops.flush())
+
+    def rows(self) -> list[tuple[int, TokenLogprob]]:
         """Return what is new: the rows whose tokens begin in what was passed on, and where each begins."""
         new = []
         while self._held and self._held[0][0] < self._passed:

@@ -15,7 +15,7 @@ from mmrec.serve.protocol import ApiError
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for the answer any longer."""
 
 
@@ -29,7 +29,7 @@ class Workers:
     def __init__(self, limits: Limits) -> None:
         self._pool = ThreadPoolExecutor(limits.running, thread_name_prefix="mmrec-work")
         self._places = limits.running + limits.waiting
-        self._works: set[Work[Any]] = set()
+        self._works: set[Job[Any]] = set()
         self._stopping = False
 
     @property
@@ -37,7 +37,7 @@ class Workers:
         """Return how many requests are at work or wait."""
         return len(self._works)
 
-    def start(self, work: Iterator[T | None]) -> Work[T]:
+    def start(self, work: Iterator[T | None]) -> Job[T]:
         """Begin ``work`` in a thread as soon as one is free.
 
         Raises:
@@ -47,7 +47,7 @@ class Workers:
             raise _stopping()
         if len(self._works) >= self._places:
             raise ApiError(429, "as many requests as may wait are waiting; try again soon", code="busy")
-        return Work(work, self._pool, self._works)
+        return Job(work, self._pool, self._works)
 
     def stop(self) -> None:
         """Tell all work to end soon, and begin no more. May be called by the handler of a signal."""
@@ -65,7 +65,7 @@ def _stopping() -> ApiError:
     return ApiError(503, "the server is being stopped", code="stopping")
 
 
-class Work(AsyncIterator[T]):
+class Job(AsyncIterator[T]):
     """What a generator in a thread yields, or raises, as it comes.
 
     Args:
@@ -77,7 +77,7 @@ class Work(AsyncIterator[T]):
         stopped: once true, the work ends at its next yield.
     """
 
-    def __init__(self, work: Iterator[T | None], pool: ThreadPoolExecutor, works: set[Work[Any]]) -> None:
+    def __init__(self, work: Iterator[T | None], pool: ThreadPoolExecutor, works: set[Job[Any]]) -> None:
         self.stopped, self._works = False, works
         self._arrived: asyncio.Queue[tuple[T | None, BaseException | None]] = asyncio.Queue()
         works.add(self)
@@ -115,7 +115,7 @@ async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, T])
     """Return what ``answer`` does, but give it up where the client goes; its body must have been read before.
 
     Raises:
-        ClientGone: the client is no longer there.
+        ClientDisconnected: the client is no longer there.
     """
 
     async def gone() -> None:
@@ -126,7 +126,7 @@ async def cancel_on_disconnect(request: Request, answer: Coroutine[Any, Any, T])
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ClientGone
+            raise ClientDisconnected
         return work.result()
     finally:
         for task in (work, left):

@@ -6,7 +6,7 @@ from mmrec.tokenizers.bytes import ByteTokenizer
 from mmrec.tokenizers.characters import CharacterTokenizer
 from mmrec.tokenizers.huggingface import byte_alphabet
 from mmrec.tokenizers.loading import TOKENIZERS, load_tokenizer, make_tokenizer
-from mmrec.tokenizers.streaming import PIECE, StreamDecoder, last_cut
+from mmrec.tokenizers.streaming import PIECE, StreamDecoder, last_cut, pending_bytes
 
 __all__ = [
     "PIECE",
@@ -21,5 +21,6 @@ __all__ = [
     "last_cut",
     "load_tokenizer",
     "make_tokenizer",
+    "pending_bytes",
     "token_lengths",
 ]

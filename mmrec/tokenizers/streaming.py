@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mmrec.tokenizers.base import Tokenizer
 
@@ -12,11 +12,22 @@ PIECE = 1 << 20
 
 
 class StreamDecoder:
-    """Decodes tokens as they come, for a terminal: a character is returned once all its bytes are there."""
+    """Decodes tokens as they come, for a terminal: a character is returned once all its bytes are there.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: of the tokens.
+        pending: bytes of a character that had begun before the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pending: bytes = b"") -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(pending)
+
+    @property
+    def pending(self) -> bytes:
+        """The bytes of a character whose other bytes are still to come."""
+        return self._decoder.getstate()[0]
 
     @property
     def inside(self) -> bool:
@@ -30,6 +41,15 @@ class StreamDecoder:
     def flush(self) -> str:
         """Return what is left when the text ends inside a character."""
         return self._decoder.decode(b"", final=True)
+
+
+def pending_bytes(tokenizer: Tokenizer, pending: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the bytes of the character that ``tokens`` leave incomplete, where ``pending`` stood before them."""
+    last = tokens[-4:]  # no character has more bytes than four, and no token has none
+    decoder = StreamDecoder(tokenizer, pending if len(last) < 4 else b"")
+    for token in last:
+        decoder.push(int(token))
+    return decoder.pending
 
 
 def last_cut(text: str, start: int, end: int) -> int:

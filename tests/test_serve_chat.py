@@ -1,0 +1,103 @@
+"""Chat completions: a plain template makes one text of the messages, and the model goes on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Client, make_service, running
+
+from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.core.errors import UserError
+from mmrec.serve.chat import ChatTemplate
+
+MESSAGES = [{"role": "system", "content": "to be"}, {"role": "user", "content": "that is the question"}]
+
+
+def chat(client: Client, **asked: Any) -> Any:
+    return client.good("POST", "/v1/chat/completions", {"messages": MESSAGES, **asked})
+
+
+def test_a_chat_is_the_completion_of_its_text(client: Client) -> None:
+    asked = {"max_tokens": 40, "seed": 3, "temperature": 0.7}
+    answer = chat(client, model="a", **asked)
+    plain = client.complete(prompt="to be\n\nthat is the question\n\n", stop="\n\n", **asked)
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": plain["choices"][0]["text"], "refusal": None}
+    assert choice["finish_reason"] == plain["choices"][0]["finish_reason"]
+    assert (answer["object"], answer["usage"]) == ("chat.completion", plain["usage"])
+    parts = [{"role": "user", "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]
+    assert chat(client, messages=parts, **asked)["choices"] == answer["choices"]
+    assert chat(client, max_completion_tokens=5, seed=3)["usage"]["completion_tokens"] == 5
+    assert chat(client, seed=3)["usage"]["completion_tokens"] <= 256
+
+
+def test_a_streamed_chat(client: Client) -> None:
+    asked = {"max_tokens": 20, "seed": 3, "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    whole = chat(client, max_tokens=20, seed=3, n=2)
+    with client.open("POST", "/v1/chat/completions", {"messages": MESSAGES, **asked}) as response:
+        assert response.getheader("x-accel-buffering") == "no"
+        *events, done, end = response.read().decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == whole["usage"]
+    for index in range(2):
+        choices = [chunk["choices"][0] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == index]
+        assert choices[0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        assert text == whole["choices"][index]["message"]["content"]
+        assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
+        assert choices[-1]["finish_reason"] == whole["choices"][index]["finish_reason"]
+
+
+def test_a_template_of_ones_own(small_model: LoadedModel, memories: Path) -> None:
+    template = ChatTemplate(message="{role}: {content}", separator="\\n", reply="be ")
+    assert template.render([("user", "or"), ("tool", "{role}")]) == "user: or\ntool: {role}\nbe "
+    with running(make_service(small_model, memories), template=ChatTemplate(separator="\n", reply="be ")) as client:
+        answer = chat(client, max_tokens=30, seed=1, save_memory="said")
+        asked = {"max_tokens": 30, "seed": 1, "stop": "\n"}
+        content = answer["choices"][0]["message"]["content"]
+        assert content == client.text(prompt="to be\nthat is the question\nbe ", **asked)
+        # A memory holds what stood before, as in a completion.
+        status = answer["choices"][0]["memory"]
+        assert status["position"] == len("to be\nthat is the question\nbe " + content)
+
+
+def test_bad_templates() -> None:
+    with pytest.raises(UserError, match=r"must have \{content\} in it"):
+        ChatTemplate(message="{role}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [{"role": "king", "content": "to be"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"stop": list("abcde")}, "at most 4"),
+        ({"tools": [{"type": "function"}]}, "tools: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"response_format": {"type": "json_object"}}, "response_format: "),
+        ({"model": "gpt-4o"}, "there is no model 'gpt-4o', but 'a'"),
+    ],
+)
+def test_bad_chats(client: Client, changes: dict[str, Any], says: str) -> None:
+    status, answer = client.ask("POST", "/v1/chat/completions", {"messages": MESSAGES, **changes})
+    assert status in (400, 404)
+    assert says in answer["error"]["message"]
+
+
+def test_fields_of_chat_clients_that_ask_for_nothing(client: Client) -> None:
+    nothing: dict[str, Any] = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
+    nothing |= {"parallel_tool_calls": True, "logprobs": False, "modalities": ["text"], "service_tier": "auto"}
+    assert chat(client, seed=1, max_tokens=9, **nothing)["choices"] == chat(client, seed=1, max_tokens=9)["choices"]
+
+
+def test_other_paths_say_what_there_is(client: Client) -> None:
+    status, answer = client.ask("POST", "/v1/responses", {"input": "to be"})
+    assert (status, "chat/completions" in answer["error"]["message"]) == (404, True)
