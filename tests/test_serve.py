@@ -16,7 +16,7 @@ from safetensors.torch import save
 from serving import Client, make_service
 
 from mmrec.checkpoints.loading import LoadedModel
-from mmrec.checkpoints.state_file import KIND, SavedState, load_memory, model_hash, save_memory
+from mmrec.checkpoints.state_file import FORMAT, SavedState, load_memory, model_hash, save_memory
 from mmrec.cli import main
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.sampling import SamplingOptions
@@ -230,7 +230,7 @@ def test_bad_uploads(client: Client, memories: Path, small_model: LoadedModel, t
         (saved(empty, "0" * 64), "the memory of another model"),
         (saved(SavedState(empty.state[1:], empty.logits, 3)), "does not hold what a memory of this model does"),
         (saved(SavedState([(past, inner[:, :1]), *others], empty.logits, 3)), "does not hold"),
-        (save({"logits": empty.logits.bfloat16()}, {"format": KIND.format, "version": KIND.version}), "damaged"),
+        (save({"logits": empty.logits.bfloat16()}, {"format": FORMAT.format, "version": FORMAT.version}), "damaged"),
         (saved(SavedState([(past, inner + torch.nan), *others], empty.logits, 3)), "not finite"),
         (saved(SavedState([(past, inner + 1e38), *others], empty.logits, 3)), "larger than reading ever makes them"),
         (saved(SavedState(empty.state, empty.logits + 1e38, 3)), "larger than reading ever makes them"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from serving import Client, make_service, running
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.serve.chat import ChatTemplate
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from serving import KEY, Client, make_service, running
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.serve.authentication import Access
 from mmrec.serve.limits import Limits
 

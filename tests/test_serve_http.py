@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from serving import KEY, LIMITS, Client, make_service, running
 
-from mmrec.checkpoints.checkpoint import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.serve import connections
 from mmrec.serve.authentication import Access

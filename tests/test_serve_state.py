@@ -10,9 +10,9 @@ import torch
 from serving import Client, make_service, running
 
 from mmrec import MemoryLM
-from mmrec.checkpoints.checkpoint import LoadedModel
 from mmrec.checkpoints.checksummed import write_checksummed
-from mmrec.checkpoints.state_file import KIND, SavedState, _tensors, load_memory, model_hash, save_memory
+from mmrec.checkpoints.loading import LoadedModel
+from mmrec.checkpoints.state_file import FORMAT, SavedState, _tensors, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, StreamDecoder, Tokenizer, pending_bytes
@@ -113,7 +113,7 @@ def test_a_memory_with_bytes_of_no_character_is_refused(fluent: LoadedModel, tmp
     state = SavedState.empty(fluent.net)
     for pending in (b"a", b"\xc3\xbc", b"\xff", b"\xbc", b"\xf0\x9f\x98\x80"):
         metadata = {"model": digest, "position": "3", "pending": pending.hex()}
-        write_checksummed(tmp_path / "bad.mem", KIND, _tensors(state), metadata)
+        write_checksummed(tmp_path / "bad.mem", FORMAT, _tensors(state), metadata)
         with pytest.raises(UserError, match="bytes that begin no character"):
             load_memory(tmp_path / "bad.mem", fluent.net, digest)
     save_memory(tmp_path / "good.mem", replace(state, pending=b"\xf0\x9f", position=2), digest)
