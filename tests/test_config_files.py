@@ -48,11 +48,12 @@ def test_a_config_of_which_a_part_would_be_lost_is_refused(
 
 
 def test_numbers_marks_and_line_ends_are_read_as_people_write_them(prepared: Path, mmrec: Command) -> None:
-    text = "trainer:\n  max_steps: 1_0\n  limit_val_batches: 0\nmodel: {learning_rate: 1e-3, weight_decay: .5}\n"
+    text = "trainer:\n  max_steps: '10'\n  limit_val_batches: 0\n"
+    text += "model: {learning_rate: 1e-3, weight_decay: .5, warmup_steps: 1_0}\n"
     Path("mine.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert mmrec(*fit(prepared, "-c", "mine.yaml", "--run=a")) == 0
     saved = yaml.safe_load(Path("lightning_logs/a/config.yaml").read_text(encoding="utf-8"))
-    assert saved["trainer"]["max_steps"] == 10
+    assert (saved["trainer"]["max_steps"], saved["model"]["warmup_steps"]) == (10, 10)
     assert (saved["model"]["learning_rate"], saved["model"]["weight_decay"]) == (0.001, 0.5)
     assert saved["trainer"]["gradient_clip_val"] == 1.0  # what a file does not name keeps its default
 
@@ -60,3 +61,12 @@ def test_numbers_marks_and_line_ends_are_read_as_people_write_them(prepared: Pat
 def test_a_mapping_without_spaces_is_explained(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("fit", "--model.config={dim:16,layers:2}") == 2
     assert capsys.readouterr().err.endswith("; in YAML a space stands after a colon: {dim: 16}\n")
+
+
+@pytest.mark.parametrize("name", ["1e5", "007", "1_000", ".5", "yes", "[a]", "a: b", "2024-01-01"])
+def test_names_that_look_like_yaml_are_taken_as_typed(
+    name: str, mmrec: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["generate"], ["fit", "--ckpt_path=last"]):
+        assert mmrec(*command, f"--run={name}") == 2
+        assert f"no checkpoint of a run {name!r} in lightning_logs" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from conftest import Command
 from helpers import checkpoints
 from models import TEXT, TOKENIZERS, made
+from safetensors import SafetensorError
 
 from mmrec import MemoryLM as API
 from mmrec.checkpoints.checkpoint import KEY, LoadedModel, describe, load_model, write_checkpoint
@@ -142,6 +143,21 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert mmrec("export", "--format=hf", "--output_dir=out") == 2
     assert capsys.readouterr().err == "mmrec: error: out: cannot be written: No space left on device\n"
     assert set(Path().iterdir()) == before
+
+
+def test_a_full_disk_is_said_in_one_line(
+    mmrec: Command, run: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("mmrec.export.hf.save", full)
+    assert mmrec("export", "--format=hf", "--output_dir=out") == 2
+    says = "the export cannot be written: I/O error: No space left on device"
+    assert capsys.readouterr().err == f"mmrec: error: {says}\n"
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_an_update_of_fewer_batches_takes_their_mean(mmrec: Command, prepared: P
     assert last("uneven")["global_step"] == 2
 
 
+def test_a_run_that_was_never_validated_is_read_from_its_last_checkpoint(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_steps=2", "--run=a")) == 0
+    assert mmrec("generate", "--length=1") == 2
+    assert "no validation has been reached yet, or --best.save_top_k is 0: take last" in capsys.readouterr().err
+    assert mmrec("generate", "--length=1", "--ckpt=last") == 0
+
+
 def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, "--trainer.fast_dev_run=true", "--run=a")) == 0
     assert not list(Path().rglob("*.ckpt"))
