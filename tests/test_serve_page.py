@@ -90,6 +90,11 @@ class Sheet:
         self.page.fill("#name", name)
         self.page.click("#save")
         until(self.page, f"document.getElementById('memory').value === '{name}'")
+        self.until_kept()
+
+    def until_kept(self) -> None:
+        """Wait until a new memory is kept, and its name is free for another."""
+        until(self.page, "document.getElementById('name').value === ''")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,8 @@ def test_files_are_uploaded_read_and_deleted(sheet: Sheet, memories: Path, tmp_p
     sheet.save("mine")
     (memories / "mine.mem").rename(tmp_path / "mine.mem")
     page.set_input_files("#memory-file", tmp_path / "mine.mem")
-    until(page, "document.getElementById('status').textContent.startsWith('mine: ')")
+    sheet.until_kept()
+    assert page.inner_text("#status").startswith("mine: ")
     (tmp_path / "a text.txt").write_text("to be or not to be\n" * 20)
     page.set_input_files("#text-file", tmp_path / "a text.txt")
     page.wait_for_selector("#memory option[value=a-text]", state="attached")
