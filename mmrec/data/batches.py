@@ -155,22 +155,22 @@ class TrainLoader:
     """
 
     def __init__(self, sampler: SegmentSampler, repeat: int | None = None) -> None:
-        self.sampler = sampler
+        self.segments = sampler  # not "sampler": Lightning would take it for one that shuffles, and replace it
         self.repeat = repeat
         self.position = 0
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.segments)
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self)):
             number = self.position
             self.position += 1  # before the batch leaves: a state taken while it is in use names the next one
-            yield self.sampler.batch(number % self.repeat if self.repeat else number)
+            yield self.segments.batch(number % self.repeat if self.repeat else number)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the next batch, and what that number depends on."""
-        return {"position": self.position, "epoch_batches": len(self)} | self.sampler.identity()
+        return {"position": self.position, "epoch_batches": len(self)} | self.segments.identity()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with the batch that ``state`` names.
@@ -183,7 +183,7 @@ class TrainLoader:
         """
         state = {"interleave": 1} | state  # which older checkpoints do not know
         epoch, within = divmod(state["position"], state["epoch_batches"])
-        here = self.sampler.identity()
+        here = self.segments.identity()
         changed = [f"{name} {state[name]} there, {here[name]} here" for name in here if state[name] != here[name]]
         if changed and within:
             raise UserError(
