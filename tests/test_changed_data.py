@@ -17,23 +17,25 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.store import open_tokens
 
-BATCHES = 75
-"""Of an epoch of the quick training: 9,600 tokens, 2 rows of 64."""
+BATCHES = 21
+"""Of an epoch of the quick training: 9,600 tokens, 2 rows of 230."""
+EPOCHS = 3
+"""Of the run of ``small_root``."""
 EVERY_STEP = "--trainer.log_every_n_steps=1"
 CHANGES: dict[str, tuple[list[str], str]] = {
-    "shorter sequences": (["--data.seq_len=32"], "data.seq_len 64 -> 32"),
-    "longer sequences": (["--data.seq_len=128"], "data.seq_len 64 -> 128"),
+    "shorter sequences": (["--data.seq_len=115"], "data.seq_len 230 -> 115"),
+    "longer sequences": (["--data.seq_len=460"], "data.seq_len 230 -> 460"),
     "a smaller batch": (["--data.batch_size=1"], "data.batch_size 2 -> 1"),
     "a larger batch": (["--data.batch_size=5"], "data.batch_size 2 -> 5"),
-    "shorter segments": (["--data.segment_len=100"], "data.segment_len 2048 -> 100"),
+    "shorter segments": (["--data.segment_len=500"], "data.segment_len 2048 -> 500"),
     "longer segments": (["--data.segment_len=4800"], "data.segment_len 2048 -> 4800"),
     "interleaved streams": (["--data.interleave=2"], "data.interleave 1 -> 2"),
     "another order": (["--data.seed=3"], "data.seed 0 -> 3"),
     "another text": (["--data.data_dir=grown"], "-> grown"),
     "accumulated gradients": (["--trainer.accumulate_grad_batches=4"], ""),
     "several at once": (
-        ["--data.seq_len=48", "--data.batch_size=3", "--trainer.accumulate_grad_batches=3"],
-        "data.batch_size 2 -> 3, data.seq_len 64 -> 48",
+        ["--data.seq_len=150", "--data.batch_size=3", "--trainer.accumulate_grad_batches=3"],
+        "data.batch_size 2 -> 3, data.seq_len 230 -> 150",
     ),
 }
 
@@ -46,7 +48,7 @@ def grown(tmp_path: Path) -> Path:
     return tmp_path / "grown"
 
 
-def batches(folder: Path, rows: int = 2, seq_len: int = 64, segment_len: int = 2048) -> int:
+def batches(folder: Path, rows: int = 2, seq_len: int = 230, segment_len: int = 2048) -> int:
     return len(SegmentSampler(open_tokens(folder).train, rows, seq_len, segment_len=segment_len))
 
 
@@ -68,39 +70,41 @@ def test_the_next_epoch_is_a_whole_one_and_the_schedule_ends_with_it(
 ) -> None:
     change, says = CHANGES[case]
     shutil.copytree(small_root / "lightning_logs", "lightning_logs")
-    again = ["fit", f"--ckpt_path={checkpoints('a')}/{checkpoint}.ckpt", "--trainer.max_epochs=2"]
+    again = ["fit", f"--ckpt_path={checkpoints('a')}/{checkpoint}.ckpt", f"--trainer.max_epochs={EPOCHS + 1}"]
     assert mmrec(*again, EVERY_STEP, *change) == 0
     accumulated = next((int(one.rpartition("=")[2]) for one in change if "accumulate" in one), 1)
     epoch = batches_with(change, small_root / "tokens", grown)
-    updates = BATCHES + math.ceil(epoch / accumulated)
+    done = EPOCHS * BATCHES
+    updates = done + math.ceil(epoch / accumulated)
     end = last("a")
     assert end["global_step"] == updates
-    assert end["epoch"] == 1
-    assert end["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"] == 2 * epoch
+    assert end["epoch"] == EPOCHS
+    assert end["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"] == (EPOCHS + 1) * epoch
     # Five updates of warm-up, then a cosine over all that are left, to a twentieth: no step back, no rest at the end.
     rates = losses("a", "train/learning_rate")
-    for step in (BATCHES, updates - 1):
+    for step in (done, updates - 1):
         share = 0.5 * (1 + math.cos(math.pi * (step - 5) / (updates - 5)))
         assert rates[step] == pytest.approx(3e-3 * (0.05 + 0.95 * share), rel=1e-4)
     assert max(losses("a", "val/loss")) == updates - 1
     assert says in caplog.text
 
 
-@pytest.mark.parametrize("change", [["--data.seq_len=32"], ["--data.batch_size=3"], ["--data.data_dir=grown"]])
+@pytest.mark.parametrize("change", [["--data.seq_len=115"], ["--data.batch_size=3"], ["--data.data_dir=grown"]])
 def test_within_an_epoch_what_would_skip_text_is_refused(
     change: list[str], mmrec: Command, prepared: Path, grown: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mmrec(*fit(prepared, "--trainer.max_steps=30", "--run=a")) == 0
+    assert mmrec(*fit(prepared, "--trainer.max_steps=10", "--run=a")) == 0
     assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=-1", *change) == 2
     assert "stands within an epoch" in capsys.readouterr().err
 
 
 def test_within_an_epoch_gradients_may_be_accumulated_otherwise(mmrec: Command, prepared: Path) -> None:
-    assert mmrec(*fit(prepared, "--trainer.max_steps=30", "--trainer.max_epochs=2", "--run=a")) == 0
+    assert mmrec(*fit(prepared, "--trainer.max_steps=10", "--trainer.max_epochs=2", "--run=a")) == 0
     again = ["fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=-1", "--trainer.max_epochs=2", EVERY_STEP]
     assert mmrec(*again, "--trainer.accumulate_grad_batches=5") == 0
-    assert last("a")["global_step"] == 30 + 9 + 15
-    assert min(losses("a", "train/learning_rate").values()) == pytest.approx(3e-3 * 0.05, rel=0.05)
+    assert last("a")["global_step"] == 10 + 3 + 5
+    share = 0.5 * (1 + math.cos(math.pi * (17 - 5) / (18 - 5)))
+    assert min(losses("a", "train/learning_rate").values()) == pytest.approx(3e-3 * (0.05 + 0.95 * share), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -70,19 +70,19 @@ def test_every_logger_gets_the_measurements(mmrec: Command, prepared: Path) -> N
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for name in MEASURED:
-        assert [int(row["step"]) for row in rows if row[name]] == [74, 149], name
+        assert [int(row["step"]) for row in rows if row[name]] == [20, 41], name
     assert [row["val/best_loss"] for row in rows if row["val/best_loss"]]
 
     for folder in ("notes", "tables"):
         lines = read(folder)
         metrics = [(content, step) for what, content, step in lines if what == "metrics"]
         for name in MEASURED:
-            assert [step for content, step in metrics if name in content] == [74, 149], name
+            assert [step for content, step in metrics if name in content] == [20, 41], name
         assert any(what == "hyperparameters" and "learning_rate" in content for what, content, _ in lines)
     samples = [content for what, content, _ in read("tables") if what == "sample"]
     assert [columns for columns, _ in samples] == [["sample"]] * 2
-    texts = [Path("notes/sample", f"{step}.txt").read_text(encoding="utf-8") for step in (74, 149)]
+    texts = [Path("notes/sample", f"{step}.txt").read_text(encoding="utf-8") for step in (20, 41)]
     assert [row[0] for _, row in samples] == texts
     assert all(len(text) == 300 for text in texts)
 
-    assert list(losses("version_0", "val_half_life/layer0_short", Path("board"))) == [74, 149]
+    assert list(losses("version_0", "val_half_life/layer0_short", Path("board"))) == [20, 41]

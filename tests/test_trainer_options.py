@@ -111,8 +111,8 @@ def test_another_name_is_another_run_and_replaces_none(
 REFUSED = {
     "interval": (["--trainer.val_check_interval=1000"], "an epoch has 21 batches"),
     "share": (["--trainer.val_check_interval=1.5"], "invalid value 1.5 for val_check_interval"),
-    "nothing": (["--trainer.limit_train_batches=0.0001"], "which leaves none of the 75 batches"),
-    "none": (["--trainer.limit_train_batches=0"], "limit_train_batches is 0, which leaves none of the 75 batches"),
+    "nothing": (["--trainer.limit_train_batches=0.0001"], "which leaves none of the 21 batches"),
+    "none": (["--trainer.limit_train_batches=0"], "limit_train_batches is 0, which leaves none of the 21 batches"),
     "checkpoints": (["--trainer.enable_checkpointing=false"], "enable_checkpointing=False"),
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
     "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),
