@@ -19,6 +19,8 @@ from mmrec.data.store import open_tokens
 
 BATCHES = 21
 """Of an epoch of the quick training: 9,600 tokens, 2 rows of 230."""
+EPOCHS = 3
+"""Of the run of ``small_root``."""
 EVERY_STEP = "--trainer.log_every_n_steps=1"
 CHANGES: dict[str, tuple[list[str], str]] = {
     "shorter sequences": (["--data.seq_len=115"], "data.seq_len 230 -> 115"),
@@ -68,18 +70,19 @@ def test_the_next_epoch_is_a_whole_one_and_the_schedule_ends_with_it(
 ) -> None:
     change, says = CHANGES[case]
     shutil.copytree(small_root / "lightning_logs", "lightning_logs")
-    again = ["fit", f"--ckpt_path={checkpoints('a')}/{checkpoint}.ckpt", "--trainer.max_epochs=2"]
+    again = ["fit", f"--ckpt_path={checkpoints('a')}/{checkpoint}.ckpt", f"--trainer.max_epochs={EPOCHS + 1}"]
     assert mmrec(*again, EVERY_STEP, *change) == 0
     accumulated = next((int(one.rpartition("=")[2]) for one in change if "accumulate" in one), 1)
     epoch = batches_with(change, small_root / "tokens", grown)
-    updates = BATCHES + math.ceil(epoch / accumulated)
+    done = EPOCHS * BATCHES
+    updates = done + math.ceil(epoch / accumulated)
     end = last("a")
     assert end["global_step"] == updates
-    assert end["epoch"] == 1
-    assert end["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"] == 2 * epoch
+    assert end["epoch"] == EPOCHS
+    assert end["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"] == (EPOCHS + 1) * epoch
     # Five updates of warm-up, then a cosine over all that are left, to a twentieth: no step back, no rest at the end.
     rates = losses("a", "train/learning_rate")
-    for step in (BATCHES, updates - 1):
+    for step in (done, updates - 1):
         share = 0.5 * (1 + math.cos(math.pi * (step - 5) / (updates - 5)))
         assert rates[step] == pytest.approx(3e-3 * (0.05 + 0.95 * share), rel=1e-4)
     assert max(losses("a", "val/loss")) == updates - 1
