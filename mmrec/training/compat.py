@@ -162,7 +162,6 @@ class SubcommandCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.prog = f"mmrec {subcommand}"
         self.add_subcommand_arguments(parser, subcommand)
         return parser
 
