@@ -91,6 +91,8 @@ def test_from_every_saved_step(
 
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+LONG = ["--trainer.max_epochs=2", "--data.seq_len=64"]
+"""Batches enough that Ctrl-C after the first save comes before the end, on a busy machine too."""
 
 
 def saves(folder: Path, arguments: Sequence[str], wait: Callable[[float], bool]) -> None:
@@ -141,7 +143,7 @@ def interrupted_where_lightning_starts_the_others(folder: Path, *arguments: str)
 
 
 def test_two_processes(prepared: Path, tmp_path: Path, figure: Figure) -> None:
-    options = ["--trainer.max_epochs=2", "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
+    options = [*LONG, "--last.every_n_train_steps=3", "--trainer.log_every_n_steps=1"]
     options += ["--trainer.accumulate_grad_batches=2", *EMA]
     run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"), ranks=2)
     end = last("whole", tmp_path)
@@ -177,7 +179,7 @@ def test_two_processes_go_on_as_one_and_one_as_two(
 ) -> None:
     """The rule: rows x processes stay. The memory and the place of every row are then taken up by the others."""
     # Products in bfloat16 would differ more by the order of their sums.
-    options = ["--trainer.max_epochs=2", "--model.dropout=0", "--trainer.precision=32-true"]
+    options = [*LONG, "--model.dropout=0", "--trainer.precision=32-true"]
     options += ["--last.every_n_train_steps=3", "--trainer.callbacks+=tokens_read.TokensRead"]
     run(tmp_path, *fit(prepared, *options, *TWO, "--run=whole"), ranks=2)
     expected = read(tmp_path)
