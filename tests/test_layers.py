@@ -95,3 +95,20 @@ def test_only_training_imports_lightning() -> None:
     for file in own_imports():
         names = {name.partition(".")[0] for name in imported(file)}
         assert "lightning" not in names or PACKAGE / "training" in file.parents, file
+
+
+def test_files_and_functions_are_short() -> None:
+    """A function of over 60 lines or 8 parameters has its reason in a comment on its first line."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        assert len(lines) <= 400, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [
+                    argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                ]
+                count = len([name for name in names if name not in ("self", "cls")])
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > 60 or count > 8:
+                    assert " # " in lines[node.lineno - 1], f"{file}: {node.name}: {length} lines, {count} parameters"

@@ -157,6 +157,7 @@ def _mmrec(vocab_size: int, length: int) -> nn.Module:
 
 
 def mingru(vocab_size: int, dim: int, layers: int) -> nn.Module:
+    """Return minGRU-pytorch's language model (Feng et al. 2024)."""
     module: Any = import_module("minGRU_pytorch.minLM")
     return Wrapped(module.minLM(num_tokens=vocab_size, dim=dim, depth=layers))
 
@@ -181,12 +182,14 @@ def _xlstm(vocab_size: int, length: int) -> nn.Module:
 
 
 def mamba(vocab_size: int, dim: int, layers: int) -> nn.Module:
+    """Return transformers' Mamba (Gu and Dao 2023), by its path for a CPU."""
     module: Any = import_module("transformers")
     sizes = {"vocab_size": vocab_size, "hidden_size": dim, "num_hidden_layers": layers}
     return Wrapped(module.MambaForCausalLM(module.MambaConfig(**sizes, use_cache=False)))
 
 
 def mamba2(vocab_size: int, dim: int, layers: int) -> nn.Module:
+    """Return transformers' Mamba-2 (Dao and Gu 2024), by its path for a CPU."""
     module: Any = import_module("transformers")
     # Heads of 64 channels, as published, or somewhat wider where the width is no multiple of 32.
     heads = next(count for count in range(max(1, 2 * dim // 64), 0, -1) if 2 * dim % count == 0)

@@ -87,7 +87,7 @@ def join_logprobs(parts: Iterable[Logprobs]) -> str:
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each token; its bytes, as OpenAI writes them (bytes:\\xc3), where that is no whole text."""
+    r"""Return the text of each token; its bytes, as OpenAI writes them (bytes:\xc3), where that is no whole text."""
     return [_name(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
 
 

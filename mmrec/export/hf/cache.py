@@ -10,7 +10,9 @@ from mmrec.model import State
 
 
 class StateCache:
-    """The state of B texts; its size does not depend on how much has been read::
+    """The state of B texts; its size does not depend on how much has been read.
+
+    A loop of one's own::
 
         cache = StateCache()
         for ids in parts:
