@@ -7,10 +7,11 @@ import torch
 
 from mmrec.core.errors import UserError
 from mmrec.inference import reading
-from mmrec.inference.generate import generate_tokens
+from mmrec.inference.generate import default_prompt, generate_tokens
 from mmrec.inference.reading import read_tokens
 from mmrec.inference.sampling import SamplingOptions, sample_token
 from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.tokenizers import CharacterTokenizer, load_tokenizer
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 
@@ -54,6 +55,14 @@ def test_the_most_likely_text_is_the_model_s_own(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reading, "READ_CHUNK", 7)
     parts, _ = read_tokens(net, prompt[None], net.zero_state(1))
     torch.testing.assert_close(parts, whole)
+
+
+def test_a_text_without_a_prompt_begins_with_a_symbol_that_the_model_knows() -> None:
+    for alphabet, expected in (("ab \n", "\n"), ("ab ", " "), ("ba", "a"), ("çé日", "ç")):
+        tokenizer = CharacterTokenizer(alphabet)
+        assert default_prompt(tokenizer) == expected
+        assert len(tokenizer.encode(expected)) == 1
+    assert default_prompt(load_tokenizer({"name": "bytes"})) == "\n"
 
 
 def test_the_seed_decides() -> None:

@@ -143,7 +143,7 @@ def test_numbers_of_more_than_64_bits_are_refused(
         ["serve", "--port", big],
         ["prepare", "sample", "--vocab_size", big],
         ["bench", "--threads", big],
-        ["eval", "length", "--lengths", f"[1, {big}]"],
+        ["eval", "length", "--positions", f"[1, {big}]"],
         fit(prepared, f"--seed_everything={big}"),
         fit(prepared, f"--trainer.max_steps={big}"),
         fit(prepared, f"--data.batch_size={big}"),

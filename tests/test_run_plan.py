@@ -243,7 +243,7 @@ def test_a_resumed_run_reads_its_checkpoint_once_for_its_hash(
     verified: list[str] = []
     verify = module.verify_checksum
     monkeypatch.setattr(module, "verify_checksum", lambda path: (verified.append(path.name), verify(path)))
-    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=1") == 0
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
     assert verified == ["last.ckpt"]
     assert mmrec("validate", "--run=a", "--ckpt_path=best", "--trainer.limit_val_batches=1") == 0
     assert verified == ["last.ckpt", "best.ckpt"]

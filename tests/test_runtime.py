@@ -76,3 +76,21 @@ def test_any_text_is_printed_on_any_terminal(tmp_path: Path, encoding: str, stre
     assert (ran.returncode, (tmp_path / "done").exists()) == (0, True), ran.stderr
     if not streams:
         assert ran.stdout == "café 日 \udcff\n".encode(encoding, errors="replace")
+
+
+def test_a_command_works_on_a_terminal_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "r\u00e9sum\u00e9 \u65e5.txt").write_text("a few words of text\n" * 100, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "mmrec",
+        "prepare",
+        "--input_file",
+        "r\u00e9sum\u00e9 \u65e5.txt",
+        "--output_dir",
+        "out",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.getcwd()}
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "r?sum? ?.txt" in ran.stdout
