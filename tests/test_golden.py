@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from conftest import Command, Figure, make_text
 from helpers import fit, last, losses
 from processes import run
 
+from mmrec import MemoryLM
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.migrations import VERSION
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"
+VERSIONS = sorted(DATA.glob("checkpoint-v*.ckpt"))
+"""A checkpoint of each format version; beside it, the logits that it gave when it was written."""
+OUTPUTS = DATA / "outputs.json"
+"""What generate and score gave of the first of them."""
 COURSE = DATA / "course.json"
 PROMPT = "1: to be or not"
 BATCHES = ["--data.batch_size=2", "--data.seq_len=64"]
@@ -32,14 +38,31 @@ def logits(path: Path) -> torch.Tensor:
         return trained.net(tokens, trained.net.zero_state(1))[0][0]
 
 
-def test_an_old_checkpoint_still_means_the_same(figure: Figure) -> None:
+@pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.stem)
+def test_an_old_checkpoint_still_means_the_same(path: Path, figure: Figure) -> None:
     """Made by ``python tests/test_golden.py``, once for each format version; older ones are kept."""
-    assert VERSION == 2, "keep these files' checkpoints, add one of the new version, and test all"
-    assert CHECKPOINT.stat().st_size < 200_000
-    stored = torch.tensor(json.loads(CHECKPOINT.with_suffix(".json").read_text()))
-    difference = float((logits(CHECKPOINT) - stored).abs().max())
+    assert path.stat().st_size < 200_000
+    stored = torch.tensor(json.loads(path.with_suffix(".json").read_text()))
+    difference = float((logits(path) - stored).abs().max())
     assert difference < 1e-4
-    figure("a stored checkpoint of format version 1 gives its stored logits", f"within {difference:.0e}")
+    version = path.stem.removeprefix("checkpoint-v")
+    figure(f"a stored checkpoint of format version {version} gives its stored logits", f"within {difference:.0e}")
+
+
+def test_there_is_a_checkpoint_of_each_version() -> None:
+    assert [path.stem for path in VERSIONS] == [f"checkpoint-v{version}" for version in range(1, VERSION + 1)]
+
+
+def outputs() -> dict[str, Any]:
+    """Return a text that the first checkpoint generates from a seed, and its loss on another."""
+    model = MemoryLM.load(str(CHECKPOINT))
+    text = model.generate(PROMPT, length=80, temperature=0.8, seed=1)
+    return {"generate": text, "score": model.read(make_text()[:2000])}
+
+
+def test_an_old_checkpoint_generates_and_scores_as_ever() -> None:
+    stored = json.loads(OUTPUTS.read_text())
+    assert outputs() == {"generate": stored["generate"], "score": pytest.approx(stored["score"], abs=1e-5)}
 
 
 def test_an_old_checkpoint_can_be_trained_on(mmrec: Command, prepared: Path) -> None:
@@ -81,6 +104,8 @@ if __name__ == "__main__":  # make the data anew: in an empty folder
     prepare(PrepareOptions(input_file=Path("text.txt"), output_dir=Path("tokens"), tokenizer="characters"))
     main(fit(Path("tokens"), *COMMAND, "--run=golden"))
     DATA.mkdir(exist_ok=True)
-    CHECKPOINT.write_bytes(Path("lightning_logs/golden/checkpoints/last.ckpt").read_bytes())
-    CHECKPOINT.with_suffix(".json").write_text(json.dumps(logits(CHECKPOINT).tolist()))
+    newest = DATA / f"checkpoint-v{VERSION}.ckpt"
+    newest.write_bytes(Path("lightning_logs/golden/checkpoints/last.ckpt").read_bytes())
+    newest.with_suffix(".json").write_text(json.dumps(logits(newest).tolist()))
+    OUTPUTS.write_text(json.dumps(outputs()))
     COURSE.write_text(json.dumps(list(losses("golden").values())))
