@@ -37,7 +37,7 @@ def sentencepiece(prepend: bool = False, fallback: bool = True) -> dict[str, Any
     normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
     if prepend:
         normalizers.insert(0, {"type": "Prepend", "prepend": "\u2581"})
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": fallback, "ignore_merges": False}
     model |= {"vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": pairs}
     return {

@@ -10,6 +10,7 @@ import lzma
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -134,7 +135,7 @@ def memory_file(data: st.DataObject) -> None:
     net, whole = memory()
     harmed, path = damaged(whole, data), Path("b.mem")
     if data.draw(st.booleans()):
-        tensors = safetensors.torch.load(whole)
+        tensors: dict[str, Any] = safetensors.torch.load(whole)
         name = data.draw(st.sampled_from(sorted(tensors)))
         other = [torch.zeros(3), torch.zeros(()), torch.zeros_like(tensors[name], dtype=torch.int32), None]
         tensors[data.draw(st.sampled_from([name, "more"]))] = data.draw(st.sampled_from(other))

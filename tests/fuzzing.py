@@ -31,7 +31,9 @@ VALUES = st.recursive(
 def altered(value: Any, data: st.DataObject) -> Any:
     """Return a copy of ``value`` with one place in it removed, doubled or replaced."""
     value = copy.deepcopy(value)
-    place, parent, key = value, None, None
+    place: Any = value
+    parent: Any = None
+    key: Any = None
     while isinstance(place, dict | list) and place and (parent is None or data.draw(st.integers(0, 3))):
         parent = place
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))

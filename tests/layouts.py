@@ -65,7 +65,7 @@ def record_of(text: str | bytes | None) -> bytes:
         value = crc(data)
         return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
-    data = example.SerializeToString()
+    data: bytes = example.SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + masked(length) + data + masked(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_bad_checkpoints(mmrec: Command, prepared: Path, tmp_path: Path, capsys:
     good = Path("lightning_logs/a/checkpoints/last.ckpt")
     (tmp_path / "half.ckpt").write_bytes(good.read_bytes()[:5000])
     quiet = "--trainer.enable_progress_bar=false"
-    cases: list[tuple[list[object], str]] = [
+    cases: list[tuple[Sequence[object], str]] = [
         (
             ["validate", "--ckpt_path=last", "--model.config.dim=32", quiet],
             "another architecture: dim 16 there, 32 here",

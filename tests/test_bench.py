@@ -72,7 +72,7 @@ def test_baselines_are_of_equal_size_and_predict_from_the_past(name: str) -> Non
     baseline = BASELINES[name]
     if baseline.package is not None:
         pytest.importorskip(baseline.package)
-    model = make_baseline(name, 65, 64).eval()
+    model: Any = make_baseline(name, 65, 64).eval()
     assert 0.9 < size(model) / 800_000 < 1.1
     tokens = torch.randint(65, (1, 64))
     other = tokens.clone()
@@ -91,7 +91,7 @@ def test_an_op_that_differs_from_its_reference_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, mmrec: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert max(check_ops().values()) < 1e-4
-    right = chunked.gated_delta_rule
+    right: Callable[..., tuple[Tensor, Tensor]] = chunked.gated_delta_rule
 
     def wrong(*args: Tensor) -> tuple[Tensor, Tensor]:
         outputs, state = right(*args)

@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 class Malicious:
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
         return os.mkdir, ("pwned",)
 
 

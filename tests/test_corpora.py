@@ -386,7 +386,12 @@ def test_offline_behind_a_proxy(own_cache: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_offline_with_a_resolver_that_hangs(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_shakespeare, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(2) or [])
+
+    def hang(*args: object, **options: object) -> list[object]:
+        time.sleep(2)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     assert "could not be resolved" in offline_error(own_cache)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmrec.model import RGLRU, ModelConfig, RecurrentLM
+from mmrec.model import RGLRU, ModelConfig, RecurrentLayer, RecurrentLM
 from mmrec.model.decode import STEPS, Decoder
 
 
@@ -17,7 +17,7 @@ def trained(config: ModelConfig, tokens: int = 11) -> RecurrentLM:
     net = RecurrentLM(config, tokens).eval()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return net
 
 
@@ -55,7 +55,8 @@ def test_token_by_token_is_what_the_model_computes(name: str, read: int) -> None
 
 
 def test_a_memory_without_a_fast_step_takes_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(STEPS, RGLRU)
+    kind: type[RecurrentLayer] = RGLRU
+    monkeypatch.delitem(STEPS, kind)
     assert_same(trained(SHAPES["both"]), 5)
 
 

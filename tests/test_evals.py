@@ -148,7 +148,7 @@ def test_models_are_of_equal_size_and_score_target_positions_alone(name: str) ->
     if name in ("mingru", "mamba2"):
         pytest.importorskip({"mingru": "minGRU_pytorch", "mamba2": "transformers"}[name])
     config = ModelConfig(dim=64, layers=2, layer_types=("long",), heads=2, ffn_dim=64)
-    model = make_model(name, config, 33, 16).eval()
+    model: Any = make_model(name, config, 33, 16).eval()
     assert 0.8 < layer_parameters(model) / layer_parameters(RecurrentLM(config, 33)) < 1.25
     inputs, targets = Copy(32).batch(np.random.default_rng(0), 3, 8)
     state = None if isinstance(model, GPT) else model.zero_state(3)

@@ -215,7 +215,7 @@ def test_saved_again_and_loaded_again(tied: bool, tmp_path: Path) -> None:
     model, fast = exported(trained, tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
     fast.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert (again.net.head.weight is again.net.embedding.weight) == tied
     ids = AutoTokenizer.from_pretrained(tmp_path / "again")(TEXT, return_tensors="pt").input_ids
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -238,7 +238,7 @@ def test_in_bfloat16_the_state_stays_exact(bytewise: tuple[LoadedModel, Any, Any
     from transformers import AutoModelForCausalLM
 
     _, model, _ = bytewise
-    coarse = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
+    coarse: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
     ids = torch.arange(40)[None]
     read = coarse(ids)
     assert all(part.dtype == torch.float32 for layer in read.past_key_values.state for part in layer)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_export import made
+from models import made
 from test_export_hf import exported, folders
 from torch import Tensor
 
@@ -441,6 +441,9 @@ def test_the_library_s_trainer_trains_evaluates_and_resumes(model: Any, fast: An
     texts = [fast(prompt) for prompt in PROMPTS * 3]
     fast.padding_side = "right"
 
+    def vocabulary(scored: Any) -> dict[str, float]:
+        return {"vocabulary": float(scored.predictions.shape[-1])}
+
     def trainer(epochs: int, accumulate: int = 2) -> Any:
         options = TrainingArguments(
             output_dir=str(tmp_path / "run"),
@@ -462,7 +465,7 @@ def test_the_library_s_trainer_trains_evaluates_and_resumes(model: Any, fast: An
             train_dataset=texts,
             eval_dataset=texts,
             data_collator=collator,
-            compute_metrics=lambda scored: {"vocabulary": float(scored.predictions.shape[-1])},
+            compute_metrics=vocabulary,
         )
 
     with torch.enable_grad():
@@ -493,7 +496,7 @@ def test_a_larger_vocabulary_is_saved_and_loaded(tied: bool, tmp_path: Path) -> 
     after = model(**batch)
     close(after.logits[..., :256], before)
     model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(again(**batch).logits, after.logits)
     assert (again.net.head.weight is again.net.embedding.weight) == tied
     # The padding token is now one of the model's: the mask still says what is padding.

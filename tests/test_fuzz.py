@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def tokenizer_state(data: st.DataObject) -> None:
     """What is no tokenizer is refused; what is one can be used."""
     match data.draw(st.integers(0, 3)):
         case 0:
-            state = data.draw(VALUES)
+            state: Any = data.draw(VALUES)
         case 1:
             known = st.sampled_from([{"name": "characters", "alphabet": "abc"}, {"name": "bytes"}])
             state = altered(data.draw(known), data)

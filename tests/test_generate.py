@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -89,7 +91,7 @@ def test_the_seed_decides() -> None:
         {"seed": -(2**63) - 1},
     ],
 )
-def test_options_out_of_range_are_refused(wrong: dict) -> None:
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(UserError, match=f"^{name} is "):
         SamplingOptions(**wrong)

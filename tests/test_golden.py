@@ -35,7 +35,8 @@ def logits(path: Path) -> torch.Tensor:
     trained = load_model(path)
     tokens = torch.from_numpy(trained.tokenizer.encode(PROMPT).astype("int64"))[None]
     with torch.no_grad():
-        return trained.net(tokens, trained.net.zero_state(1))[0][0]
+        found: torch.Tensor = trained.net(tokens, trained.net.zero_state(1))[0][0]
+    return found
 
 
 @pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.stem)

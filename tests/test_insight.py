@@ -23,8 +23,8 @@ def test_a_half_life_is_what_is_left_after_it(net: RecurrentLM) -> None:
     short, long = (block.get_submodule("memory") for block in net.blocks)
     assert isinstance(short, RGLRU)
     assert isinstance(long, GatedDeltaNet)
-    for memory in (short, long):
-        torch.nn.init.zeros_(memory.project.weight)  # no input: the biases alone set the gates
+    for recurrent in (short, long):
+        torch.nn.init.zeros_(recurrent.project.weight)  # no input: the biases alone set the gates
     torch.nn.init.normal_(short.r_bias)
     torch.nn.init.normal_(long.decay_bias)
     found = layer_statistics(net, torch.randint(9, (10,)))

@@ -271,7 +271,11 @@ def test_the_previous_checkpoint_takes_the_place_of_a_damaged_one(
     shutil.rmtree(checkpoints("a", tmp_path).parent)
     assert end(tmp_path, command, die, ("step", 21, 0.0)) == -signal.SIGKILL
     path = checkpoints("a", tmp_path) / "last.ckpt"
-    for damage in (lambda data: data[:-500], lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:]):
+    damages: tuple[Callable[[bytes], bytes], ...] = (
+        lambda data: data[:-500],
+        lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:],
+    )
+    for damage in damages:
         path.write_bytes(damage(path.read_bytes()))
         (tmp_path / "output.txt").unlink()
         assert end(tmp_path, [*command, "--ckpt_path=last"], die, ("step", 5, 0.0)) == -signal.SIGKILL

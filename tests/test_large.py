@@ -18,11 +18,13 @@ from layouts import split_at_separator, texts, tokens_of, write_json_lines, writ
 
 from mmrec.data.corpora.large import LARGE_CORPORA
 from mmrec.data.pipeline import tokenize_shard as work
+from mmrec.data.pipeline.merge import merge
 from mmrec.data.pipeline.records import Rejected
 from mmrec.data.pipeline.shards import Shard
 from mmrec.data.pipeline.split import Shards
 from mmrec.data.pipeline.tokenize_shard import documents, hash_of
 from mmrec.data.store import TokenFolder, open_tokens
+from mmrec.tokenizers import Tokenizer, load_tokenizer
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -104,8 +106,12 @@ def test_the_result_does_not_depend_on_the_workers(
 def test_a_worker_loads_the_tokenizer_once(mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each one loaded leaves 4 MiB behind for good: thousands of shards would outgrow any memory."""
     loaded: list[Any] = []
-    load = work.load_tokenizer
-    monkeypatch.setattr(work, "load_tokenizer", lambda state: loaded.append(state) or load(state))
+
+    def load(state: dict[str, Any]) -> Tokenizer:
+        loaded.append(state)
+        return load_tokenizer(state)
+
+    monkeypatch.setattr(work, "load_tokenizer", load)
     folder = make_folder(tmp_path / "texts")
     options = ["--tokenizer", "bpe", "--vocab_size", "300", "--workers", "1"]
     assert mmrec("prepare", str(folder), "--output_dir", "out", *options) == 0
@@ -116,7 +122,12 @@ def test_a_worker_reads_the_plan_once(mmrec: Command, tmp_path: Path, monkeypatc
     """It names every file: read for each of them, a folder of 10,000 took minutes, and one of 100,000 hours."""
     read: list[Path] = []
     read_json = work.read_json
-    monkeypatch.setattr(work, "read_json", lambda path: read.append(path) or read_json(path))
+
+    def read_and_count(path: Path) -> Any:
+        read.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr(work, "read_json", read_and_count)
     folder = make_folder(tmp_path / "texts")
     assert mmrec("prepare", str(folder), "--output_dir", "out", "--workers", "1") == 0
     assert [path.name for path in read] == [work.PLAN]
@@ -150,13 +161,12 @@ def test_tokens_that_are_gone_before_they_are_put_together(
     import mmrec.data.pipeline.plan as preparing
 
     write_json_lines(tmp_path / "a.jsonl", texts())
-    real = preparing.merge
 
-    def merge(shards: Shards, *rest: Any) -> TokenFolder:
+    def cut_and_merge(shards: Shards, *rest: Any) -> TokenFolder:
         os.truncate(shards.work / "000000.tokens", 1000)
-        return real(shards, *rest)
+        return merge(shards, *rest)
 
-    monkeypatch.setattr(preparing, "merge", merge)
+    monkeypatch.setattr(preparing, "merge", cut_and_merge)
     assert mmrec("prepare", "a.jsonl", "--output_dir", "out", "--workers", "1") == 2
     assert "000000.tokens: is cut short; delete the work folder and begin anew" in capsys.readouterr().err
     assert not Path("out").exists()

@@ -37,7 +37,7 @@ class NotesLogger(Logger):
         with open(Path(self.run_id) / "lines.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([what, content, step]) + "\n")
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.write("metrics", {name: float(value) for name, value in metrics.items()}, step)
 
     def log_hyperparams(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]

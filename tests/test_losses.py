@@ -57,6 +57,7 @@ def test_it_is_learned_from_and_not_shown(mmrec: Command, prepared: Path) -> Non
 
     def kept(run: str) -> torch.Tensor:
         states: Any = last(run)["optimizer_states"][0]["state"].values()
+        gradient: torch.Tensor
         (gradient,) = (s["exp_avg"] for s in states if s["exp_avg"].shape == expected.shape)
         return gradient
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ def test_the_state_keeps_nothing_else_in_memory() -> None:
         ({"layer_types": []}, "empty"),
     ],
 )
-def test_a_wrong_config_is_refused(wrong: dict, says: str) -> None:
+def test_a_wrong_config_is_refused(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         ModelConfig(**wrong)
 

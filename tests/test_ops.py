@@ -30,7 +30,8 @@ def delta_inputs(length: int, keys: int = 6, values: int = 4) -> list[Tensor]:
     return [q, k, random(2, 3, length, values), log_decay, beta, random(2, 3, keys, values)]
 
 
-OPS = {
+Inputs = Callable[[int], list[Tensor]]
+OPS: dict[str, tuple[Op, Op, Inputs, int]] = {
     "lru": (reference.rg_lru, chunked.rg_lru, lru_inputs, 1),
     "delta": (reference.gated_delta_rule, chunked.gated_delta_rule, delta_inputs, 2),
 }

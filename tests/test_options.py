@@ -77,7 +77,11 @@ taken: dict[str, Any] = {}
 @pytest.mark.parametrize("typed", TYPED)
 def test_a_text_is_what_was_typed(typed: str) -> None:
     options = ("prompt", "memory", "name", "folder", "nested.text", "nested.path")
-    for form in (lambda name: [f"--{name}", typed], lambda name: [f"--{name}={typed}"]):
+    forms: tuple[Callable[[str], list[str]], ...] = (
+        lambda name: [f"--{name}", typed],
+        lambda name: [f"--{name}={typed}"],
+    )
+    for form in forms:
         taken.clear()
         call(takes_all, Parser(prog="test"), [part for name in options for part in form(name)])
         assert {name: str(value) for name, value in taken.items()} == {
@@ -98,7 +102,8 @@ def test_every_text_of_every_command_is_taken_as_typed(name: str) -> None:
     add_options(import_function(name), parser)
     texts = [action for action in parser._actions if isinstance(action, TextAction)]
     lists = ("Literal", "list", "dict", "Sequence", "Mapping")
-    strings = {a.dest: str(a._typehint) for a in parser._actions if "str" in str(getattr(a, "_typehint", ""))}
+    hints = {a.dest: str(getattr(a, "_typehint", "")) for a in parser._actions}
+    strings = {dest: hint for dest, hint in hints.items() if "str" in hint}
     assert {dest for dest, kind in strings.items() if not any(part in kind for part in lists)} <= {
         a.dest for a in texts
     }

@@ -34,6 +34,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_one_text_is_split_before_its_last_part(source: Path, tmp_path: Path, text: str) -> None:
     folder = prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "out", val_split=0.25))
+    assert folder is not None
     cut = int(len(text) * 0.75)
     assert (tmp_path / "out" / "train.txt").read_text() == text[:cut]
     assert (tmp_path / "out" / "val.txt").read_text() == text[cut:]
@@ -132,6 +133,7 @@ def test_a_folder_of_documents(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="the real file is not at hand")
 def test_tiny_shakespeare_is_split_as_everyone_does(tmp_path: Path) -> None:
     folder = prepare(PrepareOptions("tiny_shakespeare", output_dir=tmp_path / "out", mirror=str(SHAKESPEARE.parent)))
+    assert folder is not None
     assert (len(folder.train), len(folder.val)) == (1_003_854, 111_540)
     assert folder.tokenizer.vocab_size == 65
 

@@ -22,7 +22,8 @@ def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
     source = tmp_path / "docs"
     shutil.copytree(REPOSITORY / "docs", source, ignore=shutil.ignore_patterns("reference"))  # an earlier call's
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "sphinx", "-b", "dummy", "-W", "--keep-going", "-q", source, tmp_path / "built"]
+    options = ["-b", "dummy", "-W", "--keep-going", "-q", str(source), str(tmp_path / "built")]
+    command = [sys.executable, "-m", "sphinx", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

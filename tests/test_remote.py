@@ -54,8 +54,9 @@ def test_the_stream_is_the_same(prepared: Path, url: str) -> None:
         for a, b in zip(one[:3], other[:3], strict=True):
             assert torch.equal(a, b)
         assert one.stream == other.stream
-    for a, b in zip(StatefulEvalLoader(here.val, 100), StatefulEvalLoader(there.val, 100), strict=True):
-        assert torch.equal(a.inputs, b.inputs)
+    batches = zip(StatefulEvalLoader(here.val, 100), StatefulEvalLoader(there.val, 100), strict=True)
+    for near, far in batches:
+        assert torch.equal(near.inputs, far.inputs)
 
 
 def test_the_cache_is_bounded_and_leaves_nothing(url: str, tmp_path: Path) -> None:
@@ -111,12 +112,14 @@ def test_an_outage_is_waited_for(
 ) -> None:
     """A training of weeks outlives two minutes without a network; a file that is not there is not waited for."""
     bucket, pauses = fsspec.filesystem("memory"), list[float]()
-    cat_file, answers = bucket.cat_file, iter([ConnectionError("no route"), TimeoutError("later"), None])
+    cat_file = bucket.cat_file
+    answers: Iterator[OSError | None] = iter([ConnectionError("no route"), TimeoutError("later"), None])
 
     def unsteady(path: str, **span: int) -> bytes:
         if (error := next(answers)) is not None:
             raise error
-        return cat_file(path, **span)
+        content: bytes = cat_file(path, **span)
+        return content
 
     monkeypatch.setattr("time.sleep", pauses.append)
     tokens = open_remote_tokens(url, 2048).train

@@ -11,12 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import FIGURES, REPOSITORY, Command, Figure
 from helpers import assert_same_training, checkpoints, fit, last, losses
 from processes import interrupt, run, start_ranks, wait
+
+from mmrec.checkpoints.checkpoint import write_checkpoint
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
@@ -52,10 +55,9 @@ def test_from_every_saved_step(
     from mmrec.training.callbacks import checkpoint_io as callbacks
 
     saved: list[Path] = []
-    write = callbacks.write_checkpoint
 
-    def also_keep(checkpoint: dict, target: Path, previous: Path | None = None) -> None:
-        write(checkpoint, target, previous)
+    def also_keep(checkpoint: dict[str, Any], target: Path, previous: Path | None = None) -> None:
+        write_checkpoint(checkpoint, target, previous)
         if target.name == "last.ckpt":
             saved.append(Path(f"step_{checkpoint['global_step']}_{len(saved)}.ckpt"))
             shutil.copy(target, saved[-1])

@@ -242,7 +242,12 @@ def test_a_resumed_run_reads_its_checkpoint_once_for_its_hash(
     shutil.copytree(small_root / "lightning_logs", "lightning_logs")
     verified: list[str] = []
     verify = module.verify_checksum
-    monkeypatch.setattr(module, "verify_checksum", lambda path: (verified.append(path.name), verify(path)))
+
+    def verify_and_count(path: Path) -> None:
+        verified.append(path.name)
+        verify(path)
+
+    monkeypatch.setattr(module, "verify_checksum", verify_and_count)
     assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
     assert verified == ["last.ckpt"]
     assert mmrec("validate", "--run=a", "--ckpt_path=best", "--trainer.limit_val_batches=1") == 0

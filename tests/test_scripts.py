@@ -217,7 +217,8 @@ def test_quickstart_with_a_mirror(checkout: Path) -> None:
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("datatrove")
-    command = [sys.executable, REPOSITORY / "scripts" / "end_to_end.py", "all", "--megabytes", "1", "--updates", "20"]
+    script = str(REPOSITORY / "scripts" / "end_to_end.py")
+    command = [sys.executable, script, "all", "--megabytes", "1", "--updates", "20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, verdict = done.stdout.splitlines()

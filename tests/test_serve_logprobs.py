@@ -42,7 +42,8 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 def plain(trained: LoadedModel, tokens: list[int]) -> Tensor:
     """Return the log probabilities of each token but the first, in one pass of the plain model."""
     logits, _ = trained.net(torch.tensor([tokens]), trained.net.zero_state(1))
-    return logits[0, :-1].log_softmax(-1)
+    found: Tensor = logits[0, :-1].log_softmax(-1)
+    return found
 
 
 def spelled(name: str) -> bytes:
@@ -200,7 +201,7 @@ def test_nothing_to_give_back(client: Client) -> None:
     client.good("POST", "/v1/memories", {"name": "me", "text": "to be"})
     for asked in ({"prompt": "", "memory": "me", "echo": True}, {"memory": "me"}, {"prompt": "to be"}):
         (choice,) = client.complete(**asked, max_tokens=0, logprobs=5)["choices"]
-        nothing = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        nothing: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         assert (choice["text"], choice["logprobs"]) == ("", nothing)
     (choice,) = client.complete(prompt="", memory="me", echo=True, max_tokens=3, logprobs=0)["choices"]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]

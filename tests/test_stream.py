@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrec.core.errors import UserError
-from mmrec.data.batches import IGNORE_INDEX, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
+from mmrec.data.batches import (
+    IGNORE_INDEX,
+    Batch,
+    SegmentSampler,
+    StatefulEvalLoader,
+    TrainLoader,
+    WindowedEvalLoader,
+)
 
 
 def stream(total: int, rows: int, length: int, **options: int | float) -> SegmentSampler:
@@ -106,7 +113,8 @@ def test_a_loader_goes_on_where_its_state_says(stop: int) -> None:
     one = stream(600, 2, 15)
     whole = TrainLoader(one)
     expected = [batch for _ in range(3) for batch in whole]
-    first, seen = TrainLoader(one), []
+    first = TrainLoader(one)
+    seen: list[Batch] = []
     while len(seen) < stop:
         for batch in first:
             seen.append(batch)

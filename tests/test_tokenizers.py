@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_a_wrong_request_is_refused(name: str, size: int | None, says: str) -> N
 
 
 @pytest.mark.parametrize("state", [{}, {"name": "words"}, {"name": "characters"}, {"name": "bpe", "model": "{"}])
-def test_a_wrong_state_is_refused(state: dict) -> None:
+def test_a_wrong_state_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         load_tokenizer(state)
 

@@ -22,7 +22,12 @@ def die(moment: Moment) -> None:
     """Arrange for this process to be killed at ``moment``."""
     where, count, extra = moment
     if where == "step":
-        _after_step(count, lambda: threading.Thread(target=lambda: (time.sleep(extra), kill_here())).start())
+
+        def die_later() -> None:
+            time.sleep(extra)
+            kill_here()
+
+        _after_step(count, lambda: threading.Thread(target=die_later).start())
     else:
         _inside_save(where, count, extra)
 
@@ -43,10 +48,10 @@ def _after_step(count: int, action: Callable[[], object]) -> None:
 
 
 def _inside_save(stage: str, count: int, share: float) -> None:
-    from mmrec.checkpoints import checkpoint
+    import torch
 
     saves = 0
-    save = checkpoint.torch.save
+    save: Callable[..., None] = torch.save
 
     def counted(content: object, writer: object) -> None:
         nonlocal saves
@@ -68,7 +73,7 @@ def _inside_save(stage: str, count: int, share: float) -> None:
         if saves == count and stage == "checksum":
             kill_here()
 
-    checkpoint.torch.save = counted  # type: ignore[assignment]
+    torch.save = counted  # type: ignore[assignment]
     names = {"fsync": "fsync", "link": "link", "rename": "replace", "folder": "fsync"}
     if stage in names:
         real = getattr(os, names[stage])
@@ -102,7 +107,12 @@ def lift_file_size(steps: int, size: int, later: int) -> None:
 
 def linger(step: int, seconds: float) -> None:
     """Make the update ``step`` take ``seconds``."""
-    _after_step(step, lambda: (Path("lingering").touch(), time.sleep(seconds)))
+
+    def wait() -> None:
+        Path("lingering").touch()
+        time.sleep(seconds)
+
+    _after_step(step, wait)
 
 
 def obey_permissions() -> None:

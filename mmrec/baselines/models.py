@@ -105,7 +105,8 @@ class GPTBlock(nn.Module):
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and length > 1)
         x = x + self.output(y.transpose(1, 2).reshape(rows, length, dim))
-        return x + self.ffn["output"](F.gelu(self.ffn["input"](self.ffn_norm(x))))
+        out: Tensor = x + self.ffn["output"](F.gelu(self.ffn["input"](self.ffn_norm(x))))
+        return out
 
 
 class LSTM(nn.Module):

@@ -59,7 +59,8 @@ class TextAction(ActionTypeHint):
 
     def _check_type(self, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
         if type(value) is not str:
-            return super()._check_type(value, append=append, cfg=cfg, mode=mode)
+            check: Any = super()._check_type  # without annotations
+            return check(value, append=append, cfg=cfg, mode=mode)
         kinds = _kinds(self._typehint)
         return value if str in kinds else adapt_typehints(value, kinds[0], default=self.default)
 

@@ -63,7 +63,8 @@ class RemoteTokens:
         """Return a block as it lies in the cache, fetched first where it is not there; good until the next call."""
         if number in self._places:
             self._places.move_to_end(number)
-            return self._cached[self._places[number]]
+            block: np.ndarray = self._cached[self._places[number]]
+            return block
         first = number * BLOCK
         data = retry(lambda: fetch(self.url, first, min(first + BLOCK, self._size)))
         if not self._free:
@@ -72,7 +73,8 @@ class RemoteTokens:
         self._file.write(data)  # not through the memory map, where a full disk would kill the process
         self._file.flush()
         self._places[number] = self._free.pop()
-        return self._cached[self._places[number]]
+        block = self._cached[self._places[number]]
+        return block
 
 
 def fetch(url: str, first: int = 0, last: int | None = None) -> bytes:

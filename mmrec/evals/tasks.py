@@ -133,7 +133,8 @@ class Passkey(Task):
         return level
 
     def chance(self, level: int) -> float:
-        return self.DIGITS**-self.KEY_LENGTH
+        share: float = self.DIGITS**-self.KEY_LENGTH
+        return share
 
     def make(self, random: np.random.Generator, rows: int, level: int) -> tuple[np.ndarray, np.ndarray]:
         inputs = random.integers(self.mark, size=(rows, level))

@@ -95,4 +95,5 @@ class GatedDeltaNet(RecurrentLayer):
         return (parts.beta.to(dtype) + self.beta_bias).sigmoid()
 
     def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
-        return self.gate(parts.output_gate).sigmoid()
+        gate: Tensor = self.gate(parts.output_gate).sigmoid()
+        return gate

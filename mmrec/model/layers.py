@@ -60,4 +60,5 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(fused.swiglu(self.project(x)))
+        y: Tensor = self.output(fused.swiglu(self.project(x)))
+        return y

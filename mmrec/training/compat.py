@@ -58,10 +58,10 @@ def updates_to_come(trainer: Trainer, batches_per_epoch: int) -> int:
     """
     epoch_loop, every = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     ended: Any = trainer.fit_loop.epoch_progress.current
-    epochs = max(0, (trainer.max_epochs or 0) - ended.processed)
+    epochs: int = max(0, (trainer.max_epochs or 0) - ended.processed)
     progress: Any = epoch_loop.batch_progress
     is_counted = epoch_loop.restarted_on_train_batch_end and progress.is_last_batch
-    done = 0 if is_counted else progress.current.processed
+    done: int = 0 if is_counted else progress.current.processed
     per_epoch = -(-batches_per_epoch // every)
     done_updates = per_epoch if done >= batches_per_epoch else done // every
     return max(0, epochs * per_epoch - done_updates)

@@ -27,7 +27,8 @@ class MTPHead(nn.Module):
         nn.init.normal_(self.project.weight, std=INITIAL_SCALE * dim**-0.5)  # as the model's matrices
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.norm(self.project(hidden))
+        projected: Tensor = self.norm(self.project(hidden))
+        return projected
 
 
 def mtp_weight(share: float, step: int, planned_steps: int | None) -> float:

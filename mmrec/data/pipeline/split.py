@@ -178,7 +178,8 @@ def _tokens_that_train(shards: Shards, wanted: int, val_bytes: float, tokenizer:
         bytes_[0] = 0  # the separator
         kept = max(2, int(np.searchsorted(np.cumsum(bytes_), bytes_.sum() - val_bytes, side="right")))
         # The last part begins with a character: the next one, or, where none is left, the one before.
-        for index in [*range(kept, length), *range(min(kept, length) - 1, 1, -1)]:
+        places: list[int] = [*range(kept, length), *range(min(kept, length) - 1, 1, -1)]
+        for index in places:
             if not _continues(tokenizer.token_bytes(int(tokens[index]))):
                 return index
         break
