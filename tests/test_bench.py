@@ -132,7 +132,7 @@ def test_all_that_is_measured(
         assert results["time_to_target"][name][0]["curve"][-1]["tokens"] <= 20_000
     cache = [found["gpt"][0]["state_bytes"] for found in results["decode"]]
     state = [found["mmrec"][0]["state_bytes"] for found in results["decode"]]
-    assert cache[1] > 100 * cache[0]
+    assert cache[1] > 25 * cache[0]  # 64 tokens are generated after each position
     assert state[0] == state[1]
     assert results["read"]["mmrec"][0]["seconds_per_token"][0] > 0
     assert "mmrec / gpt" in capsys.readouterr().out

@@ -102,9 +102,9 @@ def test_the_page_of_a_run(mmrec: Command, prepared: Path, capsys: pytest.Captur
 def test_a_run_that_was_stopped_before_any_validation(
     mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmrec.training.callbacks.checkpointing import LastCheckpoint
+    from mmrec.training.callbacks.stop_on_signal import StopOnSignal
 
-    monkeypatch.setattr(LastCheckpoint, "_agreed_signal", lambda self, trainer: 15 * (trainer.global_step == 20))
+    monkeypatch.setattr(StopOnSignal, "_agreed_signal", lambda self, trainer: 15 * (trainer.global_step == 20))
     assert mmrec(*fit(prepared, "--trainer.max_epochs=2", "--run=a")) == 143
     assert mmrec("report", "a") == 0
     page = check(Path("report.html").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from serving import KEY, LIMITS, Client, make_service, running
 
 from mmrec.checkpoints.loading import LoadedModel
+from mmrec.model.decode import Decoder
 from mmrec.serve.authentication import Access
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -169,7 +172,14 @@ def test_files_are_uploaded_read_and_deleted(sheet: Sheet, memories: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_writing_is_stopped(sheet: Sheet) -> None:
+def test_writing_is_stopped(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Decoder.step
+
+    def step_slowly(self: Decoder, token: int) -> torch.Tensor:
+        time.sleep(0.002)  # else all is written before a click comes
+        return step(self, token)
+
+    monkeypatch.setattr(Decoder, "step", step_slowly)
     page = sheet.page
     page.fill("#tokens", "4096")
     page.click("#write")
