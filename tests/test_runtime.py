@@ -47,6 +47,22 @@ if sys.argv[1] == "computes":
 """
 
 
+LOADS = """
+import sys
+from mmrec import MemoryLM
+MemoryLM.load(sys.argv[1]).generate("1: to", length=2)
+print(*({"lightning", "torchmetrics", "torch._dynamo", "sympy", "scipy"} & set(sys.modules)))
+"""
+
+
+def test_a_model_is_loaded_and_generates_without_what_only_training_needs() -> None:
+    checkpoint = str(Path(__file__).parent / "data" / "checkpoint-v2.ckpt")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", LOADS, checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == []
+
+
 def test_settings_are_made_once_and_import_torch_only_for_who_computes() -> None:
     def printed(how: str) -> list[str]:
         command = [sys.executable, "-c", SETTINGS, how]

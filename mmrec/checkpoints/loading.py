@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.checkpoints.contents import MODEL_KEY, model_weights
@@ -41,11 +43,30 @@ def load_model(path: Path) -> LoadedModel:
         raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
 
 
+ELEMENTWISE = {"exp", "expm1", "log", "div", "__rdiv__", "__truediv__", "mul_"}
+"""What the initial weights of our layers are computed with."""
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Leaves out how initial weights are computed, for a model on the device "meta", where they have only a shape.
+
+    Working that out torch would import its compiler, which takes longer than all else that loading a model does.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            return torch.empty(args[2])
+        if getattr(func, "__module__", None) == nn.init.__name__ or func.__name__ in ELEMENTWISE:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _model(config: ModelConfig, vocab_size: int, weights: dict[str, Any]) -> RecurrentLM:
     """Return a model with ``weights``, which needs no more memory than they do, whatever the config says."""
     if config.layers > len(weights):
         raise ValueError(f"{config.layers} layers, {len(weights)} weights")
-    with torch.device("meta"):
+    with torch.device("meta"), _ShapesAlone():
         net = RecurrentLM(config, vocab_size)
     net.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     net.tie()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from mmrec.data.batches import IGNORE_INDEX
 
@@ -26,35 +24,33 @@ def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tenso
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
-class TextMetrics(Metric):
+class TextMetrics:
     """Loss, perplexity and bits per byte of a text; in any number of updates the figures are the same.
 
-    Sums are float64, so that a text of 10^9 tokens loses nothing. The figures are of the scored tokens alone.
+    Sums are float64, so that a text of 10^9 tokens loses nothing. The figures are of the scored tokens alone, and of
+    this process alone: where several score a text, each reads the whole of it.
+
+    Attributes:
+        nll: sum of the negative log-likelihoods in nats, a scalar, as the others are.
+        tokens: how many were scored.
+        bytes: that they stand for.
+        characters: that they stand for.
     """
 
-    full_state_update = False
-    higher_is_better = False
-    nll: Tensor
-    tokens: Tensor
-    bytes: Tensor
-    characters: Tensor
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for name in ("nll", "tokens", "bytes", "characters"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    def __init__(self) -> None:
+        self.nll, self.tokens, self.bytes, self.characters = torch.zeros(4, dtype=torch.float64).unbind()
 
     def update(self, nll: Tensor, lengths: Tensor) -> None:
         """Add some scored tokens.
 
         Args:
             nll: [M], the negative log-likelihood of each token, in nats.
-            lengths: [M, 2], the bytes and the characters that each token stands for.
+            lengths: [M, 2], the bytes and the characters that each token stands for; on the same device.
         """
-        self.nll += nll.sum(dtype=torch.float64)
-        self.tokens += len(nll)
-        self.bytes += lengths[:, 0].sum()
-        self.characters += lengths[:, 1].sum()
+        self.nll = self.nll.to(nll.device) + nll.sum(dtype=torch.float64)
+        self.tokens = self.tokens + len(nll)
+        self.bytes = self.bytes.to(nll.device) + lengths[:, 0].sum()
+        self.characters = self.characters.to(nll.device) + lengths[:, 1].sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Return loss (nats/token), perplexity (per token), bits_per_byte and nats_per_char."""
@@ -91,8 +87,7 @@ class MetricsByPosition:
             number = max(0, (position + done) // self.FIRST).bit_length()
             part = slice(done, (self.FIRST << number) - position)
             while len(self._bands) <= number:
-                # Of this process alone: each reads the whole text, and not all of them ask for the figures.
-                self._bands.append(TextMetrics(sync_on_compute=False).to(nll.device))
+                self._bands.append(TextMetrics())
             self._bands[number].update(nll[part], lengths[part])
             done = part.stop
 

@@ -110,6 +110,9 @@ class TrainingCLI(SubcommandCLI):
         assert self._plan is not None
         return self._plan
 
+    def subcommand_name(self) -> str:
+        return self.request.command
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lightning.pytorch"])
         parser = TrainingArgumentParser(**kwargs)

@@ -52,7 +52,6 @@ class RecurrentLMModule(LightningModule):
         self.net = RecurrentLM(config, self.tokenizer.vocab_size, self.options.dropout)
         self.mtp_head = MTPHead(config.dim) if self.options.mtp_loss_weight else None
         self.score = TextMetrics()
-        self.score.persistent(False)
         lengths = torch.from_numpy(token_lengths(self.tokenizer))
         self.token_lengths: Tensor
         self.register_buffer("token_lengths", lengths, persistent=False)
@@ -177,7 +176,7 @@ class RecurrentLMModule(LightningModule):
         self._start_text()
 
     def _start_text(self) -> None:
-        self.score.reset()
+        self.score = TextMetrics()
         self._reading: State | None = None
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None and datamodule.evaluation.dynamic:
