@@ -37,13 +37,16 @@ def seeds() -> None:
     torch.set_flush_denormal(False)  # a training sets it for its process; hypothesis draws such numbers
 
 
-@pytest.fixture(autouse=True)
-def lightning_talks_to_the_test() -> None:
-    """Lightning's handler keeps the standard error of the first test, which is closed in the others."""
-    import lightning.pytorch  # noqa: F401 -- makes the handlers
-
+def silence_lightning() -> None:
+    """Take away the handlers of Lightning's loggers, where it has been imported."""
     logging.getLogger("lightning.pytorch").handlers.clear()
     logging.getLogger("lightning.fabric").handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def lightning_talks_to_the_test() -> None:
+    """Lightning's handler keeps the standard error of the test that imported it, which is closed in the others."""
+    silence_lightning()
 
 
 Command = Callable[..., int]
@@ -95,7 +98,11 @@ def prepared(tmp_path: Path, text: str) -> Path:
 @pytest.fixture
 def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command in this process, in ``tmp_path``; returns its exit status."""
+    import lightning.pytorch  # noqa: F401 -- makes the handlers
+
     from mmrec.cli import main
+
+    silence_lightning()
 
     monkeypatch.chdir(tmp_path)
 
