@@ -31,8 +31,11 @@ def _prepare_arguments(parser: Parser) -> None:
         parser.add_argument(f"--{flag}", action="store_true", help=about)
 
 
-def _text_argument(parser: Parser) -> None:
+def _text_arguments(parser: Parser) -> None:
     parser.add_argument("file", help="a UTF-8 text, or - for standard input")
+    parser.add_argument(
+        "--learn", action="store_true", help="let the weights learn from what is read; a memory keeps the difference"
+    )
 
 
 def _export_arguments(parser: Parser) -> None:
@@ -76,12 +79,12 @@ COMMANDS = {
     "read": Command(
         "read a text of any length, and keep what was read in a small file",
         "mmrec.inference.scoring:read",
-        _text_argument,
+        _text_arguments,
     ),
     "score": Command(
         "print how well a text is predicted, in total and by position",
         "mmrec.inference.scoring:score",
-        _text_argument,
+        _text_arguments,
     ),
     "export": Command(
         "write a trained model for transformers, onnxruntime, or as one safetensors file",

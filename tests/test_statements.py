@@ -23,6 +23,7 @@ from statements import CONFIGS, LARGE, VOCABULARY, content, find, model, number,
 from mmrec.baselines.models import GPT, make_baseline, size
 from mmrec.baselines.training import HYPERPARAMETERS
 from mmrec.bench.measurements import hyperparameters_of, state_bytes
+from mmrec.checkpoints.learned import PART
 from mmrec.checkpoints.state_file import SavedState, save_memory
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.pipeline.records import LONGEST
@@ -32,7 +33,6 @@ from mmrec.evals.recipes import SMALL
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
 from mmrec.tokenizers.bytes import ByteTokenizer
-from mmrec.training.dynamic import DYNAMIC_LENGTH
 from mmrec.training.mtp import MTPHead
 from mmrec.training.options import DataOptions
 
@@ -287,7 +287,7 @@ def test_the_table_of_options_is_that_of_tiny(mmrec: Command, capsys: pytest.Cap
 
 
 def test_constants_that_docs_name() -> None:
-    assert int(find(r"\*\*Dynamic\*\* scores (\d+) tokens", "docs/training.md")[1]) == DYNAMIC_LENGTH
+    assert int(find(r"\*\*Learned\*\* scores (\d+) tokens", "docs/training.md")[1]) == PART
     assert int(find(r"records over (\d+) MiB", "docs/data.md")[1]) * 2**20 == LONGEST
     shares = find(r"([\d.]+) under 1 MB, ([\d.]+) from there, ([\d.]+) from 1 GB on", "docs/data.md").groups()
     assert [float(share) for share in shares] == [default_split(size)[0] for size in (999_999, 10**6, 10**9)]

@@ -24,12 +24,14 @@ class FileFormat:
         version: of the format, in the file.
         title: its name in messages.
         remedy: what to do where it is damaged.
+        older: versions before it that are read, too.
     """
 
     format: str
     version: str
     title: str
     remedy: str
+    older: tuple[str, ...] = ()
 
 
 def write_checksummed(
@@ -76,7 +78,7 @@ def _open(path: Path, file_format: FileFormat, with_tensors: bool) -> tuple[dict
     if metadata.get("format") != file_format.format:
         raise UserError(f"{path}: is not a {file_format.title} of mmrec")
     version = metadata.get("version")
-    if version != file_format.version:
+    if version not in (file_format.version, *file_format.older):
         raise UserError(
             f"{path}: {file_format.title} format version {version}; this program reads {file_format.version}"
         )

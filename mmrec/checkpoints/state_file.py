@@ -1,4 +1,4 @@
-"""Files of a saved state: the carried state after a text, bound by a hash to the model that read it."""
+"""Memory files: the carried state after a text, and what was learned from it, bound by a hash to the model."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import codecs
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, read_metadata, tensor_bytes, write_checksummed
+from mmrec.checkpoints.learned import PART, Form, LearnedWeights, form_of
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
-FORMAT = FileFormat("mmrec-memory", "1", "memory", "read the text again")
+FORMAT = FileFormat("mmrec-memory", "2", "memory", "read the text again", older=("1",))
+"""Version 2 may hold what was learned; version 1 holds the state alone."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,37 @@ class SavedState:
     """The state after a text, and what the model expects next.
 
     Attributes:
-        state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it.
+        state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it; where the model has learned, of
+            the model with what it has learned.
         logits: [N], of the next token; zeros before the first.
         position: tokens that were read.
         pending: bytes of a character that the text ends inside of; the next tokens may complete it.
+        learned: what the model has learned from the text; None where its weights are those that were trained.
     """
 
     state: State
     logits: Tensor
     position: int
     pending: bytes = b""
+    learned: LearnedWeights | None = None
 
     @classmethod
     def empty(cls, net: RecurrentLM) -> SavedState:
         """Return the memory of a model that has read nothing."""
-        return cls(net.zero_state(1), torch.zeros(net.head.weight.shape[0]), 0)
+        weight = net.head.weight
+        return cls(net.zero_state(1), torch.zeros(weight.shape[0], device=weight.device), 0)
+
+    def learning(self, net: RecurrentLM, form: Form | None = None) -> SavedState:
+        """Return this memory as one of which ``net`` learns from now on: "full" or "small", by default the first.
+
+        Raises:
+            UserError: it learns already, in another form.
+        """
+        if self.learned is not None:
+            if form not in (None, self.learned.form):
+                raise UserError(f"the memory learns in the form {self.learned.form}, not {form}")
+            return self
+        return replace(self, learned=LearnedWeights.empty(net, form or "full", self.state, self.logits))
 
 
 def model_hash(net: RecurrentLM, tokenizer: Tokenizer) -> str:
@@ -66,7 +84,11 @@ def save_memory(path: Path, memory: SavedState, model: str) -> None:
     metadata = {"model": model, "position": str(memory.position)}
     if memory.pending:
         metadata["pending"] = memory.pending.hex()
-    write_checksummed(path, FORMAT, _tensors(memory), metadata)
+    if memory.learned is not None:
+        metadata |= memory.learned.metadata()
+    # Copies: at the end of a part the two states are one, which safetensors refuses.
+    tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in _tensors(memory).items()}
+    write_checksummed(path, FORMAT, tensors, metadata)
 
 
 def check_memory_target(path: Path) -> None:
@@ -87,23 +109,53 @@ def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
     tensors, metadata = read_checksummed(path, FORMAT)
     if metadata.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
-    empty = _tensors(SavedState.empty(net))
-    if {name: (x.shape, x.dtype) for name, x in tensors.items()} != {n: (x.shape, x.dtype) for n, x in empty.items()}:
-        raise UserError(f"{path}: does not hold what a memory of this model does")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{path}: holds numbers that are not finite")
+    try:
+        empty = SavedState.empty(net)
+        learns = "learned" in metadata
+        _check_tensors(tensors, empty.learning(net, form_of(metadata)) if learns else empty)
+        learned = LearnedWeights.from_file(net, tensors, metadata) if learns else None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
-    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata))
+    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata), learned)
 
 
-def memory_header(path: Path) -> tuple[str, int]:
-    """Return the hash of a memory's model and the tokens that were read, without reading the rest of the file.
+def _check_tensors(tensors: dict[str, Tensor], empty: SavedState) -> None:
+    """Raise UserError where ``tensors`` are of other shapes than those of ``empty``, or not finite."""
+    wanted = {name: (x.shape, x.dtype) for name, x in _tensors(empty).items()}
+    found = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+    if "learned.tokens" in found:  # as many as there are
+        wanted["learned.tokens"] = (found["learned.tokens"][0], torch.int32)
+    if found != wanted:
+        raise UserError("does not hold what a memory of this model does")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError("holds numbers that are not finite")
+
+
+def memory_bytes(memory: SavedState) -> int:
+    """Return the bytes of a memory's numbers in its file."""
+    return sum(tensor.nbytes for tensor in _tensors(memory).values())
+
+
+def largest_memory(net: RecurrentLM) -> int:
+    """Return the most bytes that the numbers of a memory of ``net`` take in its file."""
+    device = torch.device("meta")
+    empty = SavedState(net.zero_state(1, device), torch.zeros(net.head.weight.shape[0], device=device), 0)
+    return memory_bytes(empty.learning(net, "full")) + 4 * PART
+
+
+def memory_header(path: Path) -> tuple[str, int, Form | None]:
+    """Return the hash of a memory's model, the tokens that were read, and the form in which it learned, if it did.
 
     Raises:
         UserError: the file is missing, or is not a memory.
     """
     metadata = read_metadata(path, FORMAT)
-    return metadata.get("model", ""), _position(path, metadata)
+    try:
+        learned = form_of(metadata) if "learned" in metadata else None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return metadata.get("model", ""), _position(path, metadata), learned
 
 
 def _position(path: Path, metadata: dict[str, str]) -> int:
@@ -127,7 +179,7 @@ def _pending(path: Path, metadata: dict[str, str]) -> bytes:
 
 def _tensors(memory: SavedState) -> dict[str, Tensor]:
     """Return the numbers of a memory by their names in the file."""
-    tensors = {"logits": memory.logits.contiguous()}
+    tensors = {"logits": memory.logits}
     for number, (past, inner) in enumerate(memory.state):
-        tensors |= {f"{number}.past": past.contiguous(), f"{number}.memory": inner.contiguous()}
-    return tensors
+        tensors |= {f"{number}.past": past, f"{number}.memory": inner}
+    return tensors | (memory.learned.tensors() if memory.learned is not None else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 
 from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.state_file import load_memory, model_hash
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
+from mmrec.inference.learning import LearningNet
 
 Format = Literal["hf", "safetensors", "onnx"]
 EXPORTED_FILES = re.compile(
@@ -27,6 +30,7 @@ def export(
     checkpoint: CheckpointOptions,
     format: Format,
     output_dir: Path,
+    memory: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write a trained model as a folder that other programs read.
@@ -36,6 +40,8 @@ def export(
             --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime.
         output_dir: folder to write; it must be new or empty.
         checkpoint: of the model.
+        memory: export the model with what it learned from what it read, a file of mmrec read --learn, as a model of
+            its own: its weights, not its state.
         force: replace another export that stands at output_dir.
 
     Raises:
@@ -43,10 +49,22 @@ def export(
     """
     _check_target(output_dir, force)
     trained = load_model(checkpoint.path())
+    if memory is not None:
+        trained = learned_model(trained, memory)
     with staged_folder(output_dir) as folder:
         _write(format, folder, trained)
     size = sum(path.stat().st_size for path in output_dir.iterdir())
     print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
+
+
+def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
+    """Return the model with the weights that it learned by the file ``memory``; UserError where it learned none."""
+    learned = load_memory(memory, trained.net, model_hash(trained.net, trained.tokenizer)).learned
+    if learned is None:
+        raise UserError(f"{memory}: holds nothing that was learned; read the text with --learn")
+    weights = LearningNet(trained.net, learned.form)
+    weights.set_difference(learned.difference)
+    return replace(trained, net=weights.net.requires_grad_(True))
 
 
 def _write(format: Format, folder: Path, trained: LoadedModel) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from mmrec.checkpoints.learned import Form
 from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import find_checkpoint
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.inference.generate import generate_tokens
-from mmrec.inference.reading import iter_nll
+from mmrec.inference.reading import LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.inference.text_input import iter_pieces
 from mmrec.tokenizers import StreamDecoder
@@ -40,18 +41,26 @@ class MemoryLM:
         """Load a checkpoint: best, last, or the path of one or of a run's folder. UserError where there is none."""
         return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
 
-    def read(self, text: str) -> float:
+    def read(self, text: str, learn: bool = False, form: Form | None = None) -> float:
         """Read ``text`` on from the memory, which then includes it; return its mean loss, in nats/token.
 
+        Args:
+            text: of any length.
+            learn: change the weights by what is read, each part after it was predicted; the memory keeps the
+                difference, and a memory that learned goes on learning without being told.
+            form: which weights learn: "full", all of them, or "small"; "full" if None.
+
         Raises:
-            UserError: a character is not in the model's alphabet.
+            UserError: a character is not in the model's alphabet, or the memory learns in another form.
         """
+        self.memory = LearnOptions(learn, form).applied(self._trained.net, self.memory)
+        reader = Reader(self._trained.net, self.memory)
         total, count, first = 0.0, 0, self.memory.position == 0
         for piece in iter_pieces(io.StringIO(text, newline="")):
             tokens = self._trained.tokenizer.encode(piece)
-            for nll, memory in iter_nll(self._trained.net, tokens, self.memory):
-                self.memory = memory
-                total, count = total + float(nll.sum(dtype=torch.float64)), count + len(nll)
+            for part in reader.read(tokens):
+                self.memory = part.memory
+                total, count = total + float(part.nll.sum(dtype=torch.float64)), count + len(part.tokens)
         scored = count - first
         return total / scored if scored > 0 else 0.0
 

@@ -14,11 +14,10 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_unicode
-from mmrec.inference.reading import load_model_and_state, read_tokens
+from mmrec.inference.reading import Reader, load_model_and_state
 from mmrec.inference.sampling import SamplingOptions, sample_token
 from mmrec.inference.text_input import read_standard_input
 from mmrec.model import RecurrentLM
-from mmrec.model.decode import Decoder
 from mmrec.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -45,18 +44,16 @@ def generate_with_logits(
         memory: what was read before the prompt; nothing if None.
     """
     random = torch.Generator(device=prompt.device).manual_seed(options.seed)
-    before = memory or SavedState.empty(net)
-    logits, state = before.logits[None], before.state
-    if len(prompt):
-        logits, state = read_tokens(net, prompt[None], state)
-    decoder = Decoder(net, state) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    reader = Reader(net, memory or SavedState.empty(net))
+    for _ in reader.read(prompt):
+        pass
+    decoder = reader.decoder() if options.length > 1 else None
+    logits = reader.memory.logits[None]
     for remaining in range(options.length, 0, -1):
         token = int(sample_token(logits, options, random))
         yield token, logits[0]
         if remaining > 1 and decoder is not None:
             logits = decoder.step(token)[None]
-        elif remaining > 1:
-            logits, state = read_tokens(net, torch.tensor([[token]], device=prompt.device), state)
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:

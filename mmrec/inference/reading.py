@@ -1,26 +1,49 @@
-"""Reading tokens in constant memory: the state after them, and the logits or the negative log-likelihood of each."""
+"""Reading tokens in constant memory: what each was given before it was read, and the memory after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.checkpoints.learned import PART, Form, LearnedWeights
 from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
+from mmrec.inference.learning import LearningNet, mix_part, mixed, updated_weights
 from mmrec.inference.metrics import token_nll
-from mmrec.model import RecurrentLM, State
+from mmrec.model import RecurrentLM, State, detach_state
+from mmrec.model.decode import Decoder
 
 READ_CHUNK = 2048
 """Tokens that are read at a time: bounds the memory that a long text takes."""
 
 
+@dataclass(frozen=True)
+class LearnOptions:
+    """Whether the model learns from what it reads.
+
+    Args:
+        learn: change the weights by what is read, each part after it was predicted; the memory keeps the difference.
+            A memory that learned goes on learning without being told.
+        form: which weights learn: full, all of them, or small, vectors, convolutions and embeddings; full by default.
+    """
+
+    learn: bool = False
+    form: Form | None = None
+
+    def applied(self, net: RecurrentLM, memory: SavedState) -> SavedState:
+        """Return ``memory`` as one that learns, where that is wanted; UserError where it learns in another form."""
+        return memory.learning(net, self.form) if self.learn or self.form is not None else memory
+
+
 def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
-    """Return a model, its hash, and what it has read: the state in the file ``memory``, or the zero state if None."""
+    """Return a model, its hash, and what it has read: the memory in the file ``memory``, or an empty one if None."""
     trained = load_model(checkpoint.path())
     digest = model_hash(trained.net, trained.tokenizer)
     empty = SavedState.empty(trained.net)
@@ -35,34 +58,170 @@ def read_tokens(net: RecurrentLM, tokens: Tensor, state: State) -> tuple[Tensor,
     return logits[:, -1], state
 
 
-@torch.inference_mode()
-def iter_logits(
-    net: RecurrentLM, tokens: np.ndarray, memory: SavedState
-) -> Iterator[tuple[Tensor, Tensor, SavedState]]:
-    """Read tokens [T] on from ``memory``, a chunk at a time.
+@dataclass(frozen=True)
+class ReadPart:
+    """Some tokens that were read, what the model gave them before, and the memory after them.
 
-    Yields:
-        The logits [n, N] that predict each token of the chunk (of no meaning before the very first token of a text);
-        those tokens [n], int64; and the state after the chunk.
+    Attributes:
+        tokens: [n], int64.
+        logits: [n, N], float32, that predict each of them (of no meaning before the very first token of a text).
+        memory: after the last of them.
     """
-    for first in range(0, len(tokens), READ_CHUNK):
-        chunk = torch.from_numpy(tokens[first : first + READ_CHUNK].astype(np.int64))
-        logits, state = net(chunk[None], memory.state)
-        predictions = torch.cat([memory.logits[None], logits[0, :-1]])
-        memory = SavedState(state, logits[0, -1].clone(), memory.position + len(chunk))
-        yield predictions.float(), chunk, memory
 
+    tokens: Tensor
+    logits: Tensor
+    memory: SavedState
 
-@torch.inference_mode()
-def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
-    """Read tokens [T] on from ``memory``, a chunk at a time.
-
-    Yields:
-        The negative log-likelihood of each token of the chunk [n], in nats, given all before it (0 for the very first
-        token of a text, which nothing predicts); and the state after the chunk.
-    """
-    for logits, chunk, after in iter_logits(net, tokens, memory):
-        nll = token_nll(logits, chunk)
-        if after.position == len(chunk):  # nothing was read before it
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of each token given all before it, [n], in nats; 0 for the first of a text."""
+        nll = token_nll(self.logits, self.tokens)
+        if self.memory.position == len(self.tokens):  # nothing was read before it
             nll[0] = 0
-        yield nll, after
+        return nll
+
+
+class Reader:
+    """Reads on from a memory, and learns from what it reads where the memory does.
+
+    Args:
+        net: the model; it is not changed.
+        memory: what was read before.
+    """
+
+    def __init__(self, net: RecurrentLM, memory: SavedState) -> None:
+        self.memory = memory
+        self._net = net
+        self._learning: LearningNet | None = None
+        if memory.learned is not None:
+            self._learning = LearningNet(net, memory.learned.form)
+            self._learning.set_difference(memory.learned.difference)
+
+    def read(self, tokens: np.ndarray | Tensor) -> Iterator[ReadPart]:
+        """Read tokens [T] on from the memory, a part at a time; :attr:`memory` is what was read until then."""
+        given = torch.as_tensor(np.asarray(tokens, dtype=np.int64) if isinstance(tokens, np.ndarray) else tokens)
+        given = given.to(self._net.embedding.weight.device)
+        begin = 0
+        while begin < len(given):
+            learned = self.memory.learned
+            size = READ_CHUNK if learned is None else PART - len(learned.tokens)
+            chunk = given[begin : begin + size]
+            logits = self._read(chunk) if learned is None else self._read_learning(chunk, learned)
+            begin += len(chunk)
+            yield ReadPart(chunk, logits, self.memory)
+
+    @torch.inference_mode()
+    def _read(self, tokens: Tensor) -> Tensor:
+        memory = self.memory
+        logits, state = self._net(tokens[None], memory.state)
+        self.memory = SavedState(state, logits[0, -1].clone(), memory.position + len(tokens))
+        return torch.cat([memory.logits[None].to(logits), logits[0, :-1]]).float()
+
+    def _read_learning(self, new: Tensor, learned: LearnedWeights) -> Tensor:
+        """Read what fits into the part that was begun, and learn from the part where it ends; return the logits."""
+        tokens = torch.cat([learned.tokens, new])
+        is_whole = len(tokens) == PART
+        with torch.inference_mode(False), torch.set_grad_enabled(is_whole):
+            both, state, untouched = self._forward(learned, tokens)
+            predictions, last = both[:, :-1].detach(), both[:, -1].detach()
+            mixture, mix, curvature = mix_part(learned, predictions, tokens)
+            after = replace(learned, tokens=tokens)
+            if is_whole:
+                after = self._learn(learned, token_nll(both[1, :-1], tokens, "mean"))
+                after = replace(after, state=state, untouched=untouched, logits=last.clone(), tokens=tokens[:0])
+                after = replace(after, mix=mix, curvature=curvature)
+        position = self.memory.position + len(new)
+        self.memory = SavedState(state, mixed(last, mix), position, learned=after)
+        return mixture[-len(new) :]
+
+    def _forward(self, learned: LearnedWeights, tokens: Tensor) -> tuple[Tensor, State, State]:
+        """Read the tokens of a part from its begin by both models.
+
+        Returns:
+            Logits [2, T + 1, N], float32, of each token and of the one after them, of the untouched model and of the
+            one that learns, the latter with a graph; the state after them of the one that learns; and of the other.
+        """
+        assert self._learning is not None
+        logits, state = self._learning.net(tokens[None], _usable(learned.state))
+        with torch.no_grad():
+            untouched, untouched_state = self._net(tokens[None], _usable(learned.untouched))
+        both = torch.cat([learned.logits[:, None].clone(), torch.cat([untouched, logits]).float()], dim=1)
+        return both, detach_state(state), detach_state(untouched_state)
+
+    def _learn(self, learned: LearnedWeights, loss: Tensor) -> LearnedWeights:
+        """Return ``learned`` after an update of the weights by the ``loss`` of a part."""
+        assert self._learning is not None
+        difference, squares = updated_weights(learned, self._learning.gradients(loss))
+        self._learning.set_difference(difference)
+        return replace(learned, difference=difference, squares=squares, updates=learned.updates + 1)
+
+    @torch.inference_mode()
+    def decoder(self) -> TokenDecoder:
+        """Return what reads on token by token from the memory, as it generates; it learns nothing."""
+        learned, state = self.memory.learned, self.memory.state
+        if learned is None or self._learning is None:
+            return _decoder(self._net, state)
+        untouched, mix = learned.untouched, learned.mix
+        if len(learned.tokens):
+            both, _, untouched = self._forward(learned, learned.tokens)
+            _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
+        return MixedDecoder(_decoder(self._net, untouched), _decoder(self._learning.net, state), mix)
+
+
+def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
+    """Read tokens [T] on from ``memory``; yield :attr:`ReadPart.nll` and the memory after it, part by part."""
+    for part in Reader(net, memory).read(tokens):
+        yield part.nll, part.memory
+
+
+def _usable(state: State) -> State:
+    """Return a state that gradients can be computed from: made in inference mode, it must be copied."""
+    return [
+        (past.clone() if past.is_inference() else past, memory.clone() if memory.is_inference() else memory)
+        for past, memory in state
+    ]
+
+
+class TokenDecoder(Protocol):
+    """Reads one token at a time."""
+
+    def step(self, token: int) -> Tensor:
+        """Read ``token`` and return the logits of the next one [N], which the next call may overwrite."""
+
+
+class ModuleDecoder:
+    """The decoder of any device and precision, by the model's own ``forward``."""
+
+    def __init__(self, net: RecurrentLM, state: State) -> None:
+        self._net, self._state = net, state
+
+    def step(self, token: int) -> Tensor:
+        """Read ``token`` and return the logits of the next one [N]."""
+        logits, self._state = read_tokens(
+            self._net, torch.tensor([[token]], device=self._net.embedding.weight.device), self._state
+        )
+        return logits[0]
+
+
+class MixedDecoder:
+    """A mixture of the model as it was trained and of what it has learned, by fixed weights.
+
+    Args:
+        untouched: of the model as it was trained.
+        learned: of the model with what it has learned.
+        mix: [2], their weights.
+    """
+
+    def __init__(self, untouched: TokenDecoder, learned: TokenDecoder, mix: Tensor) -> None:
+        self._decoders, self._mix = (untouched, learned), mix
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        """Read ``token`` and return the logits of the next one [N]."""
+        return mixed(torch.stack([decoder.step(token) for decoder in self._decoders]), self._mix)
+
+
+def _decoder(net: RecurrentLM, state: State) -> TokenDecoder:
+    weight = net.embedding.weight
+    fast = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return Decoder(net, state) if fast else ModuleDecoder(net, state)

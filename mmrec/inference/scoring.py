@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mmrec.checkpoints.runs import CheckpointOptions
@@ -13,7 +12,7 @@ from mmrec.checkpoints.state_file import check_memory_target, save_memory
 from mmrec.core.errors import UserError
 from mmrec.core.files import refuse_to_replace
 from mmrec.inference.metrics import MetricsByPosition, TextMetrics
-from mmrec.inference.reading import iter_nll, load_model_and_state
+from mmrec.inference.reading import LearnOptions, Reader, load_model_and_state
 from mmrec.inference.text_input import iter_file_tokens
 from mmrec.tokenizers import token_lengths
 
@@ -21,11 +20,14 @@ NLL_HEADER = "position\ttext\tnll\n"
 """First line of the table of ``--token_nll``."""
 
 
-def read(checkpoint: CheckpointOptions, file: str, save: Path, memory: Path | None = None) -> None:
-    """Read a text of any length and keep the state after it, to go on from by generate, score or another read.
+def read(
+    checkpoint: CheckpointOptions, learning: LearnOptions, file: str, save: Path, memory: Path | None = None
+) -> None:
+    """Read a text of any length and keep what was read, to go on from by generate, score or another read.
 
     Args:
         checkpoint: of the model.
+        learning: whether the model learns from the text.
         file: a UTF-8 text, or - for standard input.
         save: the file to write.
         memory: go on from what was read before.
@@ -34,20 +36,27 @@ def read(checkpoint: CheckpointOptions, file: str, save: Path, memory: Path | No
         raise UserError(f"{save}: cannot be written: there is no folder {save.parent}")
     check_memory_target(save)
     trained, digest, reached = load_model_and_state(checkpoint, memory)
+    reader = Reader(trained.net, learning.applied(trained.net, reached))
     for tokens in iter_file_tokens(trained.tokenizer, file):
-        for _, after in iter_nll(trained.net, tokens, reached):
-            reached = after
-    save_memory(save, reached, digest)
-    print(f"{save}: {reached.position:,} tokens read, {save.stat().st_size:,} bytes")
+        for _ in reader.read(tokens):
+            pass
+    save_memory(save, reader.memory, digest)
+    learned = ", learned from" if reader.memory.learned is not None else ""
+    print(f"{save}: {reader.memory.position:,} tokens read{learned}, {save.stat().st_size:,} bytes")
 
 
 def score(
-    checkpoint: CheckpointOptions, file: str, memory: Path | None = None, token_nll: Path | None = None
+    checkpoint: CheckpointOptions,
+    learning: LearnOptions,
+    file: str,
+    memory: Path | None = None,
+    token_nll: Path | None = None,
 ) -> None:
     """Print how well a text is predicted, in total and by position, each token before the model sees it.
 
     Args:
         checkpoint: of the model.
+        learning: whether the model learns from the text.
         file: a UTF-8 text, or - for standard input.
         memory: go on from what was read before.
         token_nll: write a table to this file, a line for each token: its position, its text, and its negative
@@ -55,27 +64,23 @@ def score(
     """
     if token_nll is not None:
         refuse_to_replace(token_nll, NLL_HEADER.encode(), "such a table", "--token_nll")
-    trained, _, reached = load_model_and_state(checkpoint, memory)
-    begin = reached.position
+    trained, _, before = load_model_and_state(checkpoint, memory)
+    begin = before.position
+    reader = Reader(trained.net, learning.applied(trained.net, before))
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
     total, by_position = TextMetrics(), MetricsByPosition()
     with open(token_nll, "w", encoding="utf-8") if token_nll is not None else io.StringIO() as table:
         if token_nll is not None:
             table.write(NLL_HEADER)
-        for tokens in iter_file_tokens(trained.tokenizer, file):
-            done = 0
-            for nll, after in iter_nll(trained.net, tokens, reached):
-                reached = after
-                chunk = tokens[done : done + len(nll)].astype(np.int64)
-                done += len(nll)
-                first = reached.position - len(nll)
-                scored = slice(1 if first == 0 else 0, None)
-                sizes = lengths[torch.from_numpy(chunk)]
-                total.update(nll[scored], sizes[scored])
-                by_position.update(nll[scored], sizes[scored], first - begin + scored.start)
-                if token_nll is not None:
-                    for offset, (token, value) in enumerate(zip(chunk.tolist(), nll.tolist(), strict=True)):
-                        table.write(f"{first + offset}\t{trained.tokenizer.decode([token])!r}\t{value:.5f}\n")
+        for part in (part for tokens in iter_file_tokens(trained.tokenizer, file) for part in reader.read(tokens)):
+            nll, first = part.nll, part.memory.position - len(part.tokens)
+            scored = slice(1 if first == 0 else 0, None)
+            sizes = lengths[part.tokens]
+            total.update(nll[scored], sizes[scored])
+            by_position.update(nll[scored], sizes[scored], first - begin + scored.start)
+            if token_nll is not None:
+                for offset, (token, value) in enumerate(zip(part.tokens.tolist(), nll.tolist(), strict=True)):
+                    table.write(f"{first + offset}\t{trained.tokenizer.decode([token])!r}\t{value:.5f}\n")
     if not total.tokens:
         raise UserError(f"{file}: a single token, which nothing predicts; give more text, or a --memory")
     print(_line(file, total))

@@ -220,7 +220,7 @@ def _memory_routes(endpoints: Endpoints) -> APIRouter:
 
     @router.put("/v1/memories/{name}/file", status_code=201)
     async def upload_memory(request: Request, name: str) -> dict[str, Any]:
-        data = await endpoints.body(request, BINARY, service.memories.bytes_of_one + FILE_OVERHEAD)
+        data = await endpoints.body(request, BINARY, service.memories.most_bytes + FILE_OVERHEAD)
         return await endpoints.run(request, endpoints.workers.start(service.put(name, data)))
 
     @router.delete("/v1/memories/{name}")

@@ -191,11 +191,16 @@ class ScoreRequest(RequestModel):
 
 
 class ReadRequest(RequestModel):
-    """Request of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``."""
+    """Request of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``.
+
+    Where ``learn`` is true, or ``form`` is given, the model learns from it; a memory that learned always does.
+    """
 
     name: str
     text: Annotated[str, Field(min_length=1)]
     memory: str | None = None
+    learn: bool = False
+    form: Literal["full", "small"] | None = None
 
 
 A = TypeVar("A", bound=RequestModel)

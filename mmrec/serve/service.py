@@ -16,7 +16,7 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.inference.generate import generate_with_logits
 from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.reading import iter_logits, iter_nll
+from mmrec.inference.reading import LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, TokenLogprob, format_logprobs, token_logprobs, token_names
@@ -102,13 +102,13 @@ class Service:
             return (yield from self._read_on(prompt, memory)), []
         transcript, reached = Transcript(self._tokenizer, []), memory
         echo = []
-        for logits, part, after in iter_logits(self._net, prompt, memory):
-            found = self._rows(request, logits, part)
+        for part in Reader(self._net, memory).read(prompt):
+            found = self._rows(request, part.logits, part.tokens)
             if reached.position == 0 and found[0] is not None:
                 found[0] = TokenLogprob(found[0].token, None, {})  # nothing could predict it
-            text = "".join(map(transcript.push, part.tolist(), found))
+            text = "".join(map(transcript.push, part.tokens.tolist(), found))
             echo.append((text, self._logprobs(request, transcript)))
-            reached = after
+            reached = part.memory
             yield None
         echo.append((transcript.end(), self._logprobs(request, transcript)))
         return self._with_pending(reached, memory, prompt), [(text, logprobs) for text, logprobs in echo if text]
@@ -165,21 +165,20 @@ class Service:
         self._check_length(len(tokens), "text")
         before = self.memories.load(request.memory)
         begun = before.position > 0
-        decoder, total, done = StreamDecoder(self._tokenizer), TextMetrics(), 0
+        decoder, total = StreamDecoder(self._tokenizer), TextMetrics()
         texts: list[str] = []
         costs: list[float | None] = []
         open_cost = 0.0
-        for nats, _ in iter_nll(self._net, tokens, before):
-            part = torch.from_numpy(tokens[done : done + len(nats)].astype(np.int64))
-            scored = slice(0 if begun or done else 1, None)
-            total.update(nats[scored], self._lengths[part][scored])
-            for token, cost in zip(part.tolist(), nats.tolist(), strict=True):
+        for part in Reader(self._net, before).read(tokens):
+            nats = part.nll
+            scored = slice(1 if part.memory.position == len(nats) else 0, None)
+            total.update(nats[scored], self._lengths[part.tokens][scored])
+            for token, cost in zip(part.tokens.tolist(), nats.tolist(), strict=True):
                 open_cost += cost
                 if text := decoder.push(token):
                     texts.append(text)
                     costs.append(round(open_cost, 5))
                     open_cost = 0.0
-            done += len(nats)
             yield None
         if costs and not begun and self._tokenizer.decode(tokens[:1]) == texts[0]:
             costs[0] = None  # a single token, which nothing could predict
@@ -198,8 +197,12 @@ class Service:
         """Read a text on from a memory and keep what was read; yield, at last, what is said of it."""
         self.memories.path(request.name, there=False)
         tokens = self._encode(request.text, "text")
-        reached = yield from self._read_on(tokens, self.memories.load(request.memory))
-        yield self.memories.save(request.name, reached)
+        before = self.memories.load(request.memory)
+        try:
+            before = LearnOptions(request.learn, request.form).applied(self._net, before)
+        except UserError as error:
+            raise ApiError(400, str(error), "form") from None
+        yield self.memories.save(request.name, (yield from self._read_on(tokens, before)))
 
     def put(self, name: str, data: bytes) -> Iterator[dict[str, Any]]:
         """Keep an uploaded memory file; yield what is said of it."""
@@ -208,8 +211,8 @@ class Service:
     def _read_on(self, tokens: np.ndarray, memory: SavedState) -> Generator[None, None, SavedState]:
         """Read tokens [T] on from ``memory``, yield between its chunks, and return the memory after them."""
         reached = memory
-        for _, after in iter_nll(self._net, tokens, memory):
-            reached = after
+        for part in Reader(self._net, memory).read(tokens):
+            reached = part.memory
             yield None
         return self._with_pending(reached, memory, tokens)
 

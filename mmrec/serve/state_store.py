@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.checkpoints.loading import LoadedModel
-from mmrec.checkpoints.state_file import SavedState, load_memory, memory_header, model_hash, save_memory
+from mmrec.checkpoints.state_file import (
+    SavedState,
+    largest_memory,
+    load_memory,
+    memory_bytes,
+    memory_header,
+    model_hash,
+    save_memory,
+)
 from mmrec.core.errors import UserError
 from mmrec.serve.limits import Limits
 from mmrec.serve.protocol import ApiError
@@ -40,7 +48,7 @@ class StateStore:
         self._folder, self._net, self._limits = folder, trained.net, limits
         self._model = model_hash(trained.net, trained.tokenizer)
         self._writing = threading.Lock()
-        self.bytes_of_one = 4 * (trained.net.state_size() + trained.tokenizer.vocab_size)  # a file's numbers
+        self.most_bytes = largest_memory(trained.net)
 
     def load(self, name: str | None) -> SavedState:
         """Return the memory ``name``, or an empty one for None; :class:`ApiError` where there is none."""
@@ -57,7 +65,7 @@ class StateStore:
             others = [other for other in self._files() if other != path]
             if len(others) >= self._limits.memories:
                 raise ApiError(409, f"{len(others)} memories are kept already; delete one first", "name")
-            if sum(_size(other) for other in others) + self.bytes_of_one > self._limits.memory_bytes:
+            if sum(_size(other) for other in others) + memory_bytes(memory) > self._limits.memory_bytes:
                 raise ApiError(409, "the memories take as much room as they may; delete one first", "name")
             save_memory(path, memory, self._model)
         return self.about(name)
@@ -73,7 +81,12 @@ class StateStore:
         finally:
             arrived.unlink(missing_ok=True)
         # Anyone can write such a file, with numbers that would overflow later, in the middle of a text.
-        numbers = [memory.logits, *(tensor for layer in memory.state for tensor in layer)]
+        states = [memory.state]
+        numbers = [memory.logits]
+        if memory.learned is not None:
+            states += [memory.learned.state, memory.learned.untouched]
+            numbers += [memory.learned.logits, memory.learned.mix]
+        numbers += [tensor for state in states for layer in state for tensor in layer]
         if any((tensor.abs() > LARGEST).any() for tensor in numbers):
             raise ApiError(400, "the file holds numbers larger than reading ever makes them", "memory")
         return self.save(path.stem, memory)
@@ -91,16 +104,17 @@ class StateStore:
             path.unlink()
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return the name of a memory, the tokens that were read, its bytes, and whether this model can use it."""
+        """Return a memory's name, tokens read, form of learning, bytes, and whether this model can use it."""
         path = self.path(name)
         with _named(path, name):
-            model, position = memory_header(path)
+            model, position, learned = memory_header(path)
             status = path.stat()
         return {
             "id": name,
             "object": "memory",
             "created": int(status.st_mtime),
             "position": position,
+            "learned": learned,
             "bytes": status.st_size,
             "usable": model == self._model,
         }

@@ -155,9 +155,9 @@ class TrainingCLI(SubcommandCLI):
             help="score windows of so many tokens, each from the zero state",
         )
         parser.add_argument(
-            "--dynamic",
+            "--learn",
             action="store_true",
-            help="dynamic evaluation: update the weights on each part of the text after it is scored",
+            help="let the weights learn from each part of the text after it is scored (dynamic evaluation)",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -175,7 +175,7 @@ class TrainingCLI(SubcommandCLI):
             config.trainer.default_root_dir = None if self.plan.root == Path() else str(self.plan.root)
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
-        self.evaluation = Evaluation(config.get("window"), bool(config.get("dynamic")))
+        self.evaluation = Evaluation(config.get("window"), bool(config.get("learn")))
 
     def _check_request(self, config: Any) -> None:
         """Refuse options that decide on the run, and that only the parser found: as part of a group's JSON."""
@@ -224,8 +224,6 @@ class TrainingCLI(SubcommandCLI):
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardRunLogger(self.plan.root / runs.LOGS, self.plan.run) if fit else False
         added: list[Callback] = []
-        if self.evaluation.dynamic:
-            config["inference_mode"] = False  # tensors made in it have no gradients
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
         if fit:

@@ -17,7 +17,6 @@ from mmrec.data.prepare import prepare
 from mmrec.data.remote_store import open_remote_tokens
 from mmrec.data.store import TokenFolder, open_tokens
 from mmrec.tokenizers import Tokenizer
-from mmrec.training.dynamic import DYNAMIC_LENGTH
 from mmrec.training.options import DataOptions, report_changes
 
 
@@ -27,22 +26,22 @@ class Evaluation:
 
     Args:
         window: in windows of so many tokens, each from the zero state.
-        dynamic: learning from every part once it is scored.
+        learn: with weights that learn from every part once it is scored.
     """
 
     window: int | None = None
-    dynamic: bool = False
+    learn: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise UserError(f"--window is {self.window}; it must be at least 1")
-        if self.window is not None and self.dynamic:
-            raise UserError("give --window or --dynamic, not both: a dynamic evaluation carries its state")
+        if self.window is not None and self.learn:
+            raise UserError("give --window or --learn, not both: what is learned goes with a state that is carried")
 
     def __str__(self) -> str:
         if self.window is not None:
             return f"windowed at {self.window}"
-        return "dynamic" if self.dynamic else "carried"
+        return "learned" if self.learn else "carried"
 
 
 class TextDataModule(LightningDataModule):
@@ -157,7 +156,7 @@ class TextDataModule(LightningDataModule):
             return WindowedEvalLoader(
                 self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window)
             )
-        return StatefulEvalLoader(self.tokens.val, DYNAMIC_LENGTH if self.evaluation.dynamic else at_once)
+        return StatefulEvalLoader(self.tokens.val, at_once)
 
     def test_dataloader(self) -> StatefulEvalLoader | WindowedEvalLoader:
         return self.val_dataloader()

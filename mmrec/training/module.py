@@ -12,14 +12,15 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints import contents
+from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.metrics import TextMetrics, token_nll
-from mmrec.model import ModelConfig, RecurrentLM, State, detach_state, reset_state_rows
+from mmrec.inference.reading import Reader
+from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.carried_state import CarriedState, gather, join_states
 from mmrec.training.compat import updates_to_come
-from mmrec.training.dynamic import DynamicEvaluation
 from mmrec.training.losses import confidence, confidence_weight
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import make_optimizer, warmup_cosine
@@ -59,7 +60,7 @@ class RecurrentLMModule(LightningModule):
         self._carried = CarriedState()
         self._random: dict[str, Tensor] = {}
         self._planned_steps: int | None = None
-        self._dynamic: DynamicEvaluation | None = None
+        self._reader: Reader | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -179,8 +180,11 @@ class RecurrentLMModule(LightningModule):
         self.score = TextMetrics()
         self._reading: State | None = None
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None and datamodule.evaluation.dynamic:
-            self._dynamic = DynamicEvaluation(self.net)
+        self._reader = None
+        if datamodule is not None and datamodule.evaluation.learn:
+            if self._is_sharded:
+                raise UserError("--learn needs all weights in each process; leave trainer/fsdp out")
+            self._reader = Reader(self.net, SavedState.empty(self.net).learning(self.net))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target of the batch, [M], in nats."""
@@ -190,13 +194,9 @@ class RecurrentLMModule(LightningModule):
         self._score_batch(batch)
 
     def _score_batch(self, batch: Batch) -> Tensor:
-        with torch.set_grad_enabled(self._dynamic is not None):
-            each = self._nats(batch)
-            self.score.update(each.detach(), self.token_lengths[batch.targets.flatten()])
-            if self._dynamic is not None:
-                self._dynamic.learn(each.mean())
-                self._reading = detach_state(self._reading or [])
-        return each.detach()
+        each = self._nats(batch) if self._reader is None else self._learned_nats(batch, self._reader)
+        self.score.update(each, self.token_lengths[batch.targets.flatten()])
+        return each
 
     def _nats(self, batch: Batch) -> Tensor:
         # On a CPU scores are in full precision, so that one machine's compare with another's.
@@ -205,6 +205,14 @@ class RecurrentLMModule(LightningModule):
             logits = self.net.head(hidden)
         return token_nll(logits, batch.targets, "none")
 
+    def _learned_nats(self, batch: Batch, reader: Reader) -> Tensor:
+        tokens = batch.targets[0]
+        if reader.memory.position == 0:
+            tokens = torch.cat([batch.inputs[0, :1], tokens])
+        with torch.autocast(self.device.type, enabled=False):
+            nll = torch.cat([part.nll for part in reader.read(tokens)])
+        return nll[-batch.targets.numel() :]
+
     def on_validation_epoch_end(self) -> None:
         self._log_score("val")
 
@@ -212,9 +220,6 @@ class RecurrentLMModule(LightningModule):
         self._log_score("test")
 
     def _log_score(self, prefix: str) -> None:
-        if self._dynamic is not None:
-            self._dynamic.restore()
-            self._dynamic = None
         for name, value in self.score.compute().items():
             # Every process reads the whole text: the mean over them is the same figure.
             self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)

@@ -1,0 +1,145 @@
+"""Learning from what is read: each part of a text changes the weights after it was predicted.
+
+Dynamic evaluation (Krause et al. 2018, 2019), with three differences. Squared gradients are averaged as they come, so
+that no pass over the training text is needed, and of a matrix by rows and columns alone (Adafactor). The rate is one
+that foreign text wants, and what is predicted is a mixture with the model as it was trained: a product of powers of
+the two distributions, whose weights follow the loss by Newton's method. On text of the training's kind, where the
+difference is mostly noise, the mixture takes a part of it; on text unlike what was learned, none.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from mmrec.checkpoints.learned import Form, LearnedWeights, learned_parameters
+from mmrec.model import RecurrentLM
+
+LEARNING_RATES: dict[Form, float] = {"full": 6e-4, "small": 3e-3}
+"""Size of an update where the gradient is as large as it has been on average; fewer weights go further."""
+DECAY = 1e-3
+"""Share of the way back to the trained weights that every update goes."""
+BETA2 = 0.99
+"""Of the average of squared gradients."""
+LARGEST_UPDATE = 10.0
+"""Of a weight, in learning rates: with the decay it bounds the difference, whatever is read."""
+LARGEST_GRADIENT = 1e12
+"""A larger one is not learned from; its square would overflow."""
+MIX_BLOCK = 16
+"""Tokens after which the mixture's weights change; a divisor of a part."""
+FORGETTING = 0.9
+"""Share of the mixture's curvature that a block leaves to the next."""
+RIDGE = 16.0
+"""Added to that curvature: without it the first steps, on few tokens, would go too far."""
+MIX_RANGE = (-0.5, 1.5)
+"""Of the mixture's weights."""
+
+
+class LearningNet:
+    """A copy of a model whose weights are the trained ones and a difference; those that never learn are shared.
+
+    Args:
+        net: the model; it is not changed.
+        form: which weights learn.
+    """
+
+    @torch.inference_mode(False)  # what is made in it has no gradients
+    def __init__(self, net: RecurrentLM, form: Form) -> None:
+        trained = learned_parameters(net, form)
+        self._trained = {name: parameter.detach() for name, parameter in trained.items()}
+        memo: dict[int, object] = {}
+        for parameter in net.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in trained.values():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
+        self.net: RecurrentLM = copy.deepcopy(net, memo).eval()
+        self.parameters = learned_parameters(self.net, form)
+
+    @torch.no_grad()
+    def set_difference(self, difference: dict[str, Tensor]) -> None:
+        """Make the weights the trained ones and ``difference``."""
+        for name, parameter in self.parameters.items():
+            torch.add(self._trained[name], difference[name].to(parameter.dtype), out=parameter.detach())
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of ``loss`` by each parameter that learns, in float32."""
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
+            for (name, parameter), gradient in zip(self.parameters.items(), found, strict=True)
+        }
+
+
+def updated_weights(
+    learned: LearnedWeights, gradients: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the difference and the running means of squared gradients after one more update.
+
+    A gradient that is not finite, or beyond :data:`LARGEST_GRADIENT`, changes nothing.
+    """
+    if not all(bool((gradient.abs() < LARGEST_GRADIENT).all()) for gradient in gradients.values()):
+        return learned.difference, learned.squares
+    rate = LEARNING_RATES[learned.form]
+    correction = 1 - BETA2 ** (learned.updates + 1)
+    difference, squares = {}, {}
+    for name, gradient in gradients.items():
+        square = gradient.square().add_(1e-30)  # none is 0, and so no mean of them is
+        if gradient.dim() == 2:
+            rows, columns = f"{name}.rows", f"{name}.columns"
+            squares[rows] = torch.lerp(learned.squares[rows], square.mean(1, keepdim=True), 1 - BETA2)
+            squares[columns] = torch.lerp(learned.squares[columns], square.mean(0, keepdim=True), 1 - BETA2)
+            scale = squares[rows] / squares[rows].mean() * squares[columns]
+        else:
+            scale = squares[name] = torch.lerp(learned.squares[name], square, 1 - BETA2)
+        update = gradient / (scale / correction).sqrt_().add_(1e-8)
+        moved = learned.difference[name].sub(update.clamp_(-LARGEST_UPDATE, LARGEST_UPDATE), alpha=rate)
+        difference[name] = moved.mul_(1 - DECAY).half().float()  # as the file keeps it
+    return difference, squares
+
+
+def mix_part(learned: LearnedWeights, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix the predictions of a part, or of its begin, and move the mixture's weights on by what it says.
+
+    The weights change after every :data:`MIX_BLOCK` tokens, by a Newton step on those tokens.
+
+    Args:
+        learned: with the weights at the begin of the part.
+        logits: [2, T, N], float32, that predict each token: of the untouched model and of the one that learns.
+        tokens: [T] of the part from its begin.
+
+    Returns:
+        The logits of the mixture [T, N]; its weights [2] and their curvature [2, 2] after the last whole block.
+    """
+    mix, curvature = learned.mix, learned.curvature
+    parts = []
+    for begin in range(0, len(tokens), MIX_BLOCK):
+        block, targets = logits[:, begin : begin + MIX_BLOCK], tokens[begin : begin + MIX_BLOCK]
+        parts.append(mixed(block, mix))
+        if len(targets) == MIX_BLOCK:
+            mix, curvature = _newton_step(mix, curvature, block.log_softmax(-1), targets)
+    return torch.cat(parts), mix, curvature
+
+
+def _newton_step(mix: Tensor, curvature: Tensor, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mixture's weights and curvature after a block of log-probabilities ``scores`` [2, T, N]."""
+    probabilities = mixed(scores, mix).softmax(-1)
+    mean = (probabilities * scores).sum(-1)
+    gradient = (scores[:, torch.arange(len(targets)), targets] - mean).sum(-1).double().cpu()
+    apart = scores - mean.unsqueeze(-1)
+    bend = torch.einsum("tn,itn,jtn->ij", probabilities, apart, apart).double().cpu()
+    curvature = FORGETTING * curvature + bend
+    step = torch.linalg.solve(curvature + RIDGE * torch.eye(2, dtype=torch.float64), gradient)
+    moved = (mix + step).clamp(*MIX_RANGE)
+    return (moved, curvature) if bool(moved.isfinite().all()) else (mix, curvature * 0)
+
+
+def mixed(logits: Tensor, mix: Tensor) -> Tensor:
+    """Return the logits [..., N] of the mixture of two models: a product of powers of their distributions.
+
+    Args:
+        logits: [2, ..., N].
+        mix: [2], the powers.
+    """
+    return torch.tensordot(mix.to(logits), logits, dims=1)

@@ -1,0 +1,315 @@
+"""What is read is learned after it was predicted, kept in a memory, and gone on from; the model stays as it was."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, make_text
+from torch.nn import functional as F
+
+from mmrec import MemoryLM
+from mmrec.checkpoints.learned import PART, Form
+from mmrec.checkpoints.loading import LoadedModel
+from mmrec.checkpoints.state_file import SavedState, _tensors, load_memory, save_memory
+from mmrec.core.errors import UserError
+from mmrec.inference import learning
+from mmrec.inference.reading import Reader
+from mmrec.model import ModelConfig, RecurrentLM, State, detach_state
+
+SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
+FORMS: tuple[Form, ...] = ("full", "small")
+
+
+def made(symbols: int = 7, config: ModelConfig = SHAPE) -> RecurrentLM:
+    torch.manual_seed(0)
+    return RecurrentLM(config, symbols).eval()
+
+
+def read(net: RecurrentLM, tokens: torch.Tensor, memory: SavedState) -> tuple[torch.Tensor, SavedState]:
+    """Return the NLL of each token and the memory after them."""
+    reader = Reader(net, memory)
+    return torch.cat([part.nll for part in reader.read(tokens)]), reader.memory
+
+
+def learning_memory(net: RecurrentLM, form: Form = "full") -> SavedState:
+    return SavedState.empty(net).learning(net, form)
+
+
+def assert_same(one: SavedState, other: SavedState) -> None:
+    """To the bit."""
+    mine, theirs = _tensors(one), _tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert (one.position, one.pending) == (other.position, other.pending)
+
+
+def plain(net: RecurrentLM, tokens: torch.Tensor, form: Form) -> torch.Tensor:
+    """Return the NLL of each token but the first by the rule as docs/memory.md has it, number by number."""
+    learner = made(len(net.head.weight), net.config)
+    learns = {
+        name: weight
+        for name, weight in learner.named_parameters()
+        if form == "full" or weight.dim() == 1 or "conv" in name or name == "embedding.weight"
+    }
+    trained = {name: weight.detach().clone() for name, weight in learns.items()}
+    squares: dict[str, torch.Tensor] = {name: torch.zeros_like(weight) for name, weight in learns.items()}
+    states: list[State] = [net.zero_state(1), net.zero_state(1)]
+    mix, curvature = torch.tensor([0.4, 0.6], dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    last, found = torch.zeros(2, 1, len(net.head.weight)), []
+    for updates, part in enumerate(tokens.split(PART), start=1):
+        logits = []
+        for number, model in enumerate((net, learner)):
+            each, states[number] = model(part[None], states[number])
+            logits.append(torch.cat([last[number], each[0]]))
+            states[number] = detach_state(states[number])
+        both = torch.stack(logits)
+        last = both[:, -1:].detach()
+        scores, targets = both[:, :-1].detach().log_softmax(-1), part
+        learned = F.cross_entropy(both[1, :-1], targets)
+        for begin in range(0, len(targets) + 1, 16):
+            here, block = scores[:, begin : begin + 16], targets[begin : begin + 16]
+            p = (mix[0] * here[0] + mix[1] * here[1]).softmax(-1)
+            found.append(-p[torch.arange(len(block)), block].log())
+            if len(block) == 16:
+                slope, bend = torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+                for t, target in enumerate(block):
+                    slope += here[:, t, target] - (p[t] * here[:, t]).sum(-1)
+                    bend += torch.cov(here[:, t].double(), correction=0, aweights=p[t].double())
+                curvature = 0.9 * curvature + bend
+                mix = (mix + torch.linalg.inv(curvature + 16 * torch.eye(2)) @ slope).clamp(-0.5, 1.5)
+        if len(part) < PART:
+            break
+        for (name, weight), gradient in zip(
+            learns.items(), torch.autograd.grad(learned, list(learns.values())), strict=True
+        ):
+            with torch.no_grad():
+                squares[name] = 0.99 * squares[name] + 0.01 * (gradient.square() + 1e-30)
+                scale = squares[name] / (1 - 0.99**updates)
+                if weight.dim() == 2:
+                    rows, columns = scale.mean(1), scale.mean(0)
+                    scale = torch.outer(rows, columns) / scale.mean()
+                rate = {"full": 6e-4, "small": 3e-3}[form]
+                update = (gradient / (scale.sqrt() + 1e-8)).clamp(-10, 10)
+                difference = (weight - trained[name] - rate * update) * (1 - 1e-3)
+                weight.copy_(trained[name] + difference.half().float())
+    return torch.cat(found)[1:].float()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_reader_is_the_rule_written_plainly(form: Form) -> None:
+    net, tokens = made(), torch.randint(7, (3 * PART + 50,))
+    tokens[PART : 3 * PART] = tokens[:PART].repeat(2)
+    found, _ = read(net, tokens, learning_memory(net, form))
+    expected = plain(net, tokens, form)
+    torch.testing.assert_close(found[1:], expected, rtol=1e-4, atol=1e-5)
+    untouched, _ = read(net, tokens, SavedState.empty(net))
+    assert not torch.allclose(found[2 * PART :], untouched[2 * PART :], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_text_in_parts_is_the_text_at_once_to_the_bit(form: Form, tmp_path: Path) -> None:
+    """Wherever it is cut, and through files between."""
+    net, tokens, path = made(), torch.randint(7, (3 * PART + 7,)), tmp_path / "a.mem"
+    at_once, whole = read(net, tokens, learning_memory(net, form))
+    memory, found = learning_memory(net, form), []
+    for begin, end in pairwise((0, 1, PART - 1, PART, PART + 60, 3 * PART + 2, len(tokens))):
+        nll, memory = read(net, tokens[begin:end], memory)
+        found.append(nll)
+        save_memory(path, memory, "hash")
+        assert_same(load_memory(path, net, "hash"), memory)
+        memory = load_memory(path, net, "hash")
+    assert_same(memory, whole)
+    torch.testing.assert_close(torch.cat(found), at_once, rtol=1e-5, atol=1e-5)
+
+
+def test_what_comes_later_changes_no_score_and_the_model_stays_as_it_was() -> None:
+    net, tokens = made(), torch.randint(7, (4 * PART,))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    other = tokens.clone()
+    other[2 * PART :] = torch.randint(7, (2 * PART,))
+    (one, _), (two, _) = (read(net, text, learning_memory(net)) for text in (tokens, other))
+    assert torch.equal(one[: 2 * PART], two[: 2 * PART])
+    assert not torch.allclose(one[2 * PART :], two[2 * PART :])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_text_that_repeats_itself_is_learned() -> None:
+    net, tokens = made(), torch.tensor([0, 3, 1, 5, 2] * 400)
+    untouched, _ = read(net, tokens, SavedState.empty(net))
+    for form in FORMS:
+        found, _ = read(net, tokens, learning_memory(net, form))
+        assert found[-200:].mean() < 0.7 * untouched[-200:].mean()
+
+
+def test_learning_may_begin_after_something_was_read() -> None:
+    net, tokens = made(), torch.randint(7, (3 * PART,))
+    _, before = read(net, tokens[:200], SavedState.empty(net))
+    nll, after = read(net, tokens[200:], before.learning(net))
+    untouched, _ = read(net, tokens[200:], before)
+    torch.testing.assert_close(nll[:16], untouched[:16], rtol=1e-5, atol=1e-5)  # before the mixture moves
+    assert after.learned is not None
+    assert after.learned.updates == 1
+    with pytest.raises(UserError, match="learns in the form full, not small"):
+        after.learning(net, "small")
+
+
+@pytest.fixture(scope="module")
+def fluent() -> LoadedModel:
+    """A model that knows the text of ``make_text``, by bytes."""
+    from mmrec.tokenizers import ByteTokenizer
+
+    net, tokens = made(256, replace(SHAPE, dim=32)), torch.from_numpy(text_tokens(make_text()))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    rows = tokens[:8000].view(8, -1)
+    for step in range(60):
+        part = rows[:, (step % 10) * 99 : (step % 10) * 99 + 100]
+        logits, _ = net(part[:, :-1], net.zero_state(8))
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).backward()
+        optimizer.step()
+    return LoadedModel(net.requires_grad_(False), ByteTokenizer(), 60)
+
+
+def text_tokens(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+
+@pytest.mark.parametrize("spoiling", ["another text", "random bytes", "one letter"])
+def test_what_was_learned_costs_little_elsewhere(fluent: LoadedModel, spoiling: str) -> None:
+    """After something foreign, text of the training's kind is at most 0.05 nats/token above the untouched model."""
+    net, own = fluent.net, torch.from_numpy(text_tokens(make_text())[8000:])
+    random = np.random.default_rng(0)
+    foreign = {
+        "another text": text_tokens("A sentence, quite unlike those that came before it!\n" * 120),
+        "random bytes": random.integers(0, 256, 6000),
+        "one letter": np.full(6000, 97),
+    }[spoiling]
+    untouched, _ = read(net, own, SavedState.empty(net))
+    _, memory = read(net, torch.from_numpy(foreign), learning_memory(net))
+    assert memory.learned is not None
+    for x in memory.learned.difference.values():
+        assert x.isfinite().all()
+    found, after = read(net, own, memory)
+    assert found.mean() < untouched.mean() + 0.05
+    assert all(bool(tensor.isfinite().all()) for tensor in _tensors(after).values())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    net = made()
+    _, memory = read(net, torch.randint(7, (PART,)), learning_memory(net))
+    learned = memory.learned
+    assert learned is not None
+    gradients = {name: torch.full_like(x, torch.nan) for name, x in learned.difference.items()}
+    difference, squares = learning.updated_weights(learned, gradients)
+    assert difference is learned.difference
+    assert squares is learned.squares
+
+
+def test_the_difference_is_bounded_whatever_the_gradients_are() -> None:
+    net = made()
+    learned = learning_memory(net, "small").learned
+    assert learned is not None
+    for number in range(300):
+        gradients = {name: torch.full_like(x, 10.0 ** (number % 40 - 20)) for name, x in learned.difference.items()}
+        difference, squares = learning.updated_weights(learned, gradients)
+        learned = replace(learned, difference=difference, squares=squares, updates=number + 1)
+    assert max(float(x.abs().max()) for x in learned.difference.values()) < 10 * 3e-3 / 1e-3
+
+
+def loaded(model: MemoryLM, name: str) -> SavedState:
+    """Return the memory in the file ``name``; the model forgets it again."""
+    model.load_memory(name)
+    memory, model.memory = model.memory, SavedState.empty(model._trained.net)
+    return memory
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_read_score_generate(
+    form: str, mmrec: Command, small_root: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_root / "lightning_logs", "lightning_logs")
+    first, second = text[:3000], text[3000:4000]
+    for name, part in (("first", first), ("second", second), ("both", first + second)):
+        Path(f"{name}.txt").write_text(part)
+    assert mmrec("read", "first.txt", "--learn", "--form", form, "--save", "first.mem") == 0
+    assert "3,000 tokens read, learned from, " in capsys.readouterr().out
+    assert mmrec("read", "second.txt", "--memory", "first.mem", "--save", "parts.mem") == 0
+    assert mmrec("read", "both.txt", "--form", form, "--save", "both.mem") == 0
+    model = MemoryLM.load("best")
+    in_parts, at_once = (loaded(model, name) for name in ("parts.mem", "both.mem"))
+    assert_same(in_parts, at_once)
+    capsys.readouterr()
+    scores = []
+    for command in (("both.txt", "--learn", "--form", form), ("both.txt",)):
+        assert mmrec("score", *command) == 0
+        scores.append(float(capsys.readouterr().out.split()[1]))
+    assert model.read(first + second, learn=True, form=form) == pytest.approx(scores[0], abs=1e-4)  # type: ignore[arg-type]
+    assert scores[0] != scores[1]
+    assert mmrec("generate", "--memory", "first.mem", "--prompt", second, "--length", "30", "--temperature", "0") == 0
+    written = capsys.readouterr().out
+    assert written == second + model.generate(length=30, temperature=0) + "\n"
+    assert_same(model.memory, at_once)
+    other = "small" if form == "full" else "full"
+    assert mmrec("read", "second.txt", "--memory", "first.mem", "--form", other, "--save", "x.mem") == 2
+    assert f"the memory learns in the form {form}, not {other}" in capsys.readouterr().err
+
+
+def test_generating_is_predicting_on_from_the_memory() -> None:
+    """What the fast decoders mix is what reading mixes, in the middle of a part, too."""
+    net, tokens = made(), torch.tensor([0, 3, 1, 5, 2] * 70)
+    _, memory = read(net, tokens, learning_memory(net))
+    assert memory.learned is not None
+    assert len(memory.learned.tokens)
+    decoder = Reader(net, memory).decoder()
+    for token in (0, 3, 1):
+        logits = decoder.step(token)
+        _, memory = read(net, torch.tensor([token]), memory)
+        torch.testing.assert_close(logits.log_softmax(-1), memory.logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_memory_of_version_1_is_read(tmp_path: Path) -> None:
+    from mmrec.checkpoints.checksummed import write_checksummed
+    from mmrec.checkpoints.state_file import FORMAT
+
+    net, path = made(), tmp_path / "old.mem"
+    _, memory = read(net, torch.randint(7, (50,)), SavedState.empty(net))
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(memory).items()}
+    write_checksummed(path, replace(FORMAT, version="1"), tensors, {"model": "hash", "position": "50"})
+    assert_same(load_memory(path, net, "hash"), memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("learned.difference.norm.weight", lambda x: x + 1000, "weights larger than learning ever makes them"),
+        ("learned.squares.norm.weight", lambda x: x - 1, "statistics that learning never makes"),
+        ("learned.curvature", lambda x: x - 1e6, "statistics that learning never makes"),
+        ("learned.tokens", lambda x: x + 7, "tokens that the model does not have"),
+        ("learned.tokens", lambda x: x[:1].expand(PART), "tokens that the model does not have"),
+        ("learned.tokens", lambda x: x.float(), "does not hold what a memory of this model does"),
+        ("learned.mix", lambda x: x * torch.nan, "not finite"),
+        ("learned.logits", lambda x: x[:1], "does not hold what a memory of this model does"),
+    ],
+)
+def test_a_memory_that_nothing_has_learned_like_that_is_refused(
+    name: str, change: object, message: str, tmp_path: Path
+) -> None:
+    from mmrec.checkpoints.checksummed import write_checksummed
+    from mmrec.checkpoints.state_file import FORMAT
+
+    net, path = made(), tmp_path / "bad.mem"
+    _, memory = read(net, torch.randint(7, (PART + 9,)), learning_memory(net))
+    assert memory.learned is not None
+    tensors = _tensors(memory)
+    tensors[name] = change(tensors[name])  # type: ignore[operator]
+    metadata = {"model": "hash", "position": "9", **memory.learned.metadata()}
+    write_checksummed(path, FORMAT, {name: x.contiguous() for name, x in tensors.items()}, metadata)
+    with pytest.raises(UserError, match=message):
+        load_memory(path, net, "hash")
