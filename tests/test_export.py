@@ -76,6 +76,26 @@ def test_one_file_is_the_model_and_its_memories_fit(mmrec: Command, run: LoadedM
     assert one.generate("to be", length=50) == other.generate("to be", length=50)
 
 
+def test_a_learned_memory_is_exported_as_a_model_of_its_own(
+    mmrec: Command, run: LoadedModel, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("read", "text.txt", "--learn", "--save", "book.mem") == 0
+    assert mmrec("export", "--format", "safetensors", "--memory", "book.mem", "--output_dir", "out") == 0
+    back, learned = load_model(Path("out/model.safetensors")), API.load("best")
+    learned.load_memory("book.mem")
+    assert learned.memory.learned is not None
+    for name, weight in back.net.named_parameters():
+        expected = run.net.get_parameter(name) + learned.memory.learned.difference[name]
+        assert torch.equal(weight, expected)
+    assert API.load("out/model.safetensors").read(text[:2000]) < API.load("best").read(text[:2000])
+    with pytest.raises(UserError, match="the memory of another model"):
+        API.load("out/model.safetensors").load_memory("book.mem")
+    assert mmrec("read", "text.txt", "--save", "plain.mem") == 0
+    assert mmrec("export", "--format", "hf", "--memory", "plain.mem", "--output_dir", "hf") == 2
+    assert "plain.mem: holds nothing that was learned; read the text with --learn" in capsys.readouterr().err
+    assert not Path("hf").exists()
+
+
 def test_generate_takes_the_file(mmrec: Command, run: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("export", "--format=safetensors", "--output_dir=out") == 0
     written = []
