@@ -266,20 +266,25 @@ def test_length_and_carry_of_a_checkpoint(
 ) -> None:
     Path("book.txt").write_text("1: to be or not to be that is the question\n" * 12)
     options = [f"--ckpt={checkpoint}", f"--data_dir={prepared}"]
-    length = ["--positions=[1,64,1024]", "--spans=2", "--gpt_tokens=8192", "--gpt_window=320"]
+    length = ["--positions=[1,64,1024]", "--spans=2", "--learn_to=64", "--gpt_tokens=8192", "--gpt_window=320"]
     assert mmrec("eval", "length", *options, *length) == 0
     curves = json.loads(Path("eval/length.json").read_text())["curves"]
     assert curves["mmrec"]["positions"] == [1, 64, 1024]
+    assert curves["mmrec, learned"]["positions"] == [1, 64]
+    assert np.array(curves["mmrec, learned"]["losses"]).shape == (2, 2)
     assert curves["GPT, window 320"]["positions"] == [1, 64]
     assert mmrec("eval", "carry", *options, "--files=[book.txt]", "--window=64") == 0
     texts = json.loads(Path("eval/carry.json").read_text())["texts"]
-    for name in ("length", "carry"):
+    for name in ("length", "carry", "learned"):
         assert Path(f"eval/{name}.png").read_bytes().startswith(b"\x89PNG")
 
     trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)
     assert texts[str(prepared)]["carried"] == pytest.approx(float(carried(trained, text).mean()))
     assert texts[str(prepared)]["tokens"] == len(text) - 1
     assert texts["book.txt"]["tokens"] == 12 * 43 - 1
+    for result in texts.values():
+        assert result["positions"][-1]["end"] == result["tokens"]
+        assert result["learned"] < result["carried"]
     capsys.readouterr()
     for arguments, says in [
         (["length", *options, "--positions=[4096]", "--spans=2"], "2 spans and position 4,096 need 5,120"),

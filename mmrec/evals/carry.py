@@ -1,4 +1,4 @@
-"""``mmrec eval carry``: loss of real text with the state carried, against the state reset at every window."""
+"""``mmrec eval carry``: loss of real text with the state reset at every window, carried, and with what is learned."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ ROWS = 32
 """Windows that are read side by side."""
 
 
-def carried(trained: LoadedModel, text: np.ndarray) -> Tensor:
-    """Return the NLL of each token but the first, [tokens - 1] in nats, with all before it read."""
-    parts = [nats for nats, _ in iter_nll(trained.net, text, SavedState.empty(trained.net))]
+def carried(trained: LoadedModel, text: np.ndarray, learn: bool = False) -> Tensor:
+    """Return the NLL of each token but the first, [tokens - 1] in nats, with all before it read, or learned, too."""
+    memory = SavedState.empty(trained.net)
+    parts = [nats for nats, _ in iter_nll(trained.net, text, memory.learning(trained.net) if learn else memory)]
     return torch.cat(parts)[1:].double()
 
 
@@ -51,6 +52,14 @@ def bands(window: int) -> list[tuple[int, int]]:
     return [(0, end), *found[::-1]]
 
 
+def text_bands(tokens: int) -> list[tuple[int, int]]:
+    """Return the first 1,024 tokens of a text, those to 2,047, to 4,095 and so on, as (begin, end)."""
+    found = [(0, min(1024, tokens))]
+    while found[-1][1] < tokens:
+        found.append((found[-1][1], min(2 * found[-1][1], tokens)))
+    return found
+
+
 @dataclass(frozen=True)
 class CarryOptions:
     """Which texts are scored, in which windows.
@@ -59,7 +68,7 @@ class CarryOptions:
         data_dir: score the validation text of this token folder.
         files: UTF-8 texts to score, too.
         window: tokens between two resets of the state.
-        output_dir: folder for carry.json and carry.png.
+        output_dir: folder for carry.json, carry.png and learned.png.
 
     Raises:
         UserError: there is no text, or the window is too small.
@@ -90,7 +99,7 @@ class CarryOptions:
 
 
 def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
-    """Score texts with the state carried and with the state reset at every window, by the same checkpoint.
+    """Score texts with the state reset at every window, carried, and with weights that learn, by one checkpoint.
 
     Raises:
         UserError: a text is not longer than a window or has unknown characters.
@@ -101,35 +110,49 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
     show(results, options.window)
     save(options.output_dir / "carry.json", {"window": options.window, "texts": results})
     save_plot(options.output_dir / "carry.png", lambda axes: _draw(axes, results))
+    save_plot(options.output_dir / "learned.png", lambda axes: _draw_by_text(axes, results))
 
 
 def compare(trained: LoadedModel, text: np.ndarray, window: int) -> dict[str, Any]:
-    """Return the mean loss of ``text``, carried and windowed: in all, and by the position in a window."""
-    kept, emptied = carried(trained, text), windowed(trained, text, window)
-    position = torch.arange(len(kept)) % window
-    points = []
-    for begin, end in bands(window):
-        here = (position >= begin) & (position < end)
-        point = {"windowed": float(emptied[here].mean()), "carried": float(kept[here].mean())}
-        points.append({"begin": begin, "end": end, **point})
-    whole = {"windowed": float(emptied.mean()), "carried": float(kept.mean())}
-    return {"tokens": len(kept), **whole, "points": points}
+    """Return the mean loss of ``text``, windowed, carried and learned.
+
+    In all; by the position in a window ("points"); and by the position in the text ("positions").
+    """
+    losses = {
+        "windowed": windowed(trained, text, window),
+        "carried": carried(trained, text),
+        "learned": carried(trained, text, learn=True),
+    }
+    position = torch.arange(len(text) - 1)
+
+    def means(place: Tensor, begin: int, end: int) -> dict[str, float]:
+        here = (place >= begin) & (place < end)
+        return {name: float(nll[here].mean()) for name, nll in losses.items()}
+
+    points, positions = (
+        [{"begin": begin, "end": end, **means(place, begin, end)} for begin, end in parts]
+        for place, parts in ((position % window, bands(window)), (position, text_bands(len(position))))
+    )
+    return {"tokens": len(position), **means(position, 0, len(text)), "points": points, "positions": positions}
 
 
 def show(results: dict[str, Any], window: int) -> None:
-    """Print the losses of each text, by the position in a window and in all."""
-    rows = []
-    for name, result in results.items():
-        for point in result["points"]:
-            rows.append([name, f"{point['begin']} to {point['end'] - 1}", *_figures(point)])
-        rows.append([name, "all", *_figures(result)])
-    head = ["text", "position in the window", "windowed", "carried", "gain"]
-    print_table(f"nats/token, windows of {window}", head, rows)
+    """Print the losses of each text: by the position in a window, by the position in the text, and in all."""
+    for title, key in (("position in the window", "points"), ("position in the text", "positions")):
+        rows = []
+        for name, result in results.items():
+            for point in result[key]:
+                rows.append([name, f"{point['begin']:,} to {point['end'] - 1:,}", *_figures(point)])
+            rows.append([name, "all", *_figures(result)])
+        print_table(f"nats/token, windows of {window}", ["text", title, *LOSSES, *GAINS], rows)
+
+
+LOSSES, GAINS = ("windowed", "carried", "learned"), ("gain, carried", "gain, learned")
 
 
 def _figures(point: dict[str, Any]) -> list[str]:
-    windowed, carried = point["windowed"], point["carried"]
-    return [f"{windowed:.4f}", f"{carried:.4f}", f"{windowed - carried:+.4f}"]
+    gains = [f"{point['windowed'] - point[name]:+.4f}" for name in LOSSES[1:]]
+    return [*(f"{point[name]:.4f}" for name in LOSSES), *gains]
 
 
 def _draw(axes: Any, results: dict[str, Any]) -> None:
@@ -138,4 +161,14 @@ def _draw(axes: Any, results: dict[str, Any]) -> None:
         gain = [point["windowed"] - point["carried"] for point in result["points"]]
         axes.plot(middle, gain, marker="o", color=f"C{number}", label=Path(name).name)
     axes.set(xscale="log", xlabel="position in the window", ylabel="gain of the carried state, nats/token")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_by_text(axes: Any, results: dict[str, Any]) -> None:
+    for number, (name, result) in enumerate(results.items()):
+        middle = [(point["begin"] + point["end"]) / 2 for point in result["positions"]]
+        for kind, line in (("carried", ":"), ("learned", "-")):
+            gain = [point["windowed"] - point[kind] for point in result["positions"]]
+            axes.plot(middle, gain, line, marker="o", color=f"C{number}", label=f"{Path(name).name}, {kind}")
+    axes.set(xscale="log", xlabel="position in the text", ylabel="gain over windows, nats/token")
     axes.set_ylim(bottom=0)

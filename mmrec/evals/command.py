@@ -13,7 +13,7 @@ from mmrec.evals.synthetic import SyntheticOptions, evaluate_synthetic
 
 OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
     "length": (length, "loss of the same text with up to a million tokens read before it"),
-    "carry": (carry, "loss with the state carried, against the state reset at every window"),
+    "carry": (carry, "loss with the state reset at every window, carried, and with weights that learn"),
 }
 
 

@@ -19,11 +19,13 @@ from mmrec.baselines.models import GPT
 from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import native_precision
 from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll
+from mmrec.inference.reading import iter_nll
 from mmrec.model import RecurrentLM
 
 BLOCK, BLOCKS = 256, 4
@@ -81,6 +83,27 @@ def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], span
     return np.stack(found)
 
 
+def learned_by_position(net: RecurrentLM, text: np.ndarray, positions: Sequence[int], spans: int) -> np.ndarray:
+    """Return the mean loss of the same spans with weights that learn, [positions, spans], in nats.
+
+    They learn from every number of tokens before a span, and from the span itself, each part after it is scored.
+
+    Args:
+        net: ours, in evaluation mode.
+        text: [tokens], longer than the last position; what stands before its start is its end.
+        positions: tokens read before each span.
+        spans: places in the text, as in :func:`by_position`.
+    """
+    begins = np.arange(spans) * (len(text) // spans)
+    found = np.empty((len(positions), spans))
+    for row, position in enumerate(tqdm(positions, desc="learning", disable=not sys.stderr.isatty())):
+        for column, begin in enumerate(begins):
+            tokens = text[(begin + np.arange(-position, BLOCK * BLOCKS)) % len(text)]
+            parts = [nll for nll, _ in iter_nll(net, tokens, SavedState.empty(net).learning(net))]
+            found[row, column] = torch.cat(parts)[position:].double().mean()
+    return found
+
+
 def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int) -> GPT:
     """Return a GPT of 0.8 M parameters, trained by nanoGPT's CPU recipe on windows of ``window`` tokens."""
     torch.manual_seed(seed)
@@ -102,6 +125,7 @@ class LengthOptions:
             than the last position.
         positions: how many tokens are read before.
         spans: places in the text that are scored, 1,024 tokens at each.
+        learn_to: score with weights that learn from what is read before, too, at positions up to this one.
         gpt_tokens: train a GPT of 0.8 M parameters on so many tokens of the training text, to compare with.
         gpt_window: its longest text, in tokens.
         seed: of the GPT.
@@ -114,6 +138,7 @@ class LengthOptions:
     data_dir: Path = Path("data/shakespeare_plays")
     positions: Sequence[int] = (1, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
     spans: int = 16
+    learn_to: int = 0
     gpt_tokens: int = 0
     gpt_window: int = 512
     seed: int = 0
@@ -156,6 +181,9 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
     options.check(data)
     text, places, spans = np.asarray(data.val), options.places, options.spans
     curves: dict[str, Curve] = {"mmrec": (places, by_position(trained.net, text, places, spans))}
+    near = [place for place in places if place <= options.learn_to]
+    if near:
+        curves["mmrec, learned"] = (near, learned_by_position(trained.net, text, near, spans))
     window = options.gpt_window if options.gpt_tokens else None
     if window is not None:
         within = [place for place in places if place + BLOCK <= window]
