@@ -25,8 +25,8 @@ BETA2 = 0.99
 """Of the average of squared gradients."""
 LARGEST_UPDATE = 10.0
 """Of a weight, in learning rates: with the decay it bounds the difference, whatever is read."""
-LARGEST_GRADIENT = 1e12
-"""A larger one is not learned from; its square would overflow."""
+LEAST_SQUARE, LARGEST_GRADIENT = 1e-30, 1e12
+"""Added to a squared gradient, so that no mean is 0; and what is too large to learn from: its square overflows."""
 MIX_BLOCK = 16
 """Tokens after which the mixture's weights change; a divisor of a part."""
 FORGETTING = 0.9
@@ -79,24 +79,36 @@ def updated_weights(
 
     A gradient that is not finite, or beyond :data:`LARGEST_GRADIENT`, changes nothing.
     """
-    if not all(bool((gradient.abs() < LARGEST_GRADIENT).all()) for gradient in gradients.values()):
-        return learned.difference, learned.squares
-    rate = LEARNING_RATES[learned.form]
+    rate, keep = LEARNING_RATES[learned.form], 1 - DECAY
     correction = 1 - BETA2 ** (learned.updates + 1)
     difference, squares = {}, {}
     for name, gradient in gradients.items():
-        square = gradient.square().add_(1e-30)  # none is 0, and so no mean of them is
         if gradient.dim() == 2:
-            rows, columns = f"{name}.rows", f"{name}.columns"
-            squares[rows] = torch.lerp(learned.squares[rows], square.mean(1, keepdim=True), 1 - BETA2)
-            squares[columns] = torch.lerp(learned.squares[columns], square.mean(0, keepdim=True), 1 - BETA2)
-            scale = squares[rows] / squares[rows].mean() * squares[columns]
+            update = _factored_update(name, gradient, learned.squares, squares, correction)
         else:
-            scale = squares[name] = torch.lerp(learned.squares[name], square, 1 - BETA2)
-        update = gradient / (scale / correction).sqrt_().add_(1e-8)
-        moved = learned.difference[name].sub(update.clamp_(-LARGEST_UPDATE, LARGEST_UPDATE), alpha=rate)
-        difference[name] = moved.mul_(1 - DECAY).half().float()  # as the file keeps it
+            squares[name] = torch.lerp(learned.squares[name], gradient.square().add_(LEAST_SQUARE), 1 - BETA2)
+            update = gradient * (squares[name] / correction).rsqrt_()
+        update.clamp_(-LARGEST_UPDATE, LARGEST_UPDATE)
+        moved = (learned.difference[name] * keep).sub_(update, alpha=rate * keep)
+        difference[name] = moved.half().float()  # as the file keeps it
+    if not all(bool((square < LARGEST_GRADIENT**2).all()) for square in squares.values()):
+        return learned.difference, learned.squares
     return difference, squares
+
+
+def _factored_update(
+    name: str, gradient: Tensor, before: dict[str, Tensor], after: dict[str, Tensor], correction: float
+) -> Tensor:
+    """Return the gradient of a matrix over the root of its mean square, and put the new means into ``after``."""
+
+    def mean_square(part: str, dim: int) -> Tensor:
+        key = f"{name}.{part}"
+        square = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
+        after[key] = torch.lerp(before[key], square.add_(LEAST_SQUARE), 1 - BETA2)
+        return after[key]
+
+    rows, columns = mean_square("rows", 1), mean_square("columns", 0)
+    return (gradient * (rows / rows.mean()).rsqrt_()).mul_((columns / correction).rsqrt_())
 
 
 def mix_part(learned: LearnedWeights, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,12 +125,12 @@ def mix_part(learned: LearnedWeights, logits: Tensor, tokens: Tensor) -> tuple[T
         The logits of the mixture [T, N]; its weights [2] and their curvature [2, 2] after the last whole block.
     """
     mix, curvature = learned.mix, learned.curvature
-    parts = []
+    scores, parts = logits.log_softmax(-1), []
     for begin in range(0, len(tokens), MIX_BLOCK):
-        block, targets = logits[:, begin : begin + MIX_BLOCK], tokens[begin : begin + MIX_BLOCK]
+        block, targets = scores[:, begin : begin + MIX_BLOCK], tokens[begin : begin + MIX_BLOCK]
         parts.append(mixed(block, mix))
         if len(targets) == MIX_BLOCK:
-            mix, curvature = _newton_step(mix, curvature, block.log_softmax(-1), targets)
+            mix, curvature = _newton_step(mix, curvature, block, targets)
     return torch.cat(parts), mix, curvature
 
 
