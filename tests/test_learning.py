@@ -128,6 +128,16 @@ def test_a_text_in_parts_is_the_text_at_once_to_the_bit(form: Form, tmp_path: Pa
     torch.testing.assert_close(torch.cat(found), at_once, rtol=1e-5, atol=1e-5)
 
 
+def test_inference_mode_around_it_changes_nothing() -> None:
+    net, tokens = made(), torch.randint(7, (3 * PART + 9,))
+    expected, memory = read(net, tokens, learning_memory(net))
+    with torch.inference_mode():
+        found, inside = read(net, tokens.clone(), learning_memory(net))
+        Reader(net, inside).decoder().step(1)
+    assert torch.equal(found, expected)
+    assert_same(inside, memory)
+
+
 def test_what_comes_later_changes_no_score_and_the_model_stays_as_it_was() -> None:
     net, tokens = made(), torch.randint(7, (4 * PART,))
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -119,9 +119,9 @@ class Reader:
 
     def _read_learning(self, new: Tensor, learned: LearnedWeights) -> Tensor:
         """Read what fits into the part that was begun, and learn from the part where it ends; return the logits."""
-        tokens = torch.cat([learned.tokens, new])
-        is_whole = len(tokens) == PART
+        is_whole = len(learned.tokens) + len(new) == PART
         with torch.inference_mode(False), torch.set_grad_enabled(is_whole):
+            tokens = torch.cat([learned.tokens, new])
             both, state, untouched = self._forward(learned, tokens)
             predictions, last = both[:, :-1].detach(), both[:, -1].detach()
             mixture, mix, curvature = mix_part(learned, predictions, tokens)
