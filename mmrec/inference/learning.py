@@ -81,7 +81,8 @@ def updated_weights(
     """
     rate, keep = LEARNING_RATES[learned.form], 1 - DECAY
     correction = 1 - BETA2 ** (learned.updates + 1)
-    difference, squares = {}, {}
+    difference: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         if gradient.dim() == 2:
             update = _factored_update(name, gradient, learned.squares, squares, correction)
@@ -154,4 +155,4 @@ def mixed(logits: Tensor, mix: Tensor) -> Tensor:
         logits: [2, ..., N].
         mix: [2], the powers.
     """
-    return torch.tensordot(mix.to(logits), logits, dims=1)
+    return torch.einsum("k,k...->...", mix.to(logits), logits)
