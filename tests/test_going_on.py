@@ -14,13 +14,16 @@ from processes import OUTPUT, interrupt, start, wait
 
 from mmrec.checkpoints.loading import load_model
 
+EPOCH_OF_9 = "--data.seq_len=640"
+"""An epoch of nine batches: three segments of three."""
 
-@pytest.mark.parametrize("every", [{"--last.every_n_train_steps": 5}, {"--trainer.accumulate_grad_batches": 2}])
+
+@pytest.mark.parametrize("every", [{"--last.every_n_train_steps": 4}, {"--trainer.accumulate_grad_batches": 2}])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     mmrec: Command, prepared: Path, every: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [f"{name}={value}" for name, value in every.items()]
-    whole = [*options, "--trainer.max_epochs=2", "--model.config.layer_types=[short, long]"]
+    whole = [*options, EPOCH_OF_9, "--trainer.max_epochs=2", "--model.config.layer_types=[short, long]"]
     assert mmrec(*fit(prepared, *whole, "--run=whole")) == 0
 
     from mmrec.training.callbacks.checkpointing import LastCheckpoint
@@ -36,8 +39,8 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
         before(self, *args)
 
     # With gradients of two batches an update, it stops after the second.
-    later = {22: 23, 26: 27} if "--trainer.accumulate_grad_batches" in every else {}
-    for stop in (4, 21, 22, 26):
+    later = {10: 11, 12: 13} if "--trainer.accumulate_grad_batches" in every else {}
+    for stop in (2, 9, 10, 12):
         batches, run = 0, f"stopped_at_{stop}"
         with monkeypatch.context() as patch:
             patch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
@@ -51,7 +54,7 @@ def test_a_run_that_was_stopped_again_and_again(
     mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the end of an epoch, and soon after: there Lightning loses count of the epochs."""
-    command = ["--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.val_check_interval=7"]
+    command = [EPOCH_OF_9, "--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.val_check_interval=3"]
     assert mmrec(*fit(prepared, *command, "--run=whole")) == 0
 
     from mmrec.training.callbacks.checkpointing import LastCheckpoint
@@ -67,7 +70,7 @@ def test_a_run_that_was_stopped_again_and_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
-        for number, batches in enumerate((21, 1, 1, 5, 14, 2)):
+        for number, batches in enumerate((9, 1, 1, 1, 6, 2)):
             left = batches
             again = ["fit", "--run=parts", "--ckpt_path=last"]
             assert mmrec(*(again if number else fit(prepared, *command, "--run=parts"))) == 130
