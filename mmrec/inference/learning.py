@@ -101,11 +101,11 @@ def _factored_update(
     name: str, gradient: Tensor, before: dict[str, Tensor], after: dict[str, Tensor], correction: float
 ) -> Tensor:
     """Return the gradient of a matrix over the root of its mean square, and put the new means into ``after``."""
+    square = gradient.square()
 
     def mean_square(part: str, dim: int) -> Tensor:
         key = f"{name}.{part}"
-        square = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_().div_(gradient.shape[dim])
-        after[key] = torch.lerp(before[key], square.add_(LEAST_SQUARE), 1 - BETA2)
+        after[key] = torch.lerp(before[key], square.mean(dim, keepdim=True).add_(LEAST_SQUARE), 1 - BETA2)
         return after[key]
 
     rows, columns = mean_square("rows", 1), mean_square("columns", 0)
