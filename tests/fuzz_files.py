@@ -126,7 +126,7 @@ def other_checkpoint(data: st.DataObject) -> None:
 def memory() -> tuple[RecurrentLM, bytes]:
     torch.manual_seed(0)
     net = RecurrentLM(SHORT_AND_LONG, 3).eval()
-    save_memory(Path("a.mem"), SavedState.empty(net), "hash")
+    save_memory(Path("a.mem"), SavedState.empty(net).learning(net), "hash")
     return net, Path("a.mem").read_bytes()
 
 
@@ -140,7 +140,9 @@ def memory_file(data: st.DataObject) -> None:
         other = [torch.zeros(3), torch.zeros(()), torch.zeros_like(tensors[name], dtype=torch.int32), None]
         tensors[data.draw(st.sampled_from([name, "more"]))] = data.draw(st.sampled_from(other))
         tensors = {key: value for key, value in tensors.items() if value is not None}
-        said = {"format": "mmrec-memory", "version": "1", "model": "hash"}
+        said = {"format": "mmrec-memory", "version": data.draw(st.sampled_from("12")), "model": "hash"}
+        said |= {"learned": data.draw(st.sampled_from(["full", "small", "", "x"]))}
+        said |= {"learned_updates": data.draw(st.sampled_from(["3", "", "-1", "x"]))}
         said |= {"position": data.draw(st.sampled_from(["0", "", "-1", "x", "9" * 5000]))}
         said.pop(data.draw(st.sampled_from([*said, ""])), None)
         tensors |= data.draw(st.sampled_from([{}, {"half": torch.zeros(1, dtype=torch.bfloat16)}]))
