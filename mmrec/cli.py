@@ -69,6 +69,9 @@ class Command:
 
 _TRAINING = "mmrec.training.cli:run_lightning"
 COMMANDS = {
+    "train": Command(
+        "train a model on your own text, in the minutes that you have", "mmrec.planning.command:train", parses=True
+    ),
     "prepare": Command(
         "turn a corpus, a file or a folder into training and validation tokens",
         "mmrec.data.prepare:prepare",

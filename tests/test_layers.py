@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "mmrec"
 ENTRIES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
-APPLICATIONS = {"bench", "evals", "export", "report", "serve"}
+APPLICATIONS = {"bench", "evals", "export", "planning", "report", "serve"}
 
 
 def tree() -> list[Path]:

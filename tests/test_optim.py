@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.training.optim import CombinedOptimizer, make_optimizer, split_parameters, warmup_cosine
+from mmrec.training.optim import CombinedOptimizer, learning_rate_share, make_optimizer, split_parameters
 from mmrec.training.options import OptimizerOptions
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
@@ -71,14 +71,16 @@ def test_a_schedule_reaches_every_member_also_after_loading() -> None:
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
-    shares = [warmup_cosine(number, 10, 110, 0.1) for number in range(120)]
+    options = OptimizerOptions(warmup_steps=10, min_lr_ratio=0.1)
+    shares = [learning_rate_share(number, options, 110) for number in range(120)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[9] == shares[10] == 1
     assert shares[60] == pytest.approx(0.55)
     assert shares[110] == shares[119] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(shares[10:]))
-    assert warmup_cosine(0, 0, 0, 0.1) == 1
+    assert learning_rate_share(0, OptimizerOptions(warmup_steps=0), 0) == 1
 
 
 def test_the_rate_of_a_run_without_an_end_stays() -> None:
-    assert [warmup_cosine(number, 2, None, 0.1) for number in (0, 1, 2, 10**6)] == [0.5, 1, 1, 1]
+    options = OptimizerOptions(warmup_steps=2)
+    assert [learning_rate_share(number, options, None) for number in (0, 1, 2, 10**6)] == [0.5, 1, 1, 1]

@@ -18,7 +18,7 @@ from mmrec.core.runtime import FULL, MIXED
 from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import make_optimizer, warmup_cosine
+from mmrec.training.optim import learning_rate_share, make_optimizer
 from mmrec.training.options import OptimizerOptions
 
 
@@ -145,8 +145,10 @@ class TrainingLoop:
         groups = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         mtp_parameters = [] if self._mtp_head is None else [*self._mtp_head.parameters()]
         self._parameters = groups if clip_by_group else [*model.parameters(), *mtp_parameters]
-        warmup, floor = hyperparameters.warmup_steps, hyperparameters.min_lr_ratio
-        self._schedule = LambdaLR(self._optimizer, lambda step: warmup_cosine(step, warmup, total_steps, floor))
+        schedule = OptimizerOptions(
+            warmup_steps=hyperparameters.warmup_steps, min_lr_ratio=hyperparameters.min_lr_ratio
+        )
+        self._schedule = LambdaLR(self._optimizer, lambda step: learning_rate_share(step, schedule, total_steps))
 
     def loss(self, inputs: Tensor, targets: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Return the training loss of a batch [B, T] in nats/token, and the state after its last tokens."""

@@ -13,7 +13,7 @@ from mmrec.core.errors import UserError, nearest
 LOGS = "lightning_logs"
 CHECKPOINTS = "checkpoints"
 CONFIG, HISTORY = "config.yaml", "history.jsonl"
-BEST, LAST, PREVIOUS = "best", "last", "previous"
+BEST, LAST, PREVIOUS, STABLE = "best", "last", "previous", "stable"
 
 
 def checkpoint_folder(root: Path, run: str) -> Path:

@@ -9,9 +9,12 @@ import ctypes
 import logging
 import os
 import sys
+import time
 import warnings
 from io import TextIOWrapper
 
+STARTED = time.monotonic()
+"""When the process began, but for the start of Python: what a command that is given minutes counts from."""
 FULL, MIXED = "32-true", "bf16-mixed"
 """Lightning's names of the precisions that are chosen where none is asked for."""
 QUIET_WARNINGS = (

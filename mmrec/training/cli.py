@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,7 +21,7 @@ from mmrec.core.errors import UserError, one_line
 from mmrec.core.options import Parser, resolve_configs
 from mmrec.core.runtime import native_precision
 from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
-from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
+from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint, StableCheckpoint
 from mmrec.training.callbacks.early_stopping import ResumableEarlyStopping
 from mmrec.training.callbacks.gradients import GradientGuard
 from mmrec.training.callbacks.measurements import FinalScore, LossByPosition, RecurrentLayerStatistics, TextSample
@@ -32,6 +32,7 @@ from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySigna
 from mmrec.training.callbacks.tensorboard import Charts, TensorBoardRunLogger
 from mmrec.training.callbacks.terminal import ProgressBar, Summary
 from mmrec.training.callbacks.throughput import LearningRate, Throughput
+from mmrec.training.callbacks.time_limit import TimeLimit
 from mmrec.training.compat import (
     SubcommandCLI,
     instantiation_error,
@@ -44,7 +45,7 @@ from mmrec.training.predictions import write_predictions
 from mmrec.training.run_plan import OPTIONS, RunPlan, RunRequest, plan_run, read_request
 from mmrec.training.slurm import current_job
 
-SECTIONS = ("trainer", "model", "data", "best", "last", "early_stopping", "gradients")
+SECTIONS = ("trainer", "model", "data", "best", "last", "early_stopping", "gradients", "time_limit")
 """Parts of a config that hold options of their own."""
 BEST_DEFAULTS = {
     "monitor": "val/loss",
@@ -140,6 +141,7 @@ class TrainingCLI(SubcommandCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(ResumableEarlyStopping, "early_stopping")
         parser.add_lightning_class_args(GradientGuard, "gradients")
+        parser.add_lightning_class_args(TimeLimit, "time_limit")
         parser.set_defaults({f"best.{key}": value for key, value in BEST_DEFAULTS.items()})
         parser.set_defaults({f"early_stopping.{key}": value for key, value in PATIENCE_DEFAULTS.items()})
         parser.link_arguments("data.tokenizer", "model.tokenizer", apply_on="instantiate")
@@ -212,7 +214,8 @@ class TrainingCLI(SubcommandCLI):
         if self.subcommand == "fit":
             last = self.component(self.config_init, runs.LAST)
             # After all others, which Lightning has put in its order: what they change belongs into the checkpoint.
-            trainer.callbacks += [StopOnSignal(last), ResumeCorrections(last)]  # type: ignore[attr-defined]
+            after = [StableCheckpoint(last), StopOnSignal(last), ResumeCorrections(last)]
+            trainer.callbacks += after  # type: ignore[attr-defined]
         return trainer
 
     def _complete_trainer_config(self, config: dict[str, Any]) -> None:
@@ -223,6 +226,9 @@ class TrainingCLI(SubcommandCLI):
                 raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardRunLogger(self.plan.root / runs.LOGS, self.plan.run) if fit else False
+        limit = self.component(self.config_init, "time_limit")
+        if fit and config["max_time"] is not None and limit.minutes is None:
+            limit.minutes = (Timer(duration=config["max_time"]).time_remaining() or 0) / 60
         added: list[Callback] = []
         if config["enable_progress_bar"] is not False:
             added.append(ProgressBar())
@@ -316,8 +322,8 @@ def _sharded(strategy: Any) -> bool:
     return any(word in name.lower() for word in ("fsdp", "sharded", "modelparallel"))
 
 
-def run_lightning(command: str, args: list[str]) -> None:
-    """Run ``command`` with ``args``.
+def run_lightning(command: str, args: list[str], resume_by: str | None = None) -> None:
+    """Run ``command`` with ``args``; after a signal that stops it, say that it is resumed by typing ``resume_by``.
 
     A run that is resumed, or evaluated, brings its own config where the arguments name none; another model brings
     its architecture.
@@ -331,7 +337,7 @@ def run_lightning(command: str, args: list[str]) -> None:
         if prints is None or (prints == "config" and (request.checkpoint or request.init_from)):
             plan = plan_run(request, taken)
         try:
-            _run(request, plan, args)
+            _run(request, plan, args, resume_by)
         except RunNameTakenError:
             assert plan is not None
             taken.add(plan.run)
@@ -343,7 +349,7 @@ def _prints_config(args: list[str]) -> bool:
     return any(arg.partition("=")[0] == "--print_config" for arg in args)
 
 
-def _run(request: RunRequest, plan: RunPlan | None, args: list[str]) -> None:
+def _run(request: RunRequest, plan: RunPlan | None, args: list[str], resume_by: str | None) -> None:
     """Parse ``args`` with what ``plan`` adds, and run the command."""
     before = sys.argv
     program = Path(sys.executable).with_name("mmrec")
@@ -359,8 +365,8 @@ def _run(request: RunRequest, plan: RunPlan | None, args: list[str]) -> None:
             raise
         raise UserError(one_line(error)) from error
     except StoppedBySignal as stop:
-        run = stop.path.parent.parent.name
-        print(f"\nStopped and saved. Resume with: mmrec fit --run {run} --ckpt_path last", file=sys.stderr)
+        line = resume_by or f"mmrec fit --run {stop.path.parent.parent.name} --ckpt_path last"
+        print(f"\nStopped and saved. Resume with: {line}", file=sys.stderr)
         sys.exit(128 + stop.number)
     finally:
         sys.argv = before

@@ -23,7 +23,7 @@ from mmrec.training.carried_state import CarriedState, gather, join_states
 from mmrec.training.compat import updates_to_come
 from mmrec.training.losses import confidence, confidence_weight
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import make_optimizer, warmup_cosine
+from mmrec.training.optim import learning_rate_share, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
 from mmrec.training.strategy import shard
 
@@ -60,7 +60,14 @@ class RecurrentLMModule(LightningModule):
         self._carried = CarriedState()
         self._random: dict[str, Tensor] = {}
         self._planned_steps: int | None = None
+        self._steps_by_options: int | None = None
+        self._steps_in_time: int | None = None
         self._reader: Reader | None = None
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Number of updates at which the run is planned to end; None where nothing says so."""
+        return self._planned_steps
 
     @property
     def is_sharded(self) -> bool:
@@ -88,8 +95,19 @@ class RecurrentLMModule(LightningModule):
         if "cuda" in self._random and torch.cuda.is_available():
             torch.cuda.set_rng_state(self._random["cuda"].cpu())
         self._random = {}
-        self._planned_steps = self.total_steps()
+        self._steps_by_options = self.total_steps()
+        self._plan()
         self._apply_rates()
+
+    def plan_steps(self, steps: int) -> None:
+        """Plan with no more than ``steps`` updates in all, as many as there is time for, from the next one on."""
+        self._steps_in_time = steps
+        self._plan()
+        self._apply_rates()
+
+    def _plan(self) -> None:
+        limits = [steps for steps in (self._steps_by_options, self._steps_in_time) if steps is not None]
+        self._planned_steps = min(limits, default=None)
 
     def _apply_rates(self) -> None:
         """Make rates, decays and betas those asked for now: a resumed optimizer brings those it was saved with."""
@@ -236,16 +254,17 @@ class RecurrentLMModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.net, self.options, self.mtp_head)
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        self._planned_steps = self.total_steps()
+        self._steps_by_options = self.total_steps()
+        self._plan()
 
         def share(step: int) -> float:
-            return warmup_cosine(step, self.options.warmup_steps, self._planned_steps, self.options.min_lr_ratio)
+            return learning_rate_share(step, self.options, self._planned_steps)
 
         scheduler = LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int | None:
-        """Return the number of updates at the planned end of the run; None where nothing but time ends it.
+        """Return the number of updates at which the run's options end it; None where nothing but time does.
 
         Those made, and those to come by the place in the text: so the schedule ends with the run also where
         batches, sequences, processes or the text are others than before it was resumed.

@@ -86,15 +86,31 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas)])
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int | None, min_lr_ratio: float) -> float:
+def learning_rate_share(step: int, options: OptimizerOptions, total_steps: int | None) -> float:
     """Return the learning rate of update ``step`` (from 0), as a share of the peak.
 
-    Linear from ``1 / warmup_steps`` to 1, then half a cosine down to ``min_lr_ratio`` at ``total_steps``; where that
-    is None, because nobody knows when training ends, it stays at 1.
+    Linear from ``1 / warmup_steps`` to 1, then down to ``min_lr_ratio`` at ``total_steps``: by half a cosine, or,
+    with the schedule "wsd", not before the last ``decay_ratio`` of the updates, by one minus the square root of what
+    is done of them (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations").
+    Where ``total_steps`` is None, because nobody knows when training ends, it stays at 1.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
     if total_steps is None:
         return 1.0
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    if options.schedule == "wsd":
+        first = max(options.warmup_steps, decay_start(options, total_steps))
+        fall = 1 - math.sqrt(_share(step, first, total_steps))
+    else:
+        fall = 0.5 * (1 + math.cos(math.pi * _share(step, options.warmup_steps, total_steps)))
+    return options.min_lr_ratio + (1 - options.min_lr_ratio) * fall
+
+
+def decay_start(options: OptimizerOptions, total_steps: int) -> int:
+    """Return the update (from 0) with which the schedule "wsd" begins to lower the learning rate."""
+    return total_steps - round(options.decay_ratio * total_steps)
+
+
+def _share(step: int, first: int, last: int) -> float:
+    """Return how much of the way from ``first`` to ``last`` is done at ``step``, between 0 and 1."""
+    return min(1.0, max(0.0, (step - first) / max(1, last - first)))

@@ -45,8 +45,10 @@ class OptimizerOptions:
         beta1: AdamW's decay of the average of gradients.
         beta2: AdamW's decay of the average of squared gradients.
         warmup_steps: updates over which the learning rate rises linearly.
-        min_lr_ratio: learning rate at the end of the cosine schedule, as a share of the peak; a run without a number
-            of steps or epochs stays at the peak.
+        schedule: "cosine", or "wsd" (warm-up, stable, decay): at the peak until the last updates, then down.
+        decay_ratio: share of the updates over which "wsd" lowers the learning rate.
+        min_lr_ratio: learning rate at the end of the schedule, as a share of the peak; a run without a number of
+            steps or epochs, or a limit of time, stays at the peak.
     """
 
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -55,6 +57,8 @@ class OptimizerOptions:
     beta1: float = 0.9
     beta2: float = 0.99
     warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_ratio: float = 0.25
     min_lr_ratio: float = 0.05
 
     def __post_init__(self) -> None:
@@ -63,6 +67,7 @@ class OptimizerOptions:
         check_range("model.beta1", self.beta1, 0, 1)
         check_range("model.beta2", self.beta2, 0, 1)
         check_range("model.warmup_steps", self.warmup_steps, 0)
+        check_range("model.decay_ratio", self.decay_ratio, 0, 1, closed=True)
         check_range("model.min_lr_ratio", self.min_lr_ratio, 0, 1, closed=True)
 
     @property
@@ -82,8 +87,10 @@ class TrainingOptions(OptimizerOptions):
         beta1: AdamW's decay of the average of gradients.
         beta2: AdamW's decay of the average of squared gradients.
         warmup_steps: updates over which the learning rate rises linearly.
-        min_lr_ratio: learning rate at the end of the cosine schedule, as a share of the peak; a run without a number
-            of steps or epochs stays at the peak.
+        schedule: "cosine", or "wsd" (warm-up, stable, decay): at the peak until the last updates, then down.
+        decay_ratio: share of the updates over which "wsd" lowers the learning rate.
+        min_lr_ratio: learning rate at the end of the schedule, as a share of the peak; a run without a number of
+            steps or epochs, or a limit of time, stays at the peak.
         dropout: dropout rate of activations.
         mtp_loss_weight: weight of the multi-token-prediction loss, on the token after the next, relative to the next
             token's; it falls to 0 at the end of a run with a number of steps or epochs. 0 leaves it out.

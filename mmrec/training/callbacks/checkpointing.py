@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from mmrec.checkpoints.runs import BEST, LAST
+from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.checkpoints.runs import BEST, LAST, STABLE
 from mmrec.core.errors import UserError
 from mmrec.training.compat import is_accumulating, is_fast_dev_run, is_validation_due
+from mmrec.training.module import RecurrentLMModule
+from mmrec.training.optim import decay_start
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -37,11 +40,25 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]
         same_run = Path(state_dict["dirpath"]).parent.name == own.parent.parent.name
+        if same_run and own.is_file():
+            score = self._lowest(own, score)
         if same_run and own.is_file() and score is not None:
             path = str(own)
             moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
-            state_dict = state_dict | moved | {"best_k_models": {path: score}}
+            state_dict = state_dict | moved | {"best_k_models": {path: score}, "best_model_score": score}
         super().load_state_dict(state_dict)
+
+    def _lowest(self, own: Path, score: Tensor | None) -> Tensor | None:
+        """Return ``score`` or, where it is lower, that of the file: it may be later than the checkpoint resumed from.
+
+        A run that goes on from before its learning rate fell must not replace what it ended with by less.
+        """
+        try:
+            state = read_checkpoint(own, mmap=True)["callbacks"][self.state_key]
+            found: Tensor | None = state["best_model_score"]
+        except (UserError, KeyError):  # damaged, or of another program: it is replaced
+            return score
+        return found if score is None or (found is not None and found < score) else score
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -103,3 +120,31 @@ class LastCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.validation_due = state_dict.get("validation_due", False)
+
+
+class StableCheckpoint(Callback):
+    """Saves the state before the learning rate falls, from which a run with the schedule "wsd" can be made longer.
+
+    Args:
+        last: has the folder.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        self.last = last
+        self._is_before = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_before = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, RecurrentLMModule)
+        options, planned = pl_module.options, pl_module.planned_steps
+        if not self._is_before or options.schedule != "wsd" or planned is None or is_accumulating(trainer):
+            return
+        first = decay_start(options, planned)
+        if trainer.global_step >= first:
+            self._is_before = False
+            if trainer.global_step == first and not is_fast_dev_run(trainer):
+                trainer.save_checkpoint(self.last.path.with_name(f"{STABLE}.ckpt"))

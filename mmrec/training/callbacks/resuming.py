@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmrec.checkpoints.checkpoint import read_checkpoint
-from mmrec.checkpoints.runs import BEST, LAST, PREVIOUS
+from mmrec.checkpoints.runs import BEST, LAST, PREVIOUS, STABLE
 from mmrec.core.errors import UserError
 from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from mmrec.training.compat import complete_resumed_epoch, count_epoch_in_progress, run_missed_validation
@@ -56,7 +56,11 @@ def _adopt_later_checkpoints(trainer: Trainer) -> None:
 
 def _newest_state(callback: ModelCheckpoint) -> dict[str, Any] | None:
     """Return the state of ``callback`` in the newest of the checkpoints in its folder that it wrote itself."""
-    files = [path for path in Path(callback.dirpath or ".").glob("*.ckpt") if path.stem not in (BEST, LAST, PREVIOUS)]
+    files = [
+        path
+        for path in Path(callback.dirpath or ".").glob("*.ckpt")
+        if path.stem not in (BEST, LAST, PREVIOUS, STABLE)
+    ]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             states = read_checkpoint(path, mmap=True).get("callbacks", {})

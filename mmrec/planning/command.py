@@ -1,0 +1,110 @@
+"""``mmrec train TEXT``: prepare, try the machine, plan, train, and say what came of it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mmrec.checkpoints import runs
+from mmrec.core.errors import UserError
+from mmrec.core.files import write_file
+from mmrec.core.options import Parser
+from mmrec.core.runtime import STARTED
+from mmrec.data.store import TokenFolder
+from mmrec.planning.machine import measure_rates
+from mmrec.planning.options import TrainOptions, split_arguments
+from mmrec.planning.outcome import MOST_SCORED, report
+from mmrec.planning.plan import FORWARD_SHARE, fit_options, make_plan
+from mmrec.planning.record import Record, read_record, seconds_trained
+from mmrec.planning.source import check_tokenizer, prepare_texts
+from mmrec.planning.text import describe_text
+from mmrec.training.cli import run_lightning
+
+STARTING = 3.0
+"""Seconds that a training takes to start, and to end, beyond its updates and its validations."""
+CHANGES_PACE = ("--model.config", "--data.batch_size", "--data.seq_len", "--trainer.accumulate_grad_batches")
+"""Options by which an update takes another time than the trial found."""
+LEAST = 2.0
+"""Seconds of training, however little time there is."""
+
+
+def train(args: Sequence[str], started: float = STARTED) -> None:
+    """Run ``mmrec train`` with ``args``; its minutes count from ``started``, of the monotonic clock.
+
+    Raises:
+        UserError: something that was given is wrong; nothing has been trained.
+    """
+    own, forwarded = split_arguments(args)
+    parser = Parser(prog="mmrec train", description="train a model on your own text, in the minutes that you have")
+    parser.add_argument("texts", nargs="+", help="name of a corpus, or files, folders and URLs of your own text")
+    parser.add_argument("--plan", action="store_true", help="only say what would be done; the text is prepared")
+    parser.add_class_arguments(TrainOptions, skip={"texts", "plan"})
+    options = TrainOptions(**vars(parser.parse_args(own)))
+    check_tokenizer(options.tokenizer)
+    folder = prepare_texts(options.texts, options.tokenizer)
+    run = options.run or folder.folder.resolve().name
+    where = Path(runs.LOGS, run)
+    before = read_record(where)
+    if before is None and run in runs.runs(Path()):
+        raise UserError(f"the run {run!r} was not begun by mmrec train; choose another --run")
+    if before is not None and Path(before.data_dir) != folder.folder.resolve():
+        raise UserError(f"the run {run!r} was trained on {before.data_dir}; choose another --run")
+    deadline = started + 60 * options.minutes
+    record = _begin(options, folder, deadline) if before is None else _go_on(before, where, deadline, options.plan)
+    if options.plan:
+        return
+    record.write(where)
+    _fit(record, where, run, forwarded)
+    record = replace(record, finished=True)
+    record.write(where)
+    print("\n" + report(run, folder, record))
+
+
+def _begin(options: TrainOptions, folder: TokenFolder, deadline: float) -> Record:
+    """Plan a training from nothing, and say so."""
+    start = time.monotonic()
+    text = describe_text(folder)
+    accelerator = {"auto": "auto", "cpu": "cpu", "gpu": "gpu"}[options.on]
+    rates = measure_rates(text, deadline - time.monotonic(), accelerator)
+    plan = make_plan(text, rates, deadline - time.monotonic())
+    rate = dict(rates)[plan.config]
+    # What comes after the training: the final score.
+    ending = min(text.val_tokens, MOST_SCORED) * FORWARD_SHARE / rate + STARTING
+    seconds = max(LEAST, deadline - time.monotonic() - ending)
+    plan = make_plan(text, [(plan.config, rate)], seconds)
+    planning = time.monotonic() - start
+    print(plan.describe(seconds, planning + ending))
+    chosen = [*fit_options(plan), f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
+    return Record(str(folder.folder.resolve()), seconds / 60, plan.steps, chosen, text.xz, plan.expected)
+
+
+def _go_on(before: Record, where: Path, deadline: float, only_plan: bool) -> Record:
+    """Return what is left of a training that was stopped, or a longer one where it has ended."""
+    last = where / runs.CHECKPOINTS / f"{runs.LAST}.ckpt"
+    if not before.finished:
+        if last.exists():
+            done = seconds_trained(last)
+            print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * before.minutes:,.0f} are done")
+        return before
+    stable = last.with_name(f"{runs.STABLE}.ckpt")
+    start = stable if stable.exists() else last
+    done, more = seconds_trained(start), max(LEAST, deadline - time.monotonic() - STARTING)
+    print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
+    if start == stable and not only_plan:
+        write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
+    return replace(before, minutes=(done + more) / 60, steps=None, finished=False)
+
+
+def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> None:
+    """Train as ``record`` says, from the last checkpoint or from nothing."""
+    options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
+    options.append(f"--time_limit.minutes={record.minutes:.4f}")
+    if record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded):
+        options.append(f"--time_limit.planned_steps={record.steps}")
+    if run in runs.runs(Path()):
+        options.append(f"--ckpt_path={runs.LAST}")
+    run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}")

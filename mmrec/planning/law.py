@@ -1,0 +1,75 @@
+"""What a model of some size is expected to reach on a text, by the tokens that it reads: the law behind a plan.
+
+The form is that of Muennighoff et al. 2023 ("Scaling Data-Constrained Language Models"): a loss that falls by powers
+of the parameters and of the tokens, where tokens that are read again count for less. The coefficients are fitted to
+docs/planning.csv by scripts/planning_study, which says how.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Law:
+    """Loss, relative to what a compressor makes of the text, by parameters and tokens.
+
+    The bits per byte of a model are ``text * (floor + parameters_weight / P**parameters_power + tokens_weight /
+    D**tokens_power)``, with P the parameters in millions, D the effective tokens in millions, and ``text`` the bits
+    per byte that xz makes of the validation text after the training text.
+
+    Attributes:
+        floor: of a model without limits.
+        parameters_weight: weight of the term of the parameters.
+        parameters_power: its power.
+        tokens_weight: weight of the term of the tokens.
+        tokens_power: its power.
+        repetition: epochs after which reading the text again has lost most of its worth, R of the paper.
+        overfit: what a parameter too many costs, by the logarithm of parameters over tokens of the text.
+        spread: standard deviation of the logarithm of what came over what was expected, on the texts of the fit.
+    """
+
+    floor: float
+    parameters_weight: float
+    parameters_power: float
+    tokens_weight: float
+    tokens_power: float
+    repetition: float
+    overfit: float
+    spread: float
+
+    def effective_tokens(self, text_tokens: float, tokens_read: float) -> float:
+        """Return the tokens read, with those that are read again for what they are worth.
+
+        Args:
+            text_tokens: of the training text.
+            tokens_read: in all epochs.
+        """
+        again = max(0.0, tokens_read / text_tokens - 1)
+        once = min(text_tokens, tokens_read)
+        return once + text_tokens * self.repetition * (1 - math.exp(-again / self.repetition))
+
+    def relative_loss(self, parameters: float, text_tokens: float, tokens_read: float) -> float:
+        """Return the expected bits per byte over those of xz.
+
+        Args:
+            parameters: of the model, without the embedding.
+            text_tokens: of the training text.
+            tokens_read: in all epochs.
+        """
+        million = 1e6
+        effective = self.effective_tokens(text_tokens, tokens_read) / million
+        epochs = tokens_read / text_tokens
+        crowding = math.log1p(parameters / text_tokens) * max(0.0, math.log(max(epochs, 1.0)))
+        relative: float = (
+            self.floor
+            + self.parameters_weight * (parameters / million) ** -self.parameters_power
+            + self.tokens_weight * effective**-self.tokens_power
+            + self.overfit * crowding
+        )
+        return relative
+
+
+LAW = Law(0.45, 0.1, 0.3, 0.35, 0.35, 8.0, 0.0, 0.1)
+"""Fitted to docs/planning.csv."""

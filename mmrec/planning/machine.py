@@ -1,0 +1,86 @@
+"""How fast this machine trains: a short trial of each model that a plan may choose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mmrec.core.runtime import MIXED, native_precision
+from mmrec.inference.metrics import token_nll
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.planning.law import LAW, Law
+from mmrec.planning.plan import SHAPES, Text, choose_batches, layer_parameters
+from mmrec.training.optim import make_optimizer
+from mmrec.training.options import OptimizerOptions
+
+WARM_UP = 2
+"""First updates, which are slower than those that follow."""
+
+
+def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, seconds: float) -> float:
+    """Return the seconds that an update takes: forward, backward and optimizer, the median of a few.
+
+    Args:
+        config: of the model.
+        text: gives the size of the vocabulary and of the batches.
+        accelerator: Lightning's name of the device.
+        seconds: that the trial may take, beyond the first updates.
+    """
+    batches = choose_batches(config, text.train_tokens)
+    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    random = torch.random.get_rng_state()
+    try:
+        net = RecurrentLM(config, text.vocab_size).to(device)
+        tokens = torch.randint(text.vocab_size, (batches.rows, batches.seq_len + 1)).to(device)
+    finally:
+        torch.random.set_rng_state(random)
+    optimizer, state = make_optimizer(net, OptimizerOptions()), net.zero_state(batches.rows)
+    mixed = native_precision(accelerator) == MIXED
+    taken: list[float] = []
+    begin = time.perf_counter()
+    while len(taken) < WARM_UP + 3 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            logits, _ = net(tokens[:, :-1], state)
+            loss = token_nll(logits, tokens[:, 1:], "mean")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        loss.item()  # waits for the device
+        taken.append(time.perf_counter() - start)
+        if len(taken) == WARM_UP:
+            begin = time.perf_counter()
+    steady = sorted(taken[WARM_UP:])
+    return steady[len(steady) // 2]
+
+
+def measure_rates(
+    text: Text, seconds: float, accelerator: str, shapes: Sequence[ModelConfig] = SHAPES, law: Law = LAW
+) -> list[tuple[ModelConfig, float]]:
+    """Return models, each with the tokens a second that it trains on here.
+
+    The smallest is tried first; a larger one is not tried any more once the one before it is expected to do worse
+    than the best so far.
+
+    Args:
+        text: that is to be trained on.
+        seconds: of the training that is planned.
+        accelerator: Lightning's name of the device.
+        shapes: the models.
+        law: what is expected of them.
+    """
+    found: list[tuple[ModelConfig, float]] = []
+    best = float("inf")
+    for config in shapes:
+        trial = min(2.0, max(0.3, seconds / 200))
+        pace = seconds_per_update(config, text, accelerator, trial)
+        rate = choose_batches(config, text.train_tokens).tokens / pace
+        found.append((config, rate))
+        expected = law.relative_loss(layer_parameters(config), text.train_tokens, rate * seconds)
+        if expected > best:
+            break
+        best = expected
+    return found

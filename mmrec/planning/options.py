@@ -1,0 +1,55 @@
+"""The options of ``mmrec train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mmrec.core.errors import UserError
+from mmrec.training.cli import SECTIONS
+
+FORWARDED = tuple(f"--{section}." for section in SECTIONS)
+"""Beginnings of the options of ``mmrec fit``, which win over the plan's."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``mmrec train``.
+
+    Args:
+        texts: name of a corpus, or files, folders and URLs of your own text.
+        minutes: that it may take, all in all; where the run has ended already, so many more.
+        plan: only say what would be done; the text is prepared for it.
+        run: name of the run; that of the text if left out.
+        tokenizer: characters, bytes or bpe, or the path of an existing one; chosen by the text if left out.
+        on: cpu, gpu, or auto for a GPU where there is one.
+    """
+
+    texts: Sequence[str]
+    minutes: float = 10
+    plan: bool = False
+    run: str | None = None
+    tokenizer: str | None = None
+    on: Literal["auto", "cpu", "gpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.minutes <= 60 * 24 * 365:
+            raise UserError(f"--minutes is {self.minutes:g}; it must be at least 0.1")
+
+
+def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that are the command's own, and those that are passed on to ``mmrec fit``."""
+    own: list[str] = []
+    forwarded: list[str] = []
+    awaits_value = False
+    for arg in args:
+        if awaits_value:
+            forwarded.append(arg)
+            awaits_value = False
+        elif arg.startswith(FORWARDED) or arg.partition("=")[0] == "--seed_everything":
+            forwarded.append(arg)
+            awaits_value = "=" not in arg
+        else:
+            own.append(arg)
+    return own, forwarded

@@ -1,0 +1,203 @@
+"""The plan of a training: which model, which batches, how many updates, how much against overfitting."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from mmrec.model import ModelConfig
+from mmrec.planning.law import LAW, Law
+
+SHAPES = (
+    ModelConfig(dim=64, layers=3, layer_types=("short", "long", "short"), heads=2, ffn_dim=128),
+    ModelConfig(dim=128, layers=4, layer_types=("short", "long", "short", "short"), heads=4, ffn_dim=256),
+    ModelConfig(dim=144, layers=8, layer_types=("short", "long"), heads=4, ffn_dim=304),
+    ModelConfig(dim=256, layers=8, layer_types=("short", "long"), heads=8, ffn_dim=640),
+    ModelConfig(dim=384, layers=6, layer_types=("short", "long"), heads=6, ffn_dim=1024),
+    ModelConfig(dim=768, layers=12, layer_types=("short", "long"), heads=12, ffn_dim=2048),
+)
+"""The models that a plan chooses from, the smallest first; the second, third, fifth and sixth are those of
+``quickstart``, ``tiny``, ``mini`` and ``small``."""
+MOST_EPOCHS = 60
+"""A text is not read more often, however much time there is."""
+MOST_VALIDATIONS = 20
+VALIDATION_SHARE = 0.06
+"""Most of the time that all validations of a training may take."""
+FORWARD_SHARE = 0.3
+"""Of an update's time, what scoring as many tokens takes."""
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Return about how many parameters the layers have: all but the embedding and the output layer."""
+    recurrent = {"short": 5 * config.dim**2, "long": 5 * config.dim**2}
+    kinds = [config.layer_types[number % len(config.layer_types)] for number in range(config.layers)]
+    return sum(recurrent[kind] + 3 * config.dim * config.ffn_dim for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a plan knows of a prepared text.
+
+    Attributes:
+        train_tokens: tokens that train.
+        val_tokens: tokens that validate.
+        vocab_size: number of different tokens.
+        bytes_per_token: of the validation text.
+        xz: bits per byte that xz makes of the validation text after the training text.
+    """
+
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+    bytes_per_token: float
+    xz: float
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows, tokens of a row, and interleaved streams of an update."""
+
+    rows: int
+    seq_len: int
+    interleave: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an update."""
+        return self.rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, and what is expected of it.
+
+    Attributes:
+        config: of the model.
+        batches: of each update.
+        steps: updates.
+        text: what is read.
+        expected: bits per byte on the validation text.
+        spread: standard deviation of its logarithm.
+    """
+
+    config: ModelConfig
+    batches: Batches
+    steps: int
+    text: Text
+    expected: float
+    spread: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in all."""
+        return self.steps * self.batches.tokens
+
+    @property
+    def epochs(self) -> float:
+        """How often the training text is read."""
+        return self.tokens / self.text.train_tokens
+
+    def describe(self, seconds: float, rest: float) -> str:
+        """Return the plan for a person.
+
+        Args:
+            seconds: of training, with its validations.
+            rest: seconds before and after it.
+        """
+        parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
+        low, high = self.expected * math.exp(-self.spread), self.expected * math.exp(self.spread)
+        return "\n".join(
+            [
+                f"model       about {parameters / 1e6:.2f} M parameters: "
+                f"{self.config.layers} layers of {self.config.dim}",
+                f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens: "
+                f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs",
+                f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
+                f"expected    {self.expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
+                f"xz makes {self.text.xz:.2f}",
+            ]
+        )
+
+
+def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
+    """Return the batches of a model: small ones for small models, and such that a short text has several of them."""
+    wanted = Batches(8, 128, 8) if config.dim <= 128 else Batches(4 if config.dim < 512 else 8, 512, 1)
+    while wanted.tokens * 2 > train_tokens and wanted.seq_len > 16:
+        wanted = replace(wanted, seq_len=wanted.seq_len // 2, interleave=1)
+    while wanted.tokens * 2 > train_tokens and wanted.rows > 1:
+        wanted = replace(wanted, rows=wanted.rows // 2, interleave=1)
+    return wanted
+
+
+def make_plan(text: Text, rates: Sequence[tuple[ModelConfig, float]], seconds: float, law: Law = LAW) -> TrainingPlan:
+    """Return the plan with the least expected loss.
+
+    Args:
+        text: what is read.
+        rates: models, each with the tokens a second that it trains on.
+        seconds: of training, with its validations.
+        law: what is expected of the models.
+    """
+    plans = []
+    for config, rate in rates:
+        batches = choose_batches(config, text.train_tokens)
+        tokens = min(rate * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
+        steps = max(1, int(tokens / batches.tokens))
+        relative = law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
+        plans.append(TrainingPlan(config, batches, steps, text, text.xz * relative, law.spread))
+    return min(plans, key=lambda plan: plan.expected)
+
+
+def regularization(epochs: float) -> dict[str, float]:
+    """Return the options against overfitting of a training that reads its text so often."""
+    dropout = 0.0 if epochs <= 2 else 0.1 if epochs <= 5 else 0.2
+    return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 2 else 0.5, "confidence_penalty": 0.1}
+
+
+def fit_options(plan: TrainingPlan, minutes: float | None = None) -> list[str]:
+    """Return the options of ``mmrec fit`` that carry a plan out, but for the text.
+
+    Args:
+        plan: is carried out.
+        minutes: time that its updates may take; as long as they take if None.
+    """
+    config, batches, steps = plan.config, plan.batches, plan.steps
+    rate = 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
+    small = plan.text.vocab_size <= 1024
+    model = regularization(plan.epochs) | {
+        "learning_rate": rate,
+        "warmup_steps": max(1, min(100, steps // 20)),
+        "mtp_loss_weight": 0.3 if small else 0.0,
+        "schedule": "wsd",
+        "config": json.dumps(asdict(config)),
+    }
+    # A row goes elsewhere in the text after 16 rows' lengths, or sooner where the text has no room for that.
+    segment = max(batches.seq_len, min(2048, plan.text.train_tokens // (4 * batches.rows)))
+    data = {
+        "batch_size": batches.rows,
+        "seq_len": batches.seq_len,
+        "segment_len": segment,
+        "interleave": batches.interleave,
+    }
+    trainer = {"max_epochs": -1, "check_val_every_n_epoch": "null"} | _validations(plan)
+    end = {"trainer.max_steps": steps} if minutes is None else {"trainer.max_steps": -1}
+    limit = {} if minutes is None else {"time_limit.minutes": round(minutes, 4), "time_limit.planned_steps": steps}
+    options = {f"model.{name}": value for name, value in model.items()}
+    options |= {f"data.{name}": value for name, value in data.items()}
+    options |= {f"trainer.{name}": value for name, value in trainer.items()}
+    options |= end | limit | {"early_stopping.patience": MOST_VALIDATIONS * 100}
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _validations(plan: TrainingPlan) -> dict[str, object]:
+    """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
+    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens
+    whole = plan.text.val_tokens
+    times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)))
+    every = max(1, plan.steps // times)
+    options: dict[str, object] = {"val_check_interval": every}
+    if times * whole > affordable:
+        options["limit_val_batches"] = max(1, int(affordable / times / plan.batches.tokens))
+    return options

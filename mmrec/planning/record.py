@@ -1,0 +1,59 @@
+"""What ``mmrec train`` writes into a run's folder, so that the same line typed again goes on with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.core.errors import UserError
+from mmrec.core.files import write_file
+
+NAME = "plan.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A training that was begun.
+
+    Attributes:
+        data_dir: the token folder, an absolute path.
+        minutes: of training, with its validations.
+        steps: updates that are planned in them; None where its earlier pace decides.
+        options: of ``mmrec fit``, but for the text and the limit of time.
+        xz: bits per byte that xz makes of the validation text after the training text.
+        expected: bits per byte that the first plan expected.
+        finished: whether its time was used to the end.
+    """
+
+    data_dir: str
+    minutes: float
+    steps: int | None
+    options: list[str]
+    xz: float
+    expected: float
+    finished: bool = False
+
+    def write(self, run: Path) -> None:
+        """Write it into the folder of the run: whole, or not at all."""
+        run.mkdir(parents=True, exist_ok=True)
+        write_file(run / NAME, json.dumps(asdict(self), indent=1).encode())
+
+
+def read_record(run: Path) -> Record | None:
+    """Return what was written of a run, or None where it has not begun; UserError where it cannot be read."""
+    path = run / NAME
+    if not path.exists():
+        return None
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is no plan of mmrec train; choose another --run, or delete the run") from None
+
+
+def seconds_trained(checkpoint: Path) -> float:
+    """Return the seconds of training before ``checkpoint``, as its limit of time has counted them."""
+    states = read_checkpoint(checkpoint, mmap=True)["callbacks"]
+    found = [state for name, state in states.items() if name.startswith("TimeLimit") and state]
+    return float(found[0]["seconds"]) if found else 0.0

@@ -1,0 +1,84 @@
+"""From the texts that were named to a token folder: what is read how, and by which tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmrec.core.errors import UserError
+from mmrec.data.corpora import CORPORA, get_corpus
+from mmrec.data.corpora.base import Options
+from mmrec.data.options import PrepareOptions
+from mmrec.data.prepare import prepare
+from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, resolve_source
+from mmrec.data.store import TokenFolder
+from mmrec.tokenizers import TOKENIZERS
+
+LARGEST_ALPHABET = 512
+"""Different characters up to which each is a token of its own, where a character takes more than one byte."""
+PLAIN = 1.2
+"""Bytes of a character up to which a text is read byte by byte: what the model reads later may hold any character."""
+VOCABULARY = 4096
+"""Tokens of the byte-level BPE of a text with more different characters, and of a large corpus."""
+
+
+def prepare_texts(texts: Sequence[str], tokenizer: str | None, output_dir: Path | None = None) -> TokenFolder:
+    """Prepare what ``texts`` name, by ``tokenizer`` or by the one that suits it, and return the token folder.
+
+    Raises:
+        UserError: they name nothing that can be read, or the folder holds something else.
+    """
+    options = _options(texts, output_dir)
+    source = resolve_source(options)
+    if tokenizer is None and texts[0] not in CORPORA:
+        tokenizer = choose_tokenizer(source)
+    vocabulary = VOCABULARY if tokenizer == "bpe" else None
+    folder = prepare(
+        PrepareOptions(
+            options.corpus,
+            options.paths,
+            output_dir=source.output_dir,
+            input_file=options.input_file,
+            input_dir=options.input_dir,
+            tokenizer=tokenizer,
+            vocab_size=vocabulary,
+        )
+    )
+    assert folder is not None  # Slurm alone returns none
+    return folder
+
+
+def _options(texts: Sequence[str], output_dir: Path | None) -> PrepareOptions:
+    """Return the options of ``mmrec prepare`` that mean ``texts``: a small folder of texts is held in memory."""
+    first, *rest = texts
+    folder = Path(first)
+    if first in CORPORA or rest or not folder.is_dir():
+        return PrepareOptions(first, rest, output_dir=output_dir)
+    if sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) >= SMALL_BYTES:
+        return PrepareOptions(first, output_dir=output_dir)
+    name = folder.resolve().name or "texts"
+    return PrepareOptions(input_dir=folder, output_dir=output_dir or Path("data", name))
+
+
+def choose_tokenizer(source: ResolvedSource) -> str:
+    """Return the tokenizer for a text: bytes where most characters are one, else characters, else bpe."""
+    if source.is_large:
+        local = [Path(path) for path in source.paths if "://" not in path]
+        size = sum(path.stat().st_size for path in local if path.is_file())
+        return "bytes" if source.paths and len(local) == len(source.paths) and size < SMALL_BYTES else "bpe"
+    characters: set[str] = set()
+    length = size = 0
+    corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir))
+    for document in corpus.documents():
+        characters |= {*document.text}
+        length += len(document.text)
+        size += len(document.text.encode("utf-8"))
+    if size <= PLAIN * length:
+        return "bytes"
+    return "characters" if len(characters) <= LARGEST_ALPHABET else "bpe"
+
+
+def check_tokenizer(name: str | None) -> None:
+    """Raise UserError where ``name`` is neither a kind of tokenizer nor a path."""
+    if name is not None and name not in TOKENIZERS and not Path(name).exists():
+        raise UserError(f"--tokenizer is {name!r}; it must be {', '.join(TOKENIZERS)}, or the path of one")

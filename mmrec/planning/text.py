@@ -1,0 +1,40 @@
+"""What a plan has to know of a prepared text, and what a compressor makes of it."""
+
+from __future__ import annotations
+
+import lzma
+
+import numpy as np
+
+from mmrec.data.store import TokenFolder
+from mmrec.planning.plan import Text
+from mmrec.tokenizers import token_lengths
+
+MOST_COMPRESSED = 4_000_000
+"""Bytes of the end of a training text that a compressor reads before the validation text, at about 1 MB a second."""
+
+
+def describe_text(folder: TokenFolder) -> Text:
+    """Return what a plan knows of the text of ``folder``."""
+    lengths = token_lengths(folder.tokenizer)[:, 0]
+    val = folder.val[:MOST_COMPRESSED]
+    size = float(lengths[val.astype(np.int64)].sum())
+    return Text(len(folder.train), len(folder.val), len(lengths), size / len(val), xz_bits_per_byte(folder))
+
+
+def xz_bits_per_byte(folder: TokenFolder) -> float:
+    """Return the bits per byte that xz makes of the validation text after the training text, or the ends of both."""
+    before, text = texts(folder)
+    return 8 * (_xz(before + text) - _xz(before)) / len(text)
+
+
+def texts(folder: TokenFolder, most: int = MOST_COMPRESSED) -> tuple[bytes, bytes]:
+    """Return the last ``most`` bytes of the training text, and the first ones of the validation text."""
+    spelled = [folder.tokenizer.token_bytes(token) for token in range(folder.tokenizer.vocab_size)]
+    train = b"".join(spelled[token] for token in folder.train[-most:])[-most:]
+    return train, b"".join(spelled[token] for token in folder.val[:most])[:most]
+
+
+def _xz(data: bytes) -> int:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 64 << 20}]
+    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))

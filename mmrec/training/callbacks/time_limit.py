@@ -1,0 +1,167 @@
+"""A training that is given minutes: how many updates they are enough for, and the schedule that ends with them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from mmrec.core.errors import UserError
+from mmrec.training.compat import is_accumulating
+from mmrec.training.module import RecurrentLMModule
+from mmrec.training.optim import decay_start
+
+CHECK_EVERY = 10
+"""Updates between two looks at the clock."""
+WARM_UP = 3
+"""First updates of a process, which are slower than those that follow."""
+TOO_LATE, TOO_EARLY = 0.02, 0.05
+"""Shares of the time by which a plan may miss its end before another takes its place."""
+
+
+class TimeLimit(Callback):
+    """Plans the number of updates of a run that is given a time, and ends it with them.
+
+    The plan is what the schedule of the learning rate, and all else that depends on the length of a run, goes by. It
+    is made from the seconds that updates take here, and kept: another takes its place only where it would miss the
+    end of the time, and a longer one only before the learning rate falls. So a run on a quiet machine is repeatable
+    by its number of updates. Both are saved with the checkpoint.
+
+    Args:
+        minutes: of training and validation, over all resumptions of the run; None for no limit.
+        planned_steps: number of updates to plan with at first; found by the first updates if left out.
+
+    Attributes:
+        planned_steps: the plan.
+        decisions: each plan, as (update at which it was made, seconds of training before it, updates planned).
+    """
+
+    def __init__(self, minutes: float | None = None, planned_steps: int | None = None) -> None:
+        if minutes is not None and not 0 < minutes < 60 * 24 * 3650:
+            raise UserError(f"time_limit.minutes is {minutes}; it must be more than 0")
+        if planned_steps is not None and planned_steps < 1:
+            raise UserError(f"time_limit.planned_steps is {planned_steps}; it must be at least 1")
+        if planned_steps is not None and minutes is None:
+            raise UserError("time_limit.planned_steps is for time_limit.minutes; give trainer.max_steps without")
+        self.minutes = minutes
+        self.planned_steps = planned_steps
+        self.decisions: list[tuple[int, float, int]] = []
+        self._seconds_before = 0.0  # of the processes before this one
+        self._start = 0.0
+        self._evaluating = 0.0  # seconds of this process
+        self._evaluation = 0.0  # seconds of the latest
+        self._evaluation_start = 0.0
+        self._pace = 0.0  # seconds of an update, without validations
+        self._recent: deque[tuple[int, float]] = deque()
+        self._first_step = 0
+        self._time_is_new = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and validation so far."""
+        return self._seconds_before + (time.perf_counter() - self._start if self._start else 0.0)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run has ended by its time."""
+        return bool(self.decisions) and self.decisions[-1][0] >= self.decisions[-1][2]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.minutes is None:
+            return
+        self._start = time.perf_counter()
+        self._first_step = trainer.global_step
+        if self._pace and self._time_is_new:
+            self._decide(trainer, pl_module, self._affordable(trainer.global_step))
+        elif self.planned_steps is not None:
+            self._decide(trainer, pl_module, self.planned_steps)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation = time.perf_counter() - self._evaluation_start
+        self._evaluating += self._evaluation
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.minutes is None or is_accumulating(trainer):
+            return
+        step = trainer.global_step
+        if step % CHECK_EVERY == 0 and step >= self._first_step + WARM_UP:
+            self._measure(step)
+            self._reconsider(trainer, pl_module)
+        if self.planned_steps is not None and step >= self.planned_steps:
+            self.decisions.append((step, self.seconds, step))
+            trainer.should_stop = True
+
+    def _measure(self, step: int) -> None:
+        """Take the pace of the latest third of this process's updates."""
+        training = time.perf_counter() - self._start - self._evaluating
+        self._recent.append((step, training))
+        while len(self._recent) > 2 and self._recent[0][1] < training * 2 / 3:
+            self._recent.popleft()
+        (first, begin), (last, end) = self._recent[0], self._recent[-1]
+        if last > first:
+            self._pace = (end - begin) / (last - first)
+
+    def _reconsider(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make another plan where the one that there is would miss the end of the time."""
+        if not self._pace:
+            return
+        assert self.minutes is not None
+        step, limit = trainer.global_step, 60 * self.minutes
+        affordable = trainer.strategy.broadcast(self._affordable(step))
+        if self.planned_steps is None:
+            self._decide(trainer, pl_module, affordable)
+            return
+        missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / limit
+        assert isinstance(pl_module, RecurrentLMModule)
+        options = pl_module.options
+        falls = options.schedule == "wsd" and step >= decay_start(options, self.planned_steps)
+        if missed > TOO_LATE or (missed < -TOO_EARLY and not falls):
+            self._decide(trainer, pl_module, affordable)
+
+    def _seconds_per_step(self, step: int) -> float:
+        """Seconds of an update and its share of the validations."""
+        return self._pace + self._evaluating / max(1, step - self._first_step)
+
+    def _affordable(self, step: int) -> int:
+        """Return the number of updates at which the time is up, with a validation at the end."""
+        assert self.minutes is not None
+        left = 60 * self.minutes - self.seconds - self._evaluation
+        return step + max(0, int(left / self._seconds_per_step(step)))
+
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, steps: int) -> None:
+        assert isinstance(pl_module, RecurrentLMModule)
+        if self.planned_steps not in (None, steps):
+            rank_zero_info(f"Planned {steps:,} updates instead of {self.planned_steps:,}: the machine's pace changed")
+        self.planned_steps = steps
+        self.decisions.append((trainer.global_step, self.seconds, steps))
+        pl_module.plan_steps(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.minutes is None:
+            return {}
+        return {
+            "minutes": self.minutes,
+            "seconds": self.seconds,
+            "planned_steps": self.planned_steps,
+            "pace": self._pace,
+            "decisions": list(self.decisions),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the plan that was saved, or with another where the time is another now."""
+        if not state_dict:
+            return
+        self._seconds_before = state_dict["seconds"]
+        self._pace = state_dict["pace"]
+        self._time_is_new = state_dict["minutes"] != self.minutes
+        self.decisions = [tuple(one) for one in state_dict["decisions"]]
+        if not self._time_is_new or self._pace == 0:
+            self.planned_steps = state_dict["planned_steps"]

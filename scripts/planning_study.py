@@ -1,0 +1,112 @@
+"""Train models of several sizes on several texts, as mmrec train would, and add a row for each to a table.
+
+The law that plans are made by (mmrec/planning/law.py) is fitted to that table: see scripts/planning_law.py.
+
+    python scripts/planning_study.py data/plays data/manual --shapes 0 1 --tokens 500000 1500000
+
+Rows that the table holds already are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.data.store import open_tokens
+from mmrec.planning.plan import SHAPES, Text, TrainingPlan, choose_batches, fit_options, layer_parameters
+from mmrec.planning.text import describe_text
+from mmrec.training.callbacks.run_log import commit, environment
+
+COLUMNS = (
+    "text",
+    "sha256",
+    "train_tokens",
+    "val_tokens",
+    "vocab_size",
+    "xz",
+    "shape",
+    "parameters",
+    "tokens",
+    "epochs",
+    "seed",
+    "bits_per_byte",
+    "commit",
+    "processor",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data_dirs", nargs="+", type=Path, help="token folders")
+    parser.add_argument(
+        "--shapes", nargs="+", type=int, default=[0, 1, 2], help="numbers of mmrec.planning.plan.SHAPES"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[500_000, 1_500_000], help="tokens to read")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", type=Path, default=Path("docs/planning.csv"))
+    options = parser.parse_args()
+    for tokens in options.tokens:
+        for number in options.shapes:
+            for folder in options.data_dirs:
+                for seed in options.seeds:
+                    add_row(options.table, folder, number, tokens, seed)
+
+
+def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> None:
+    """Train, and append what came of it to ``table``."""
+    opened = open_tokens(folder)
+    digest = str(opened.manifest["files"]["train.bin"]["sha256"])[:16]
+    key = {"sha256": digest, "shape": str(number), "tokens": str(tokens), "seed": str(seed)}
+    if any(all(row[name] == value for name, value in key.items()) for row in rows(table)):
+        return
+    text, config = describe_text(opened), SHAPES[number]
+    batches = choose_batches(config, text.train_tokens)
+    plan = TrainingPlan(config, batches, max(1, tokens // batches.tokens), text, 0.0, 0.0)
+    row = {
+        "text": folder.name,
+        "train_tokens": text.train_tokens,
+        "val_tokens": text.val_tokens,
+        "vocab_size": text.vocab_size,
+        "xz": round(text.xz, 4),
+        "parameters": layer_parameters(config),
+        "epochs": round(plan.epochs, 3),
+        "bits_per_byte": round(bits_per_byte(folder, plan, seed, text), 4),
+        "commit": commit(),
+        "processor": environment()["processor"],
+    }
+    is_new = not table.exists()
+    with open(table, "a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(key | row)
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    """Return the rows of ``table``; none where it is not there yet."""
+    if not table.exists():
+        return []
+    with open(table, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, text: Text) -> float:
+    """Return the lowest bits per byte on the validation text of a training by ``plan``."""
+    with tempfile.TemporaryDirectory() as root:
+        command = [sys.executable, "-m", "mmrec", "fit", "--run=study", f"--data.data_dir={folder.absolute()}"]
+        command += [*fit_options(plan), f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
+        command += [f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        best = read_checkpoint(Path(root, "lightning_logs", "study", "checkpoints", "best.ckpt"))
+    states = [state for name, state in best["callbacks"].items() if name.startswith("BestCheckpoint")]
+    return float(states[0]["best_model_score"]) / math.log(2) / text.bytes_per_token
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The plan of mmrec train: the law, the choice of model, batches, options, tokenizer, and what they are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from mmrec.data.options import PrepareOptions
+from mmrec.data.resolve import resolve_source
+from mmrec.data.store import open_tokens
+from mmrec.model import RecurrentLM
+from mmrec.planning.law import LAW
+from mmrec.planning.machine import measure_rates, seconds_per_update
+from mmrec.planning.options import split_arguments
+from mmrec.planning.plan import (
+    MOST_EPOCHS,
+    SHAPES,
+    Text,
+    choose_batches,
+    fit_options,
+    layer_parameters,
+    make_plan,
+    regularization,
+)
+from mmrec.planning.source import choose_tokenizer
+from mmrec.planning.text import describe_text, xz_bits_per_byte
+
+TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5)
+
+
+def test_tokens_that_are_read_again_count_for_less() -> None:
+    once = LAW.effective_tokens(1e6, 1e6)
+    assert once == 1e6
+    assert LAW.effective_tokens(1e6, 5e5) == 5e5
+    twice, often = LAW.effective_tokens(1e6, 2e6), LAW.effective_tokens(1e6, 1e9)
+    assert 1.8e6 < twice < 2e6
+    assert often == pytest.approx(1e6 * (1 + LAW.repetition))
+
+
+def test_more_text_and_more_time_are_expected_to_help() -> None:
+    parameters = layer_parameters(SHAPES[1])
+    losses = [LAW.relative_loss(parameters, 1e6, tokens) for tokens in (1e5, 1e6, 4e6)]
+    assert losses == sorted(losses, reverse=True)
+    assert LAW.relative_loss(parameters, 1e5, 1e6) > LAW.relative_loss(parameters, 1e6, 1e6)
+
+
+@pytest.mark.parametrize("config", SHAPES[:4], ids=lambda config: str(config.dim))
+def test_parameters_are_about_those_of_the_model(config: object) -> None:
+    from mmrec.model import ModelConfig
+
+    assert isinstance(config, ModelConfig)
+    net = RecurrentLM(config, 65)
+    real = net.parameter_count() - net.embedding.weight.numel()
+    assert layer_parameters(config) == pytest.approx(real, rel=0.05)
+
+
+def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
+    rates = [(SHAPES[0], 30_000.0), (SHAPES[1], 10_000.0), (SHAPES[2], 4_000.0)]
+    for seconds in (5, 60, 3600):
+        chosen = make_plan(TEXT, rates, seconds)
+        each = [make_plan(TEXT, [rate], seconds) for rate in rates]
+        assert chosen == min(each, key=lambda plan: plan.expected)
+    short, long = make_plan(TEXT, rates, 5), make_plan(TEXT, rates, 36_000)
+    assert layer_parameters(short.config) < layer_parameters(long.config)
+
+
+def test_a_text_is_not_read_without_end() -> None:
+    plan = make_plan(dataclasses.replace(TEXT, train_tokens=10_000), [(SHAPES[0], 30_000.0)], 3600)
+    assert MOST_EPOCHS - 2 < plan.epochs <= MOST_EPOCHS
+
+
+@pytest.mark.parametrize("tokens", [40, 300, 5_000, 10**6])
+def test_batches_leave_a_text_room(tokens: int) -> None:
+    for config in SHAPES:
+        batches = choose_batches(config, tokens)
+        assert batches.rows >= 1
+        assert batches.tokens * 2 <= tokens or (batches.rows == 1 and batches.seq_len <= 16)
+
+
+def test_more_epochs_are_regularized_more() -> None:
+    dropouts = [regularization(epochs)["dropout"] for epochs in (1, 4, 20)]
+    assert dropouts == sorted(dropouts)
+    assert dropouts[0] < dropouts[-1]
+
+
+def test_validations_take_a_small_share_of_the_time() -> None:
+    plan = make_plan(dataclasses.replace(TEXT, val_tokens=50_000_000), [(SHAPES[1], 10_000.0)], 60)
+    options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
+    batches, every = int(options["trainer.limit_val_batches"]), int(options["trainer.val_check_interval"])
+    scored = batches * plan.batches.tokens * (plan.steps // every)
+    assert 0 < scored < 0.25 * plan.tokens
+
+
+def test_the_text_is_described(prepared: Path) -> None:
+    folder = open_tokens(prepared)
+    text = describe_text(folder)
+    assert (text.train_tokens, text.val_tokens, text.bytes_per_token) == (len(folder.train), len(folder.val), 1.0)
+    assert 0 < text.xz < 8
+    assert text.xz == xz_bits_per_byte(folder)
+
+
+def test_a_trial_changes_no_random_numbers_and_gives_a_time() -> None:
+    import torch
+
+    text = dataclasses.replace(TEXT, train_tokens=600)
+    before = torch.random.get_rng_state()
+    assert 0 < seconds_per_update(SHAPES[0], text, "cpu", 0.01) < math.inf
+    assert torch.equal(before, torch.random.get_rng_state())
+    rates = measure_rates(text, 2.0, "cpu", SHAPES[:1])
+    assert [config for config, _ in rates] == [SHAPES[0]]
+
+
+def test_options_of_fit_are_told_from_those_of_train() -> None:
+    own, forwarded = split_arguments(
+        [
+            "novel.txt",
+            "--minutes",
+            "3",
+            "--model.dropout",
+            "0.1",
+            "--trainer.max_steps=5",
+            "--seed_everything",
+            "3",
+            "b",
+        ]
+    )
+    assert own == ["novel.txt", "--minutes", "3", "b"]
+    assert forwarded == ["--model.dropout", "0.1", "--trainer.max_steps=5", "--seed_everything", "3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("Plain English, as it is.\n" * 20, "bytes"),
+        ("Широка страна моя родная.\n" * 20, "characters"),
+        ("".join(chr(0x4E00 + number) for number in range(900)), "bpe"),
+    ],
+)
+def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: str) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    assert choose_tokenizer(resolve_source(PrepareOptions(str(path)))) == tokenizer

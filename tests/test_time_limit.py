@@ -1,0 +1,140 @@
+"""A training that is given minutes: the updates that are planned in them, the schedule that ends with them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from helpers import checkpoints, fit, last, load
+
+from mmrec.core.errors import UserError
+from mmrec.training.callbacks.time_limit import TimeLimit
+from mmrec.training.optim import decay_start, learning_rate_share
+from mmrec.training.options import OptimizerOptions
+
+WSD = OptimizerOptions(schedule="wsd", decay_ratio=0.25, warmup_steps=10, min_lr_ratio=0.1)
+
+
+def test_the_rate_is_constant_and_falls_at_the_end() -> None:
+    shares = [learning_rate_share(step, WSD, 100) for step in range(110)]
+    assert shares[0] == 0.1
+    assert shares[9:76] == [1.0] * 67
+    assert decay_start(WSD, 100) == 75
+    assert all(after < before for before, after in itertools.pairwise(shares[75:101]))
+    assert shares[100:] == [pytest.approx(0.1)] * 10
+    assert learning_rate_share(10**6, WSD, None) == 1.0
+
+
+class Clock:
+    """A clock of which each update takes as long as is told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.pace = 1.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Takes the place of the clock of the time limit; an update takes ``pace`` seconds."""
+    from mmrec.training.callbacks import time_limit
+    from mmrec.training.module import RecurrentLMModule
+
+    clock, before = Clock(), RecurrentLMModule.training_step
+    monkeypatch.setattr(time_limit, "time", clock)
+
+    def training_step(self: RecurrentLMModule, *args: Any) -> Any:
+        clock.now += clock.pace
+        return before(self, *args)
+
+    monkeypatch.setattr(RecurrentLMModule, "training_step", training_step)
+    return clock
+
+
+def limited(prepared: Path, *more: object) -> list[str]:
+    endless = ["--trainer.max_epochs=-1", "--model.schedule=wsd", "--trainer.logger=false"]
+    return fit(prepared, *endless, *more)
+
+
+def plan_of(run: str, name: str = "last") -> dict[str, Any]:
+    states = load(checkpoints(run) / f"{name}.ckpt")["callbacks"]
+    return next(state for key, state in states.items() if key.startswith("TimeLimit"))
+
+
+def best_score(name: str) -> float:
+    states = load(checkpoints("a") / f"{name}.ckpt")["callbacks"]
+    return next(float(state["best_model_score"]) for key, state in states.items() if key.startswith("Best"))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_run_ends_with_its_time_and_its_rate_with_it(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1")) == 0
+    end = last("a")
+    assert 58 <= end["global_step"] <= 60
+    assert plan_of("a")["planned_steps"] == end["global_step"]
+    assert end["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0.05 * 3e-3)
+    assert load(checkpoints("a") / "best.ckpt")["global_step"] == end["global_step"]  # validated at its end
+
+
+@pytest.mark.usefixtures("clock")
+def test_lightnings_own_limit_of_time_is_planned_with_too(mmrec: Command, prepared: Path) -> None:
+    assert mmrec(*limited(prepared, "--run=a", "--trainer.max_time=00:00:00:30")) == 0
+    assert 28 <= last("a")["global_step"] <= 30
+    assert last("a")["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0.05 * 3e-3)
+
+
+def test_a_plan_is_kept_while_it_holds(mmrec: Command, prepared: Path, clock: Clock) -> None:
+    clock.pace = 0.99
+    assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1", "--time_limit.planned_steps=60")) == 0
+    assert last("a")["global_step"] == 60
+    assert [steps for _, _, steps in plan_of("a")["decisions"]] == [60, 60]  # at the start, and reached
+
+
+@pytest.mark.parametrize(("pace", "least", "most"), [(2.0, 28, 31), (0.5, 110, 121)])
+def test_another_pace_makes_another_plan(
+    mmrec: Command, prepared: Path, clock: Clock, pace: float, least: int, most: int
+) -> None:
+    clock.pace = pace
+    assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1", "--time_limit.planned_steps=60")) == 0
+    assert least <= last("a")["global_step"] <= most
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_longer_run_goes_on_from_before_the_rate_fell_and_never_loses_its_best(
+    mmrec: Command, prepared: Path
+) -> None:
+    assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1")) == 0
+    score = best_score("best")
+    stable = load(checkpoints("a") / "stable.ckpt")
+    assert stable["global_step"] == decay_start(OptimizerOptions(schedule="wsd"), last("a")["global_step"])
+    assert stable["lr_schedulers"][0]["_last_lr"][0] == 3e-3
+    path = checkpoints("a") / "stable.ckpt"
+    longer = [
+        "--run=a",
+        f"--ckpt_path={path}",
+        "--time_limit.minutes=1.5",
+        "--model.learning_rate=0.9",
+        "--model.min_lr_ratio=1",
+    ]
+    assert mmrec(*limited(prepared, *longer)) == 0  # at a rate that spoils it
+    assert 86 <= last("a")["global_step"] <= 91
+    assert best_score("last") == best_score("best") == score
+    assert load(checkpoints("a") / "best.ckpt")["global_step"] == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"minutes": 0.0}, "more than 0"),
+        ({"minutes": 1.0, "planned_steps": 0}, "at least 1"),
+        ({"planned_steps": 5}, "trainer.max_steps"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        TimeLimit(**options)

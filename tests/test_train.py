@@ -1,0 +1,145 @@
+"""mmrec train: one line from a text to a model, stopped and typed again, and made better by typing it once more."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from helpers import last, load
+
+SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+
+
+@pytest.fixture(autouse=True)
+def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial of the machine gives two models without being made; it has tests of its own."""
+    from mmrec.planning import command
+    from mmrec.planning.plan import SHAPES
+
+    monkeypatch.setattr(command, "measure_rates", lambda *_: [(SHAPES[0], 3000.0), (SHAPES[1], 10.0)])
+
+
+@pytest.fixture
+def novel(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "novel.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def record() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path("lightning_logs/novel/plan.json").read_text(encoding="utf-8"))
+    return content
+
+
+def test_a_plan_is_said_and_nothing_trained(mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec("train", novel, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "model       about 0.15 M parameters: 3 layers of 64" in said
+    assert "epochs" in said
+    assert "bits/byte" in said
+    assert not Path("lightning_logs").exists()
+
+
+def test_one_line_trains_and_says_what_came_of_it(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=8") == 0
+    said = capsys.readouterr().out
+    assert "validation  " in said
+    assert "bits/byte by xz" in said
+    assert "It writes:" in said
+    assert "mmrec generate --run novel" in said
+    assert last("novel")["global_step"] == 8
+    assert record()["finished"]
+    # What was planned is an ordinary config.
+    assert mmrec("fit", "--config=lightning_logs/novel/config.yaml", "--run=again") == 0
+    weights, again = last("novel")["state_dict"], last("again")["state_dict"]
+    assert all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, novel: Path) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    best = Path("lightning_logs/novel/checkpoints/best.ckpt")
+    assert load(best)["global_step"] == 8
+    assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=0.9", "--model.min_lr_ratio=1") == 0
+    assert last("novel")["global_step"] == 16  # after a rate that spoils it
+    assert load(best)["global_step"] == 8
+    assert record()["finished"]
+
+
+def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
+
+    line = ["train", novel, *SMALL, "--trainer.max_steps=8"]
+    assert mmrec(*line, "--run=whole") == 0
+    batches, before = 0, LastCheckpoint.on_train_batch_end
+
+    def interrupt(self: LastCheckpoint, *args: Any) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        before(self, *args)
+
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
+    assert mmrec(*line) == 130
+    assert not record()["finished"]
+    assert "Resume with: mmrec " in capfd.readouterr().err
+    assert mmrec(*line) == 0
+    assert "resumed" in capfd.readouterr().out
+    whole, stopped = last("whole"), last("novel")
+    assert stopped["global_step"] == 8
+    assert all(whole["state_dict"][name].equal(stopped["state_dict"][name]) for name in whole["state_dict"])
+
+
+def test_a_folder_of_texts_is_trained_on_as_a_whole(mmrec: Command, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
+    assert mmrec("train", folder, *SMALL, "--trainer.max_steps=2") == 0
+    assert last("letters")["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--minutes=0"], "at least 0.1"),
+        (["--tokenizer=letters"], "characters, bytes, bpe"),
+        (["--on=moon"], "moon"),
+        (["--model.dim=3"], "dim"),
+        (["--minutes=few"], "minutes"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    mmrec: Command, novel: Path, args: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", novel, *args) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert word in said[0]
+
+
+def test_a_text_that_is_not_there_is_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mmrec("train", "nothing.txt") == 2
+    assert "nothing.txt" in capsys.readouterr().err
+
+
+def test_another_run_of_that_name_is_left_alone(
+    mmrec: Command, novel: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from helpers import fit
+
+    assert mmrec(*fit(prepared, "--run=novel", "--trainer.max_steps=1", "--trainer.logger=false")) == 0
+    before = last("novel")["global_step"]
+    assert mmrec("train", novel, *SMALL) == 2
+    assert "choose another --run" in capsys.readouterr().err
+    assert last("novel")["global_step"] == before
