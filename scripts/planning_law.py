@@ -1,0 +1,75 @@
+"""Fit the law of mmrec/planning/law.py to the rows of docs/planning.csv, and say how well it does on texts left out.
+
+    python scripts/planning_law.py docs/planning.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+
+from mmrec.planning.law import LAW, Law
+
+ROUNDS = 3000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("table", type=Path, nargs="?", default=Path("docs/planning.csv"))
+    with open(parser.parse_args().table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = sorted({row["text"] for row in rows})
+    for left_out in texts:
+        law = fit([row for row in rows if row["text"] != left_out])
+        misses = [abs(error(law, row)) for row in rows if row["text"] == left_out]
+        mean = sum(misses) / len(misses)
+        print(f"{left_out:<16} left out of the fit: {len(misses)} rows, off by {mean:.1%} in the mean")
+    print(fit(rows))
+
+
+def error(law: Law, row: dict[str, str]) -> float:
+    """Return the logarithm of what came over what was expected."""
+    relative = law.relative_loss(float(row["parameters"]), float(row["train_tokens"]), float(row["tokens"]))
+    return math.log(float(row["bits_per_byte"]) / (float(row["xz"]) * relative))
+
+
+def fit(rows: Sequence[dict[str, str]]) -> Law:
+    """Return the law with the least squared error of the logarithms, its coefficients kept positive."""
+    start = torch.tensor(astuple(LAW)[:7]).clamp(min=1e-3).log()
+    logs = start.clone().requires_grad_()
+    columns = {
+        name: torch.tensor([float(row[name]) for row in rows])
+        for name in ("parameters", "train_tokens", "tokens", "bits_per_byte", "xz")
+    }
+    optimizer = torch.optim.Adam([logs], lr=0.02)
+    loss = torch.zeros(())
+    for _ in range(ROUNDS):
+        optimizer.zero_grad()
+        misses = _errors(logs.exp(), columns)
+        # A weak pull to the start: there are few rows.
+        loss = misses.square().mean() + 1e-4 * (logs - start).square().mean()
+        loss.backward()
+        optimizer.step()
+    spread = float(_errors(logs.exp(), columns).square().mean().sqrt())
+    return Law(*(round(float(value), 4) for value in logs.exp().detach()), round(spread, 4))
+
+
+def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the errors of all rows, as :meth:`Law.relative_loss` gives them, with gradients."""
+    floor, a, a_power, b, b_power, repetition, overfit = values.unbind()
+    read, text, parameters = columns["tokens"], columns["train_tokens"], columns["parameters"]
+    again = (read / text - 1).clamp(min=0)
+    effective = torch.minimum(read, text) + text * repetition * (1 - (-again / repetition).exp())
+    crowding = (parameters / text).log1p() * (read / text).clamp(min=1).log()
+    relative = floor + a * (parameters / 1e6) ** -a_power + b * (effective / 1e6) ** -b_power + overfit * crowding
+    return (columns["bits_per_byte"] / (columns["xz"] * relative)).log()
+
+
+if __name__ == "__main__":
+    main()
