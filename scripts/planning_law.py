@@ -1,6 +1,6 @@
 """Fit the law of mmrec/planning/law.py to the rows of docs/planning.csv, and say how well it does on texts left out.
 
-    python scripts/planning_law.py docs/planning.csv
+python scripts/planning_law.py docs/planning.csv
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,10 +16,24 @@ from mmrec.training.module import RecurrentLMModule
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without the number of the version, which here is a name."""
+    """Lightning's bar with the time that is left of the whole training, where its end is planned.
+
+    It goes by what updates and validations have taken since training started. The number of the version, which here
+    is a name, is left out.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._start, self._first_step = time.monotonic(), trainer.global_step
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        assert isinstance(pl_module, RecurrentLMModule)
+        planned, step = pl_module.planned_steps, trainer.global_step
+        if trainer.training and planned is not None and step > self._first_step:
+            pace = (time.monotonic() - self._start) / (step - self._first_step)
+            metrics["left"] = str(timedelta(seconds=round(pace * max(0, planned - step))))
+        return metrics
 
 
 class Summary(Callback):
