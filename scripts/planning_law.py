@@ -9,7 +9,7 @@ import argparse
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
@@ -56,8 +56,10 @@ def fit(rows: Sequence[dict[str, str]]) -> Law:
         loss = misses.square().mean() + 1e-4 * (logs - start).square().mean()
         loss.backward()
         optimizer.step()
-    spread = float(_errors(logs.exp(), columns).square().mean().sqrt())
-    return Law(*(round(float(value), 4) for value in logs.exp().detach()), round(spread, 4))
+    spread = float(_errors(logs.detach().exp(), columns).square().mean().sqrt())
+    names = [field.name for field in fields(Law)][:7]
+    values = {name: round(value, 4) for name, value in zip(names, logs.exp().tolist(), strict=True)}
+    return Law(**values, spread=round(spread, 4))
 
 
 def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
