@@ -344,4 +344,4 @@ def test_a_wrong_request_is_refused(
 def test_what_there_is(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("eval") == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in ("length", "carry", *SMALL))
+    assert all(f"  {name} " in shown for name in ("length", "carry", "planted", *SMALL))

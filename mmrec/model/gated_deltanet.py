@@ -74,13 +74,18 @@ class GatedDeltaNet(RecurrentLayer):
         dtype = state[1].dtype
         parts = self.split(self.project(x))
         qkv, past = self.conv(parts.qkv, state[0], reset_mask)
-        q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+        q, k, v = self.heads_of(qkv, dtype)
         log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
         beta = self.beta_max * self._write_gate(parts, dtype)
         o, memory = chunked.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1])
         o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
         return self.output(o * self._output_gate(parts)), (past, memory)
+
+    def heads_of(self, qkv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, in ``dtype``, and values, [B, H, T, K] each, of the convolution's ``qkv``."""
+        rows, length, _ = qkv.shape
+        q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype)), v
 
     def gates(self, x: Tensor) -> Gates:
         parts = self.split(self.project(x))
