@@ -38,6 +38,11 @@ def _text_arguments(parser: Parser) -> None:
     )
 
 
+def _score_arguments(parser: Parser) -> None:
+    _text_arguments(parser)
+    parser.add_argument("--beside", action="store_true", help="print what xz and PPMd take for the text, too")
+
+
 def _export_arguments(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
 
@@ -87,7 +92,7 @@ COMMANDS = {
     "score": Command(
         "print how well a text is predicted, in total and by position",
         "mmrec.inference.scoring:score",
-        _text_arguments,
+        _score_arguments,
     ),
     "export": Command(
         "write a trained model for transformers, onnxruntime, or as one safetensors file",

@@ -1,4 +1,4 @@
-"""Memory files: the carried state after a text, and what was learned from it, bound by a hash to the model."""
+"""Memory files: the carried state after a text, what was learned from it, and its n-grams, bound to a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmrec.checkpoints.cached import LARGEST_VOCABULARY, CachedNgrams, megabytes_of
 from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, read_metadata, tensor_bytes, write_checksummed
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights, form_of
 from mmrec.core.errors import UserError
@@ -19,7 +20,7 @@ from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
 FORMAT = FileFormat("mmrec-memory", "2", "memory", "read the text again", older=("1",))
-"""Version 2 may hold what was learned; version 1 holds the state alone."""
+"""Version 2 may hold what was learned, and n-grams; version 1 holds the state alone."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SavedState:
         position: tokens that were read.
         pending: bytes of a character that the text ends inside of; the next tokens may complete it.
         learned: what the model has learned from the text; None where its weights are those that were trained.
+        cached: the n-grams that were read; None where they are not counted.
     """
 
     state: State
@@ -40,6 +42,7 @@ class SavedState:
     position: int
     pending: bytes = b""
     learned: LearnedWeights | None = None
+    cached: CachedNgrams | None = None
 
     @classmethod
     def empty(cls, net: RecurrentLM) -> SavedState:
@@ -57,7 +60,33 @@ class SavedState:
             if form not in (None, self.learned.form):
                 raise UserError(f"the memory learns in the form {self.learned.form}, not {form}")
             return self
-        return replace(self, learned=LearnedWeights.empty(net, form or "full", self.state, self.logits))
+        if self.cached is None or self.cached.begin is None:
+            return replace(self, learned=LearnedWeights.empty(net, form or "full", self.state, self.logits))
+        # Both go on from the begin of the same part.
+        learned = LearnedWeights.empty(net, form or "full", *self.cached.begin)
+        learned = replace(learned, tokens=self.cached.tokens.to(self.logits.device))
+        return replace(self, learned=learned, cached=replace(self.cached, begin=None))
+
+    def caching(self, megabytes: int) -> SavedState:
+        """Return this memory as one that counts the n-grams of what is read, in a table of so many MiB.
+
+        Raises:
+            UserError: it does already, in a table of another size; or the size is out of range; or the model has too
+                many tokens.
+        """
+        if self.cached is not None:
+            if megabytes != self.cached.megabytes:
+                raise UserError(f"the memory has a cache of {self.cached.megabytes} MiB, not {megabytes}")
+            return self
+        if len(self.logits) > LARGEST_VOCABULARY:
+            raise UserError(
+                f"a cache counts the n-grams of models with at most {LARGEST_VOCABULARY:,} tokens; this one has "
+                f"{len(self.logits):,}; train one by characters or bytes"
+            )
+        if self.learned is None:
+            return replace(self, cached=CachedNgrams.empty(megabytes, (self.state, self.logits)))
+        cached = replace(CachedNgrams.empty(megabytes), tokens=self.learned.tokens.cpu())
+        return replace(self, cached=cached)
 
 
 def model_hash(net: RecurrentLM, tokenizer: Tokenizer) -> str:
@@ -86,6 +115,8 @@ def save_memory(path: Path, memory: SavedState, model: str) -> None:
         metadata["pending"] = memory.pending.hex()
     if memory.learned is not None:
         metadata |= memory.learned.metadata()
+    if memory.cached is not None:
+        metadata |= memory.cached.metadata()
     # Copies: at the end of a part the two states are one, which safetensors refuses.
     tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in _tensors(memory).items()}
     write_checksummed(path, FORMAT, tensors, metadata)
@@ -112,20 +143,22 @@ def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
     try:
         empty = SavedState.empty(net)
         learns = "learned" in metadata
-        _check_tensors(tensors, empty.learning(net, form_of(metadata)) if learns else empty)
+        wanted = empty.learning(net, form_of(metadata)) if learns else empty
+        _check_tensors(tensors, wanted.caching(megabytes_of(metadata)) if "cache" in metadata else wanted)
         learned = LearnedWeights.from_file(net, tensors, metadata) if learns else None
+        cached = CachedNgrams.from_file(len(empty.logits), tensors) if "cache" in metadata else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
-    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata), learned)
+    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata), learned, cached)
 
 
 def _check_tensors(tensors: dict[str, Tensor], empty: SavedState) -> None:
     """Raise UserError where ``tensors`` are of other shapes than those of ``empty``, or not finite."""
     wanted = {name: (x.shape, x.dtype) for name, x in _tensors(empty).items()}
     found = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-    if "learned.tokens" in found:  # as many as there are
-        wanted["learned.tokens"] = (found["learned.tokens"][0], torch.int32)
+    for name in {"learned.tokens", "cache.tokens"} & found.keys():  # as many as there are
+        wanted[name] = (found[name][0], torch.int32)
     if found != wanted:
         raise UserError("does not hold what a memory of this model does")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -182,4 +215,6 @@ def _tensors(memory: SavedState) -> dict[str, Tensor]:
     tensors = {"logits": memory.logits}
     for number, (past, inner) in enumerate(memory.state):
         tensors |= {f"{number}.past": past, f"{number}.memory": inner}
-    return tensors | (memory.learned.tensors() if memory.learned is not None else {})
+    if memory.learned is not None:
+        tensors |= memory.learned.tensors()
+    return tensors | (memory.cached.tensors() if memory.cached is not None else {})

@@ -13,7 +13,7 @@ from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import find_checkpoint
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.inference.generate import generate_tokens
-from mmrec.inference.reading import LearnOptions, Reader
+from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.inference.text_input import iter_pieces
 from mmrec.tokenizers import StreamDecoder
@@ -41,7 +41,7 @@ class MemoryLM:
         """Load a checkpoint: best, last, or the path of one or of a run's folder. UserError where there is none."""
         return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
 
-    def read(self, text: str, learn: bool = False, form: Form | None = None) -> float:
+    def read(self, text: str, learn: bool = False, form: Form | None = None, cache: int | None = None) -> float:
         """Read ``text`` on from the memory, which then includes it; return its mean loss, in nats/token.
 
         Args:
@@ -49,11 +49,15 @@ class MemoryLM:
             learn: change the weights by what is read, each part after it was predicted; the memory keeps the
                 difference, and a memory that learned goes on learning without being told.
             form: which weights learn: "full", all of them, or "small"; "full" if None.
+            cache: count the n-grams of what is read, in a table of so many MiB, and mix what they predict with what
+                the model does; a memory that has such a cache counts on without being told.
 
         Raises:
-            UserError: a character is not in the model's alphabet, or the memory learns in another form.
+            UserError: a character is not in the model's alphabet, the memory learns in another form, or has a cache
+                of another size, or the model cannot have one.
         """
-        self.memory = LearnOptions(learn, form).applied(self._trained.net, self.memory)
+        learning = LearnOptions(learn, form).applied(self._trained.net, self.memory)
+        self.memory = CacheOptions(cache).applied(learning, self._trained.tokenizer)
         reader = Reader(self._trained.net, self.memory)
         total, count, first = 0.0, 0, self.memory.position == 0
         for piece in iter_pieces(io.StringIO(text, newline="")):
@@ -72,13 +76,14 @@ class MemoryLM:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        verbatim: int = 0,
     ) -> Iterator[str]:
         """Yield a text that continues the memory and ``prompt``, as it is generated. The memory stays as it is.
 
         Raises:
             UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
         """
-        options = SamplingOptions(length, temperature, top_k, top_p, seed)
+        options = SamplingOptions(length, temperature, top_k, top_p, seed, verbatim)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
         decoder = StreamDecoder(self._trained.tokenizer, b"" if prompt else self.memory.pending)
         for token in generate_tokens(self._trained.net, tokens, options, self.memory):

@@ -14,7 +14,7 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_unicode
-from mmrec.inference.reading import Reader, load_model_and_state
+from mmrec.inference.reading import Reader, TokenDecoder, load_model_and_state
 from mmrec.inference.sampling import SamplingOptions, sample_token
 from mmrec.inference.text_input import read_standard_input
 from mmrec.model import RecurrentLM
@@ -47,8 +47,13 @@ def generate_with_logits(
     reader = Reader(net, memory or SavedState.empty(net))
     for _ in reader.read(prompt):
         pass
-    decoder = reader.decoder() if options.length > 1 else None
+    decoder: TokenDecoder | None = None
     logits = reader.memory.logits[None]
+    if options.verbatim:
+        decoder = cached = reader.cached_decoder(options.verbatim)
+        logits = cached.logits[None]
+    elif options.length > 1:
+        decoder = reader.decoder()
     for remaining in range(options.length, 0, -1):
         token = int(sample_token(logits, options, random))
         yield token, logits[0]
@@ -84,6 +89,8 @@ def generate(
     if prompt is not None and not is_unicode(prompt):
         raise UserError(f"--prompt is {prompt!r}; it must be UTF-8")
     trained, _, before = load_model_and_state(checkpoint, memory)
+    if sampling.verbatim and before.cached is None:
+        raise UserError("--verbatim is for a memory with a cache of n-grams; make one by mmrec read --cache")
     if prompt is None:
         prompt = default_prompt(trained.tokenizer) if memory is None else ""
     tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))

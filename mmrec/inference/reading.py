@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.checkpoints.cached import CachedNgrams
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
 from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
+from mmrec.core.errors import UserError
+from mmrec.inference.cached_reading import CachedGenerating, CachedReading, with_counted
 from mmrec.inference.learning import LearningNet, mix_part, mixed, updated_weights
 from mmrec.inference.metrics import token_nll
+from mmrec.inference.text_input import iter_file_tokens
 from mmrec.model import RecurrentLM, State, detach_state
 from mmrec.model.decode import Decoder
+from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
 """Tokens that are read at a time: bounds the memory that a long text takes."""
@@ -40,6 +45,31 @@ class LearnOptions:
     def applied(self, net: RecurrentLM, memory: SavedState) -> SavedState:
         """Return ``memory`` as one that learns, where that is wanted; UserError where it learns in another form."""
         return memory.learning(net, self.form) if self.learn or self.form is not None else memory
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Whether the n-grams of what is read are counted.
+
+    Args:
+        cache: count them, in a table of so many MiB, and mix what they predict with what the model does; the memory
+            keeps the table, and counts on without being told. It holds what the text says.
+        cache_text: with a new cache, count the n-grams of this text first, as of the model's training text; the model
+            does not read it.
+    """
+
+    cache: int | None = None
+    cache_text: Path | None = None
+
+    def applied(self, memory: SavedState, tokenizer: Tokenizer) -> SavedState:
+        """Return ``memory`` as one that counts, where that is wanted; UserError where it cannot."""
+        if self.cache_text is not None and (self.cache is None or memory.cached is not None):
+            raise UserError("--cache_text is for a new cache, of --cache")
+        counting = memory if self.cache is None else memory.caching(self.cache)
+        if self.cache_text is None or counting.cached is None:
+            return counting
+        texts = iter_file_tokens(tokenizer, str(self.cache_text))
+        return replace(counting, cached=with_counted(counting.cached, texts, len(memory.logits)))
 
 
 def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
@@ -96,6 +126,7 @@ class Reader:
         if memory.learned is not None:
             self._learning = LearningNet(net, memory.learned.form)
             self._learning.set_difference(memory.learned.difference)
+        self._cached = None if memory.cached is None else CachedReading(memory.cached, len(memory.logits))
 
     def read(self, tokens: np.ndarray | Tensor) -> Iterator[ReadPart]:
         """Read tokens [T] on from the memory, a part at a time; :attr:`memory` is what was read until then."""
@@ -103,10 +134,16 @@ class Reader:
         given = given.to(self._net.embedding.weight.device)
         begin = 0
         while begin < len(given):
-            learned = self.memory.learned
-            size = READ_CHUNK if learned is None else PART - len(learned.tokens)
-            chunk = given[begin : begin + size]
-            logits = self._read(chunk) if learned is None else self._read_learning(chunk, learned)
+            learned, cached = self.memory.learned, self.memory.cached
+            if learned is not None:
+                chunk = given[begin : begin + PART - len(learned.tokens)]
+                logits = self._read_learning(chunk, learned)
+            elif cached is not None:
+                chunk = given[begin : begin + PART - len(cached.tokens)]
+                logits = self._read_counting(chunk, cached)
+            else:
+                chunk = given[begin : begin + READ_CHUNK]
+                logits = self._read(chunk)
             begin += len(chunk)
             yield ReadPart(chunk, logits, self.memory)
 
@@ -130,9 +167,34 @@ class Reader:
                 after = self._learn(learned, token_nll(both[1, :-1], tokens, "mean"))
                 after = replace(after, state=state, untouched=untouched, logits=last.clone(), tokens=tokens[:0])
                 after = replace(after, mix=mix, curvature=curvature)
+            if self._cached is not None:
+                scores = both.detach().flip(0).log_softmax(-1)
+                mixture = self._cached.read(scores, tokens, self._scored(learned.tokens), is_whole)
         position = self.memory.position + len(new)
-        self.memory = SavedState(state, mixed(last, mix), position, learned=after)
+        cached = None if self._cached is None else self._cached.ngrams
+        self.memory = SavedState(state, mixed(last, mix), position, learned=after, cached=cached)
         return mixture[-len(new) :]
+
+    @torch.inference_mode()
+    def _read_counting(self, new: Tensor, cached: CachedNgrams) -> Tensor:
+        """Read what fits into the part that was begun, and count its n-grams where it ends; return the logits."""
+        assert self._cached is not None
+        assert cached.begin is not None
+        tokens = torch.cat([cached.tokens.to(new.device), new])
+        is_whole = len(tokens) == PART
+        logits, state = self._net(tokens[None], cached.begin[0])
+        scores = torch.cat([cached.begin[1][None].float(), logits[0].float()])[None].log_softmax(-1)
+        mixture = self._cached.read(scores, tokens, self._scored(cached.tokens), is_whole)
+        last = logits[0, -1].float().clone()
+        if is_whole:
+            self._cached.ngrams = replace(self._cached.ngrams, begin=(state, last))
+        position = self.memory.position + len(new)
+        self.memory = SavedState(state, last, position, cached=self._cached.ngrams)
+        return mixture[-len(new) :]
+
+    def _scored(self, begun: Tensor) -> slice:
+        """Return those tokens of a part that something predicts: all, but for the first of a text."""
+        return slice(1 if self.memory.position == len(begun) else 0, None)
 
     def _forward(self, learned: LearnedWeights, tokens: Tensor) -> tuple[Tensor, State, State]:
         """Read the tokens of a part from its begin by both models.
@@ -166,6 +228,29 @@ class Reader:
             both, _, untouched = self._forward(learned, learned.tokens)
             _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
         return MixedDecoder(_decoder(self._net, untouched), _decoder(self._learning.net, state), mix)
+
+    @torch.inference_mode()
+    def cached_decoder(self, verbatim: int) -> CachedDecoder:
+        """Return what reads on as :meth:`decoder` does, with what the n-grams predict; it counts nothing.
+
+        Args:
+            verbatim: so many tokens in a row may be as they were read, at most.
+
+        Raises:
+            UserError: the memory has no cache.
+        """
+        cached, learned = self.memory.cached, self.memory.learned
+        if cached is None:
+            raise UserError("verbatim is for a memory with a cache of n-grams; read the text with one: --cache")
+        generating = CachedGenerating(cached, len(self.memory.logits), verbatim)
+        if learned is None or self._learning is None:
+            return CachedDecoder(generating, self.memory.logits[None], _decoder(self._net, self.memory.state))
+        logits, untouched = learned.logits, learned.untouched
+        if len(learned.tokens):
+            both, _, untouched = self._forward(learned, learned.tokens)
+            logits = both[:, -1]
+        decoders = _decoder(self._learning.net, self.memory.state), _decoder(self._net, untouched)
+        return CachedDecoder(generating, logits.flip(0), *decoders)
 
 
 def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
@@ -219,6 +304,28 @@ class MixedDecoder:
     def step(self, token: int) -> Tensor:
         """Read ``token`` and return the logits of the next one [N]."""
         return mixed(torch.stack([decoder.step(token) for decoder in self._decoders]), self._mix)
+
+
+class CachedDecoder:
+    """A mixture of models with what the n-grams that were read predict.
+
+    Args:
+        generating: the n-grams.
+        logits: [m, N], of the next token, by each model.
+        decoders: of the models: of the one that learned, if it did, and of the untouched one.
+    """
+
+    def __init__(self, generating: CachedGenerating, logits: Tensor, *decoders: TokenDecoder) -> None:
+        self._generating, self._decoders = generating, decoders
+        self.logits = generating.mixed(logits.log_softmax(-1))
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        """Read ``token`` and return the logits of the next one [N], none of which makes a run too long."""
+        self._generating.push(token)
+        logits = torch.stack([decoder.step(token) for decoder in self._decoders])
+        self.logits = self._generating.mixed(logits.log_softmax(-1))
+        return self.logits
 
 
 def _decoder(net: RecurrentLM, state: State) -> TokenDecoder:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmrec.checkpoints.cached import ORDERS
 from mmrec.core.errors import UserError
 
 GREEDY_BELOW = 1e-6
@@ -24,6 +25,8 @@ class SamplingOptions:
         top_p: draw among the most likely tokens that together reach this probability, at least one (nucleus sampling,
             Holtzman et al. 2020).
         seed: another seed gives another text.
+        verbatim: let the cache of n-grams of a memory take part, with at most so many tokens in a row as they were
+            read; 0 leaves it out.
 
     Raises:
         UserError: a value is out of its range.
@@ -34,6 +37,7 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    verbatim: int = 0
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -42,6 +46,7 @@ class SamplingOptions:
             ("top_k", self.top_k >= 0, "it must be at least 0"),
             ("top_p", 0 < self.top_p <= 1, "it must lie above 0 and be at most 1"),
             ("seed", -(2**63) <= self.seed < 2**64, "it must be a whole number of 64 bits"),
+            ("verbatim", self.verbatim == 0 or self.verbatim >= ORDERS[0], f"it must be 0, or at least {ORDERS[0]}"),
         ):
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)!r}; {rule}")

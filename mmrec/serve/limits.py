@@ -21,6 +21,7 @@ class Limits:
         choices: of one completion: its prompts times n.
         memories: memory files in the folder.
         memory_bytes: of all memory files together.
+        cache: of a memory's table of n-grams, in MiB.
     """
 
     running: int = 2
@@ -32,6 +33,7 @@ class Limits:
     choices: int = 128
     memories: int = 100
     memory_bytes: int = 1 << 30
+    cache: int = 64
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -109,6 +109,7 @@ class GenerationRequest(RequestModel):
     stream_options: StreamOptions = StreamOptions()
     stop: str | list[str] = []
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    verbatim: Annotated[int, Field(ge=0)] = 0
     memory: str | None = None
     save_memory: str | None = None
 
@@ -193,7 +194,8 @@ class ScoreRequest(RequestModel):
 class ReadRequest(RequestModel):
     """Request of ``POST /v1/memories``: read ``text``, on from ``memory``, and keep what was read as ``name``.
 
-    Where ``learn`` is true, or ``form`` is given, the model learns from it; a memory that learned always does.
+    Where ``learn`` is true, or ``form`` is given, the model learns from it; a memory that learned always does. Its
+    n-grams are counted where ``cache`` gives the MiB of a table of them, or the memory has one.
     """
 
     name: str
@@ -201,6 +203,7 @@ class ReadRequest(RequestModel):
     memory: str | None = None
     learn: bool = False
     form: Literal["full", "small"] | None = None
+    cache: Annotated[int, Field(ge=1)] | None = None
 
 
 A = TypeVar("A", bound=RequestModel)

@@ -16,7 +16,7 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.inference.generate import generate_with_logits
 from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.reading import LearnOptions, Reader
+from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, TokenLogprob, format_logprobs, token_logprobs, token_names
@@ -83,6 +83,8 @@ class Service:
             most = f"at most {self.limits.prompt_tokens:,} are, in all choices"
             raise ApiError(400, f"{count * request.n:,} tokens of prompts to give back; {most}", "echo")
         before = self.memories.load(request.memory)
+        if self._sampling(request).verbatim and before.cached is None:
+            raise ApiError(400, "verbatim is for a memory that was read with a cache of n-grams", "verbatim")
         if request.save_memory is not None:
             self.memories.path(request.save_memory, there=False)
         yield Started(count)
@@ -122,7 +124,7 @@ class Service:
         nothing = torch.zeros(0, dtype=torch.int64)
         tokens: list[int] = []
         passed_on = ""
-        options = SamplingOptions(request.max_tokens, request.temperature, request.top_k, request.top_p, seed)
+        options = replace(self._sampling(request), seed=seed)
         for token, logits in generate_with_logits(self._net, nothing, options, before):
             tokens.append(token)
             (row,) = self._rows(request, logits[None], torch.tensor([token]))
@@ -202,6 +204,12 @@ class Service:
             before = LearnOptions(request.learn, request.form).applied(self._net, before)
         except UserError as error:
             raise ApiError(400, str(error), "form") from None
+        if request.cache is not None:
+            self.memories.check_cache(request.cache)
+        try:
+            before = CacheOptions(request.cache).applied(before, self._tokenizer)
+        except UserError as error:
+            raise ApiError(400, str(error), "cache") from None
         yield self.memories.save(request.name, (yield from self._read_on(tokens, before)))
 
     def put(self, name: str, data: bytes) -> Iterator[dict[str, Any]]:
@@ -230,6 +238,18 @@ class Service:
             return self._tokenizer.encode(text)
         except UserError as error:
             raise ApiError(400, str(error), param, "unknown_character") from None
+
+    def _sampling(self, request: CompletionRequest) -> SamplingOptions:
+        try:
+            return SamplingOptions(
+                length=request.max_tokens,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                verbatim=request.verbatim,
+            )
+        except UserError as error:  # the protocol has checked the others
+            raise ApiError(400, str(error), "verbatim") from None
 
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.limits.prompt_tokens:

@@ -48,7 +48,7 @@ class StateStore:
         self._folder, self._net, self._limits = folder, trained.net, limits
         self._model = model_hash(trained.net, trained.tokenizer)
         self._writing = threading.Lock()
-        self.most_bytes = largest_memory(trained.net)
+        self.most_bytes = largest_memory(trained.net) + (limits.cache << 20)
 
     def load(self, name: str | None) -> SavedState:
         """Return the memory ``name``, or an empty one for None; :class:`ApiError` where there is none."""
@@ -80,6 +80,8 @@ class StateStore:
                 memory = load_memory(arrived, self._net, self._model)
         finally:
             arrived.unlink(missing_ok=True)
+        if memory.cached is not None:
+            self.check_cache(memory.cached.megabytes)
         # Anyone can write such a file, with numbers that would overflow later, in the middle of a text.
         states = [memory.state]
         numbers = [memory.logits]
@@ -90,6 +92,11 @@ class StateStore:
         if any((tensor.abs() > LARGEST).any() for tensor in numbers):
             raise ApiError(400, "the file holds numbers larger than reading ever makes them", "memory")
         return self.save(path.stem, memory)
+
+    def check_cache(self, megabytes: int) -> None:
+        """Raise :class:`ApiError` where a cache of so many MiB is larger than one may be."""
+        if megabytes > self._limits.cache:
+            raise ApiError(400, f"a cache of {megabytes:,} MiB; at most {self._limits.cache:,} are allowed", "cache")
 
     def data(self, name: str) -> bytes:
         """Return the file of the memory ``name``."""

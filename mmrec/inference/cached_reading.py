@@ -1,0 +1,117 @@
+"""Reading with a cache of n-grams: what it expects, mixed with what the models expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrec.checkpoints.cached import MODELS, ORDERS, CachedNgrams
+from mmrec.checkpoints.learned import PART
+from mmrec.inference.mixing import features, mix, updated_weights
+from mmrec.inference.ngram_cache import NgramCache, extended_history, new_history
+
+NEVER = -1e30
+"""Logit of a token that is not allowed; a number, so that it can be written wherever log-probabilities are."""
+
+
+class CachedReading:
+    """Reads on from a cache of n-grams, beside the models: no token is counted or learned from before it is scored.
+
+    Args:
+        ngrams: what was read before; it is not changed.
+        vocab_size: N, of the tokens.
+    """
+
+    def __init__(self, ngrams: CachedNgrams, vocab_size: int) -> None:
+        table = ngrams.table.clone()
+        self.ngrams = replace(ngrams, table=table)
+        self._cache = NgramCache(table.numpy().view(np.uint16), vocab_size)
+
+    def expected(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is mixed, as :func:`mmrec.inference.mixing.features` does.
+
+        Args:
+            scores: [m, T + 1, N], log-probabilities of each of the part's tokens and of the next one, by what the
+                model has learned and by the untouched model, or by the one model that there is.
+            tokens: [T], int64, of the part, from its beginning on.
+        """
+        counts = self._cache.counts(self.ngrams.history.numpy(), tokens.numpy())
+        return features(scores.expand(MODELS, -1, -1), torch.from_numpy(counts))
+
+    def read(self, scores: Tensor, tokens: Tensor, scored: slice, is_whole: bool) -> Tensor:
+        """Read a part, from its beginning on; count and learn where it is whole.
+
+        Args:
+            scores: as :meth:`expected` takes them.
+            tokens: [T], int64, of the part, from its beginning on.
+            scored: those of them that something could predict.
+            is_whole: whether the part ends here.
+
+        Returns:
+            The log-probabilities [T, N] of the mixture.
+        """
+        scores = scores.float().cpu()
+        weighed, sets = self.expected(scores, tokens.cpu())
+        mixed = mix(self.ngrams.weights, weighed[:, :-1], sets[:-1])
+        if not is_whole:
+            self.ngrams = replace(self.ngrams, tokens=tokens.cpu())
+            return mixed.to(tokens.device)
+        part = slice(scored.start, len(tokens))
+        weights, curvature = updated_weights(
+            self.ngrams.weights, self.ngrams.curvature, weighed[:, part], sets[part], tokens[part].cpu()
+        )
+        history = torch.from_numpy(self._cache.update(self.ngrams.history.numpy(), tokens.cpu().numpy()))
+        self.ngrams = replace(
+            self.ngrams, history=history, tokens=tokens[:0].cpu(), weights=weights, curvature=curvature
+        )
+        return mixed.to(tokens.device)
+
+
+def with_counted(ngrams: CachedNgrams, texts: Iterable[np.ndarray], vocab_size: int) -> CachedNgrams:
+    """Return ``ngrams`` after the tokens of ``texts`` [T] were counted, which no model read; it is not changed."""
+    table = ngrams.table.clone()
+    cache, history = NgramCache(table.numpy().view(np.uint16), vocab_size), new_history()
+    for tokens in texts:
+        for begin in range(0, len(tokens), PART):
+            history = cache.update(history, tokens[begin : begin + PART].astype(np.int64))
+    return replace(ngrams, table=table)
+
+
+class CachedGenerating:
+    """What a cache adds to the predictions of models while text is generated; what is generated is not counted.
+
+    Args:
+        ngrams: what was read before.
+        vocab_size: N, of the tokens.
+        verbatim: no token is allowed that would follow this many tokens as it followed them in what was read.
+    """
+
+    def __init__(self, ngrams: CachedNgrams, vocab_size: int, verbatim: int) -> None:
+        self._cache = NgramCache(ngrams.table.numpy().view(np.uint16).copy(), vocab_size)
+        self._weights, self._order = ngrams.weights, bounding_order(verbatim)
+        self._before = self._cache.update(ngrams.history.numpy(), ngrams.tokens.numpy())
+
+    def mixed(self, scores: Tensor) -> Tensor:
+        """Return the log-probabilities [N] of the next token, :data:`NEVER` of those that are not allowed.
+
+        Args:
+            scores: [m, N], log-probabilities of the models, as :meth:`CachedReading.expected` takes them.
+        """
+        counts = torch.from_numpy(self._cache.counts(self._before, self._before[:0]))
+        weighed, sets = features(scores.float().cpu()[:, None].expand(MODELS, -1, -1), counts)
+        found = mix(self._weights, weighed, sets)[0]
+        recited = counts[self._order, 0] > 0
+        return (found if bool(recited.all()) else found.masked_fill(recited, NEVER)).to(scores.device)
+
+    def push(self, token: int) -> None:
+        """Take ``token`` as the next one."""
+        self._before = extended_history(self._before, np.array([token]))
+
+
+def bounding_order(verbatim: int) -> int:
+    """Return the number of the longest contexts that are not longer than ``verbatim``, in :data:`ORDERS`."""
+    return max(number for number, order in enumerate(ORDERS) if order <= verbatim)

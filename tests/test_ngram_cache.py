@@ -1,0 +1,88 @@
+import zlib
+
+import numpy as np
+import pytest
+
+from mmrec.checkpoints.cached import HISTORY, NO_TOKEN, ORDERS
+from mmrec.inference.ngram_cache import LARGEST_COUNT, PROBES, NgramCache, extended_history
+
+N = 12
+NOTHING = np.full(HISTORY, NO_TOKEN)
+
+
+def _text(length: int, seed: int = 0) -> np.ndarray:
+    """Return tokens that come back: some of them random, some a repetition of what was there before."""
+    random = np.random.default_rng(seed)
+    text = list(random.integers(0, N, size=30))
+    while len(text) < length:
+        begin, size = random.integers(0, len(text)), random.integers(1, 40)
+        text += [*text[begin : begin + size], int(random.integers(0, N))]
+    return np.array(text[:length], dtype=np.int64)
+
+
+def _counted(before: np.ndarray, expected: int) -> np.ndarray:
+    """Count, in the plain way, what followed the contexts before position ``expected``: [K, N]."""
+    text = np.concatenate([NOTHING, before]).tolist()
+    position = HISTORY + expected
+    counts = np.zeros((len(ORDERS), N), dtype=np.float32)
+    for number, order in enumerate(ORDERS):
+        context = text[position - order : position]
+        for other in range(HISTORY, position):
+            if text[other - order : other] == context:
+                counts[number, text[other]] += 1
+    return counts
+
+
+def test_counts_are_those_of_the_text_before_each_token_however_it_is_cut() -> None:
+    text = _text(400)
+    for sizes in ([400], [1] * 150, [7, 128, 1, 64]):
+        cache, history, done = NgramCache(np.zeros(1 << 17, dtype=np.uint16), N), NOTHING, 0
+        for size in sizes:
+            part = text[done : done + size]
+            counts = cache.counts(history, part)
+            assert counts.shape == (len(ORDERS), len(part) + 1, N)
+            for offset in range(0, len(part) + 1, 5):
+                np.testing.assert_array_equal(counts[:, offset], _counted(text, done + offset))
+            history = cache.update(history, part)
+            done += size
+        np.testing.assert_array_equal(history, extended_history(NOTHING, text[:done]))
+
+
+def test_a_full_table_stays_as_large_as_it_is_and_keeps_what_is_frequent() -> None:
+    cache, history = NgramCache(np.zeros(2048, dtype=np.uint16), N), NOTHING
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        history = cache.update(history, random.integers(0, N, size=128))
+        history = cache.update(history, np.array([1, 2, 3] * 8))
+    row = cache.counts(np.concatenate([NOTHING[:-2], [1, 2]]), NOTHING[:0])[0, 0]
+    assert cache.table.size == 2048
+    assert row.argmax() == 3
+    assert row[3] > 10
+
+
+def test_counts_are_halved_together_and_none_is_lost() -> None:
+    cache, history = NgramCache(np.zeros(1 << 16, dtype=np.uint16), N), NOTHING
+    for _ in range(40):
+        history = cache.update(history, np.array([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 4]))
+    row = cache.counts(np.concatenate([NOTHING[:-2], [1, 2]]), NOTHING[:0])[0, 0]
+    assert row.max() <= LARGEST_COUNT
+    assert row[3] / row[4] == pytest.approx(3, rel=0.25)
+    assert set(np.flatnonzero(row)) == {3, 4}
+
+
+def test_the_same_text_gives_the_same_table() -> None:
+    tables = []
+    for _ in range(2):
+        cache, history = NgramCache(np.zeros(4096, dtype=np.uint16), N), NOTHING
+        for part in np.split(_text(1280, seed=1), 10):
+            history = cache.update(history, part)
+        tables.append(cache.table)
+    np.testing.assert_array_equal(*tables)
+    assert PROBES > 1
+
+
+def test_tables_of_earlier_versions_are_read() -> None:
+    """What a table says of a text is where every version looks for it."""
+    cache = NgramCache(np.zeros(1 << 12, dtype=np.uint16), N)
+    cache.update(NOTHING, np.arange(30) % N)
+    assert zlib.crc32(cache.table.astype("<u2").tobytes()) == 1324774134
