@@ -170,7 +170,8 @@ def test_a_file_with_what_reading_never_makes_is_refused(
 ) -> None:
     memory = _counting(net)
     assert memory.cached is not None
-    save_memory(tmp_path / "a.mem", replace(memory, cached=replace(memory.cached, **{field: value})), "model")
+    changed = replace(memory.cached, **{field: value})  # type: ignore[arg-type]
+    save_memory(tmp_path / "a.mem", replace(memory, cached=changed), "model")
     with pytest.raises(UserError, match=message):
         load_memory(tmp_path / "a.mem", net, "model")
 
@@ -186,12 +187,9 @@ def test_the_server_keeps_memories_with_a_cache_and_generates_within_its_bound(c
     written = client.good("POST", "/v1/completions", asked | {"verbatim": 8})["choices"][0]["text"]
     whole = said[:100] + written
     assert not [at for at in range(92, len(whole) - 8) if whole[at : at + 9] in said]
-    for fields, param in (
-        ({"verbatim": 1}, "verbatim"),
-        ({"verbatim": 8, "memory": None}, "verbatim"),
-    ):
-        status, error = client.ask("POST", "/v1/completions", asked | fields)
-        assert (status, error["error"]["param"]) == (400, param)
+    for wrong in ({"verbatim": 1}, {"verbatim": 8, "memory": None}):
+        status, error = client.ask("POST", "/v1/completions", asked | wrong)
+        assert (status, error["error"]["param"]) == (400, "verbatim")
     for size in (2, 65):
         fields = {"name": "x", "text": "to", "memory": "book", "cache": size}
         status, error = client.ask("POST", "/v1/memories", fields)

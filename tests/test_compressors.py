@@ -40,8 +40,8 @@ def test_score_prints_them_beside_the_model_with_a_cache(
     assert mmrec("read", "first.txt", "--cache", "1", "--save", "first.mem") == 0
     assert "6,000 tokens read, n-grams counted, " in capsys.readouterr().out
     scores = []
-    for command in (("--memory", "first.mem"), (), ("--cache", "1")):
-        assert mmrec("score", "next.txt", *command, "--beside") == 0
+    for options in (["--memory", "first.mem"], [], ["--cache", "1"]):
+        assert mmrec("score", "next.txt", *options, "--beside") == 0
         out = capsys.readouterr().out
         scores.append(float(out.split(" nats/token")[0].split()[-1]))
         assert "\n  xz -9e: " in out
@@ -54,13 +54,14 @@ def test_score_prints_them_beside_the_model_with_a_cache(
     generate = ("generate", "--memory", "first.mem", "--length", "20")
     assert mmrec(*generate, "--verbatim", "8") == 0
     capsys.readouterr()
-    for command, message in (
+    refusals: tuple[tuple[tuple[str, ...], str], ...] = (
         (("generate", "--verbatim", "8"), "--verbatim is for a memory with a cache of n-grams"),
         ((*generate, "--verbatim", "1"), "verbatim is 1; it must be 0, or at least 2"),
         (("read", "next.txt", "--cache", "0", "--save", "x.mem"), "cache is 0; it must be 1 to 4,096 MiB"),
         (("score", "next.txt", "--memory", "first.mem", "--cache", "2"), "has a cache of 1 MiB, not 2"),
         (("score", "next.txt", "--cache_text", "first.txt"), "--cache_text is for a new cache"),
         (("score", "next.txt", "--beside_after", "none.txt"), "none.txt: cannot be read"),
-    ):
+    )
+    for command, message in refusals:
         assert mmrec(*command) == 2
         assert message in capsys.readouterr().err

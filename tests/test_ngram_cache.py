@@ -77,7 +77,7 @@ def test_the_same_text_gives_the_same_table() -> None:
         for part in np.split(_text(1280, seed=1), 10):
             history = cache.update(history, part)
         tables.append(cache.table)
-    np.testing.assert_array_equal(*tables)
+    np.testing.assert_array_equal(tables[0], tables[1])
     assert PROBES > 1
 
 
