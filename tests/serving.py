@@ -22,7 +22,7 @@ from mmrec.serve.service import Service
 from mmrec.serve.state_store import StateStore
 from mmrec.serve.workers import Workers
 
-LIMITS = Limits(body_bytes=30_000, prompt_tokens=5000, max_tokens=4000, choices=4, memories=20)
+LIMITS = Limits(body_bytes=30_000, prompt_tokens=5000, max_tokens=4000, choices=4, memories=20, cache=1)
 KEY = "a-key-of-the-tests"
 OPEN = Access()
 

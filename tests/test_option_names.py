@@ -32,7 +32,8 @@ FOREIGN = {
     "README.md": {"logdir"},
     "README.tr.md": {"logdir"},
 }
-"""Options of other programs that a page names: ray, torchrun, lm_eval, tensorboard, pytest, scripts in bash; and --dynamic of old."""
+"""Options that a page names of other programs (ray, torchrun, lm_eval, tensorboard, pytest, scripts in bash) and of
+earlier versions."""
 PAGES = [
     str(path.relative_to(REPOSITORY)) for part in ("*.md", "docs/*.md") for path in sorted(REPOSITORY.glob(part))
 ]

@@ -240,7 +240,7 @@ def test_bad_uploads(client: Client, memories: Path, small_model: LoadedModel, t
         assert says in answer["error"]["message"]
         assert str(memories) not in answer["error"]["message"]
         assert list(memories.iterdir()) == []
-    status, _ = client.ask("PUT", "/v1/memories/a/file", b"x" * 500_000, content_type="application/octet-stream")
+    status, _ = client.ask("PUT", "/v1/memories/a/file", b"x" * 1_500_000, content_type="application/octet-stream")
     assert status == 413
 
 
