@@ -23,8 +23,6 @@ NOT_OURS = {"error-unmatch", "porcelain", "untracked-files", "no-deps", "signal"
 """Options that the program's texts name and that are git's, pip's and sbatch's, or stand for any."""
 FOREIGN = {
     "CONTRIBUTING.md": {"cov", "cov-branch", "cov-report", "cov-fail-under", "dist", "check"},
-    "CHANGELOG.md": {"dynamic"},
-    "docs/experiments.md": {"dynamic"},
     "docs/cluster.md": {"address", "head", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"},
     "docs/export.md": {"device", "include_path", "model_args", "output_path", "tasks"},
     "docs/serve.md": {"batch_size", "include_path", "model_args", "output_path", "tasks"},
@@ -32,8 +30,7 @@ FOREIGN = {
     "README.md": {"logdir"},
     "README.tr.md": {"logdir"},
 }
-"""Options that a page names of other programs (ray, torchrun, lm_eval, tensorboard, pytest, scripts in bash) and of
-earlier versions."""
+"""Options of other programs that a page names: ray, torchrun, lm_eval, tensorboard, pytest, scripts in bash."""
 PAGES = [
     str(path.relative_to(REPOSITORY)) for part in ("*.md", "docs/*.md") for path in sorted(REPOSITORY.glob(part))
 ]

@@ -12,6 +12,8 @@ LARGEST_CHECK = 1023
 """Of a slot of 16 bits: the check tells apart what may share a slot, the count is 0 where it is empty."""
 PROBES = 8
 """Slots that a token after a context may lie in."""
+LONGEST_SHORT, SHORT_SHARE = 3, 8
+"""Contexts of up to so many tokens lie in the first of so many parts of the table."""
 _COUNT_MASK = np.uint16(LARGEST_COUNT)
 
 
@@ -36,6 +38,10 @@ class NgramCache:
         checks, tokens = np.arange(LARGEST_CHECK)[:, None], np.arange(vocab_size)
         # The check of each token after a context, in its place in a slot; it is never 0.
         self._entries = ((checks + 37 * tokens) % LARGEST_CHECK + 1 << COUNT_BITS).astype(np.uint16)
+        # Short contexts have many tokens after them; apart, they do not fill the slots of the long ones.
+        is_short, short = np.array(ORDERS)[:, None] <= LONGEST_SHORT, len(self._rows) // SHORT_SHARE
+        self._begins = np.where(is_short, 0, short).astype(np.uint64)
+        self._spans = np.where(is_short, short - PROBES, len(self._rows) - short).astype(np.uint64)
         # The same for ever: a table that was saved is read by them.
         self._factors = _scattered(np.arange(1, HISTORY + 1, dtype=np.uint64)) | np.uint64(1)
         self._salts = _scattered(np.arange(1, len(ORDERS) + 1, dtype=np.uint64) << np.uint64(32))[:, None]
@@ -121,7 +127,7 @@ class NgramCache:
 
     def _places(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where the tokens after a context begin in the table, and its check."""
-        starts = (hashes >> np.uint64(16)) % np.uint64(len(self._rows))
+        starts = (hashes >> np.uint64(16)) % self._spans + self._begins
         return starts.astype(np.int64), (hashes % np.uint64(LARGEST_CHECK)).astype(np.int64)
 
 
