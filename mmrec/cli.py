@@ -10,6 +10,7 @@ from importlib import import_module
 
 from mmrec import __version__
 from mmrec.core.errors import UserError, exit_status, nearest
+from mmrec.core.lazy_imports import put_off_compiler, put_off_metrics
 from mmrec.core.options import Parser, call
 from mmrec.core.runtime import configure, configure_streams
 from mmrec.core.text_files import is_unicode
@@ -126,6 +127,8 @@ COMMANDS = {
 def run() -> None:
     """Run the command that the process was started with, and exit."""
     configure_streams()
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        put_off_compiler()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -167,6 +170,8 @@ def _dispatch(name: str, *typed: str) -> None:
         raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     command = COMMANDS[name]
     configure(command.computes)
+    if command.function == _TRAINING or name == "train":
+        put_off_metrics()
     function = import_function(name)
     if command.function == _TRAINING:
         function(name, args)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from conftest import Command
 from torch import Tensor
 
 from mmrec.baselines.models import BASELINES, GPT, LSTM, make_baseline, size
-from mmrec.bench import measurements
+from mmrec.bench import compare, cores, measurements
 from mmrec.bench.check import check_ops
 from mmrec.bench.compare import Runner
 from mmrec.bench.measurements import TIME_TO_TARGET, LearningOptions, learning
@@ -140,6 +142,61 @@ def test_all_that_is_measured(
         len(measurements.read_speed("mmrec", 100, 65)["seconds_per_token"]) == 8
     )  # of fewer tokens than eight blocks
     assert Path("bench/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cores_are_measured_in_turn_alone_and_beside_a_neighbour(
+    mmrec: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, bool]] = []
+    running: list[bool] = [False]
+
+    @contextlib.contextmanager
+    def neighbour(wanted: bool) -> Iterator[None]:
+        running[0] = wanted
+        yield
+        running[0] = False
+
+    def measure(self: Runner, **request: Any) -> dict[str, Any]:
+        assert (request["measurement"], request["length"]) == ("train", 64)
+        asked.append((request["threads"], running[0]))
+        return {"tokens_per_second": 100.0 * request["threads"] / (2 if running[0] else 1)}
+
+    monkeypatch.setattr(Runner, "measure", measure)
+    monkeypatch.setattr(cores, "neighbour", neighbour)
+    monkeypatch.setattr(compare, "available_cores", lambda: 3)
+    assert mmrec("bench", "--measures=[cores]", "--rounds=2", "--lengths=[64]") == 0
+    rows = json.loads(Path("bench/results.json").read_text())["cores"]["rows"]
+    assert [(row["kind"], row["number"]) for row in rows] == [
+        ("threads", 1),
+        ("threads", 2),
+        ("threads", 3),
+        ("processes", 2),
+        ("processes", 3),
+    ]
+    assert len(asked) == 2 * 2 * (1 + 1 + 1 + 2 + 3)
+    assert asked[:4] == [(1, False), (1, True), (2, False), (2, True)]
+    assert [run["tokens_per_second"] for run in rows[-1]["alone"]] == [300.0, 300.0]
+    printed = capsys.readouterr().out
+    assert "3 processes" in printed
+    assert "0.50 (0.50 to 0.50)" in printed
+
+
+def test_a_neighbour_computes_until_it_is_no_longer_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "NEIGHBOUR", "import time; time.sleep(60)")
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(popen(command))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with cores.neighbour(False):
+        assert not started
+    with contextlib.suppress(KeyboardInterrupt), cores.neighbour(True):
+        assert started[0].poll() is None
+        raise KeyboardInterrupt
+    assert started[0].poll() is not None
 
 
 @pytest.mark.parametrize(

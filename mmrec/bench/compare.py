@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -15,13 +16,15 @@ import torch
 from tqdm import tqdm
 
 from mmrec.bench.check import check_ops
+from mmrec.bench.cores import measure_cores, show_cores
 from mmrec.bench.measurements import TIME_TO_TARGET
-from mmrec.bench.options import BenchOptions
+from mmrec.bench.options import MEASURES, BenchOptions
 from mmrec.bench.plot import plot
 from mmrec.bench.tables import OURS, show_learning, show_reading, show_speed, show_time_to_target
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
 from mmrec.core.runtime import native_precision
+from mmrec.core.threads import available_cores
 from mmrec.data.store import open_tokens
 
 VOCABULARY = 65
@@ -42,7 +45,7 @@ def bench(options: BenchOptions) -> None:
     comparison = Comparison(options)
     for name, difference in comparison.results["ops"].items():
         print(f"{name}: within {difference:.0e} of the reference")
-    for measure in ("train", "decode", "read", "learn", "time_to_target"):
+    for measure in MEASURES:
         if measure in options.measures:
             comparison.measure(measure)
     drawn = plot(comparison.results, options.output_dir / "results.png")
@@ -62,7 +65,7 @@ class Comparison:
     def __init__(self, options: BenchOptions) -> None:
         self._options = options
         self._names = [OURS, *(name for name in options.baselines if name != OURS)]
-        self._runner = Runner(options.threads or os.cpu_count() or 1)
+        self._runner = Runner(options.threads)
         self._precision = options.precision or native_precision("cpu")
         self.results: dict[str, Any] = {
             "machine": machine(self._runner.threads),
@@ -77,6 +80,7 @@ class Comparison:
             "train": self._train,
             "decode": self._decode,
             "read": self._read,
+            "cores": self._cores,
             "learn": self._learn,
             "time_to_target": self._time_to_target,
         }
@@ -108,6 +112,16 @@ class Comparison:
         total = self._options.positions[-1]
         self.results["read"] = self._turns("read", [OURS], total=total, vocab_size=VOCABULARY)
         show_reading(self.results["read"], total)
+
+    def _cores(self) -> None:
+        length, cores = self._options.lengths[0], available_cores()
+        request: dict[str, Any] = {"vocab_size": VOCABULARY, "seconds": self._options.seconds, "length": length}
+        measure = partial(
+            self._runner.measure, measurement="train", baseline=OURS, precision=self._precision, **request
+        )
+        found = measure_cores(measure, cores, self._options.rounds)
+        self.results["cores"] = {"cores": cores, "length": length, "rows": found}
+        show_cores(found, cores)
 
     def _learn(self) -> None:
         self.results["learn"] = self._turns("learn", self._names, seeds=True, **self._training())
@@ -149,8 +163,9 @@ class Runner:
 
     def measure(self, **request: Any) -> dict[str, Any]:
         """Return what one process measured, or why it could not."""
-        command = [sys.executable, "-m", "mmrec.bench.measurements", json.dumps({**request, "threads": self.threads})]
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        request = {"threads": self.threads, **request}
+        command = [sys.executable, "-m", "mmrec.bench.measurements", json.dumps(request)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"])}
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if ran.returncode:
             reason = (ran.stderr.strip().splitlines() or [f"ended with status {ran.returncode}"])[-1]

@@ -10,7 +10,7 @@ from typing import Literal
 from mmrec.baselines.models import BASELINES
 from mmrec.core.errors import UserError, nearest
 
-MEASURES = ("train", "decode", "read", "learn", "time_to_target")
+MEASURES = ("train", "decode", "read", "cores", "learn", "time_to_target")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class BenchOptions:
 
     Args:
         measures: what to measure: train (tokens/s and memory by length), decode (the same by position), read
-            (time and memory by how much was read), learn (loss by tokens and by seconds), time_to_target (seconds
-            to the loss of nanoGPT's CPU preset, each model with the hyper-parameters that reach it soonest).
+            (time and memory by how much was read), cores (tokens/s of ours by threads and processes, alone and
+            beside a program that wants a core, at the first of the lengths), learn (loss by tokens and by seconds),
+            time_to_target (seconds to the loss of nanoGPT's CPU preset, each model with the hyper-parameters that
+            reach it soonest).
         baselines: models to compare with: gpt, lstm, mingru, titans, xlstm, mamba, mamba2, rwkv.
         lengths: tokens of a row, for train.
         positions: tokens read before, for decode; the last one is how far read goes.
@@ -28,7 +30,7 @@ class BenchOptions:
         tokens: how many to train on, for learn.
         rounds: repetitions of each measurement; for learn and time_to_target, the number of seeds.
         seconds: time of one measurement of speed, at least.
-        threads: of torch; as many as there are cores if left out.
+        threads: of torch.
         precision: of the matrix products of all models in training; the fastest that the processor has units for
             if left out.
         output_dir: folder for results.json and results.png.
@@ -45,7 +47,7 @@ class BenchOptions:
     tokens: int = 1_536_000
     rounds: int = 3
     seconds: float = 5.0
-    threads: int | None = None
+    threads: int = 1
     precision: Literal["32-true", "bf16-mixed"] | None = None
     output_dir: Path = Path("bench")
 
@@ -54,7 +56,7 @@ class BenchOptions:
             for name in given:
                 if name not in known:
                     raise UserError(f"no {kind} {name!r}; known: {', '.join(known)}{nearest(name, known)}")
-        for option, value in (("rounds", self.rounds), ("tokens", self.tokens), ("threads", self.threads or 1)):
+        for option, value in (("rounds", self.rounds), ("tokens", self.tokens), ("threads", self.threads)):
             if value < 1:
                 raise UserError(f"--{option} is {value}; it must be at least 1")
         for option, values, least in (("lengths", self.lengths, 1), ("positions", self.positions, 8)):

@@ -13,8 +13,8 @@ Lightning's keys:
 Of this program:
 
 - :data:`MODEL_KEY`: format version, config of the model, tokenizer
-- :data:`PROGRESS_KEY`: the hyper-parameters, the carried state of every row, and the states of the random generators
-  of every process
+- :data:`PROGRESS_KEY`: the hyper-parameters, the carried state of every row, the states of the random generators of
+  every process, and the number of threads that torch computed with
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import time
 import warnings
 from io import TextIOWrapper
 
+from mmrec.core.threads import import_torch
+
 STARTED = time.monotonic()
 """When the process began, but for the start of Python: what a command that is given minutes counts from."""
 FULL, MIXED = "32-true", "bf16-mixed"
@@ -42,11 +44,10 @@ LOG_LEVELS = {"asyncio": logging.ERROR}  # it warns where a client goes away whi
 def configure(computes: bool = True) -> None:
     """Make the settings that every command shares; a second call changes nothing.
 
-    The number of threads is left to torch, which follows OMP_NUM_THREADS.
-
     Args:
-        computes: the command runs a model: also import torch, round denormal numbers to zero, which fading memories
-            produce and which are many times slower on a CPU, and keep the pages that large tensors free.
+        computes: the command runs a model: also import torch (:func:`mmrec.core.threads.import_torch`), round
+            denormal numbers to zero, which fading memories produce and which are many times slower on a CPU, and
+            keep the pages that large tensors free.
     """
     for message in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -56,6 +57,7 @@ def configure(computes: bool = True) -> None:
         logging.getLogger(name).setLevel(level)
     if computes:
         keep_freed_pages()
+        import_torch()
         import torch
 
         torch.set_flush_denormal(True)

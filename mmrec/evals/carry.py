@@ -15,11 +15,12 @@ from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
+from mmrec.core.threads import use_threads
 from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll
-from mmrec.inference.reading import iter_nll
+from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.inference.text_input import iter_file_tokens
 
 ROWS = 32
@@ -105,6 +106,7 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
         UserError: a text is not longer than a window or has unknown characters.
     """
     trained = load_model(checkpoint.path())
+    use_threads(trained.net.config.dim, READ_CHUNK)
     texts = options.texts(trained)
     results = {name: compare(trained, text, options.window) for name, text in texts.items()}
     show(results, options.window)

@@ -22,10 +22,11 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import native_precision
+from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder, open_tokens_for
 from mmrec.evals.report import print_table, save, save_plot
 from mmrec.inference.metrics import token_nll
-from mmrec.inference.reading import iter_nll
+from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.model import RecurrentLM
 
 BLOCK, BLOCKS = 256, 4
@@ -177,6 +178,7 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
     trained = load_model(checkpoint.path())
+    use_threads(trained.net.config.dim, READ_CHUNK)
     data = open_tokens_for(options.data_dir, trained.tokenizer)
     options.check(data)
     text, places, spans = np.asarray(data.val), options.places, options.spans

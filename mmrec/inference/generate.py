@@ -14,6 +14,7 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_unicode
+from mmrec.core.threads import use_threads
 from mmrec.inference.reading import Reader, TokenDecoder, load_model_and_state
 from mmrec.inference.sampling import SamplingOptions, sample_token
 from mmrec.inference.text_input import read_standard_input
@@ -89,6 +90,7 @@ def generate(
     if prompt is not None and not is_unicode(prompt):
         raise UserError(f"--prompt is {prompt!r}; it must be UTF-8")
     trained, _, before = load_model_and_state(checkpoint, memory)
+    use_threads(trained.net.config.dim)
     if sampling.verbatim and before.cached is None:
         raise UserError("--verbatim is for a memory with a cache of n-grams; make one by mmrec read --cache")
     if prompt is None:

@@ -11,9 +11,10 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import check_memory_target, save_memory
 from mmrec.core.errors import UserError
 from mmrec.core.files import refuse_to_replace
+from mmrec.core.threads import use_threads
 from mmrec.inference.compressors import Compressors
 from mmrec.inference.metrics import MetricsByPosition, TextMetrics
-from mmrec.inference.reading import CacheOptions, LearnOptions, Reader, load_model_and_state
+from mmrec.inference.reading import READ_CHUNK, CacheOptions, LearnOptions, Reader, load_model_and_state
 from mmrec.inference.text_input import iter_file_tokens
 from mmrec.tokenizers import token_lengths
 
@@ -43,6 +44,7 @@ def read(
         raise UserError(f"{save}: cannot be written: there is no folder {save.parent}")
     check_memory_target(save)
     trained, digest, reached = load_model_and_state(checkpoint, memory)
+    use_threads(trained.net.config.dim, READ_CHUNK)
     reader = Reader(trained.net, counting.applied(learning.applied(trained.net, reached), trained.tokenizer))
     for tokens in iter_file_tokens(trained.tokenizer, file):
         for _ in reader.read(tokens):
@@ -80,6 +82,7 @@ def score(
         refuse_to_replace(token_nll, NLL_HEADER.encode(), "such a table", "--token_nll")
     compressors = Compressors(beside_after) if beside or beside_after is not None else None
     trained, _, before = load_model_and_state(checkpoint, memory)
+    use_threads(trained.net.config.dim, READ_CHUNK)
     begin = before.position
     reader = Reader(trained.net, counting.applied(learning.applied(trained.net, before), trained.tokenizer))
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))

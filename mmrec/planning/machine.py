@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mmrec.core.runtime import MIXED, native_precision
+from mmrec.core.threads import use_threads
 from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.planning.law import LAW, Law
@@ -29,6 +30,7 @@ def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, second
         seconds: that the trial may take, beyond the first updates.
     """
     batches = choose_batches(config, text.train_tokens)
+    use_threads(config.dim, batches.rows * batches.seq_len)  # as the training will
     device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     random = torch.random.get_rng_state()
     try:

@@ -16,6 +16,7 @@ import uvicorn
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
+from mmrec.core.threads import use_threads
 from mmrec.serve.app import create_app
 from mmrec.serve.authentication import Access
 from mmrec.serve.chat import PLAIN, ChatTemplate
@@ -133,6 +134,7 @@ def serve(
         access = options.access(loopback)
         path = checkpoint.path()
         trained = load_model(path)
+        use_threads(trained.net.config.dim, processes=limits.running)
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
         service = Service(name, trained, StateStore(options.memories, trained, limits), limits)
         shown = f"[{options.host}]" if ":" in options.host else options.host

@@ -20,6 +20,7 @@ from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.errors import UserError, one_line
 from mmrec.core.options import Parser, resolve_configs
 from mmrec.core.runtime import native_precision
+from mmrec.core.threads import keep_for_other_processes
 from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
 from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint, StableCheckpoint
 from mmrec.training.callbacks.early_stopping import ResumableEarlyStopping
@@ -253,6 +254,8 @@ class TrainingCLI(SubcommandCLI):
 
     def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
         self.datamodule.evaluation = self.evaluation
+        if self.trainer.num_devices > 1:
+            keep_for_other_processes(1)  # each chooses anew
         if subcommand == "fit":
             self._check_interval()
             if is_first_process():  # not before all that was given is known to be good

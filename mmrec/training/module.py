@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmrec.checkpoints import contents
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
+from mmrec.core.threads import use_threads
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.metrics import TextMetrics, token_nll
 from mmrec.inference.reading import Reader
@@ -81,6 +83,25 @@ class RecurrentLMModule(LightningModule):
             self._is_sharded = True
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        self._choose_threads()
+
+    def _choose_threads(self, before: int | None = None) -> None:
+        """Let torch compute with as many threads as pay for the batches of this run.
+
+        Args:
+            before: the number that the run was trained with until now, which is kept where that is possible: sums
+                that others add up differ in their last bits.
+        """
+        data = self.trainer.datamodule.options  # type: ignore[attr-defined]
+        tokens = data.batch_size * data.seq_len
+        threads = use_threads(self.net.config.dim, tokens, self.trainer.num_devices, before)
+        if before is not None and threads != before:
+            rank_zero_info(
+                f"The run was trained with {before} thread(s) until now, and goes on with {threads}: its figures can "
+                f"differ in the last digits from those of a run that was not stopped"
+            )
 
     def on_train_start(self) -> None:
         self.restore_training_state()
@@ -297,6 +318,7 @@ class RecurrentLMModule(LightningModule):
             "carried": join_states([process["carried"] for process in processes]),
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
+            "threads": torch.get_num_threads(),
         }
 
     def _leave_training_out(self, checkpoint: dict[str, Any]) -> None:
@@ -318,6 +340,7 @@ class RecurrentLMModule(LightningModule):
             return
         if self.trainer.training:
             self._compare_options(progress["hyperparameters"])
+            self._choose_threads(progress.get("threads"))
         carried = progress["carried"]
         # Older checkpoints have one stream alone, or None where nothing has been read.
         states = carried if isinstance(carried, dict) else {0: carried} if carried else {}

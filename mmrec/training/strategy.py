@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
@@ -32,13 +31,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
-        assert self.lightning_module is not None
-        for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+        module = self.lightning_module
+        assert module is not None
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 raise UserError(
                     f"{type(callback).__name__} needs a model that is not sharded: leave it out by "
                     f"--trainer.callbacks null, or train without trainer/fsdp"
                 )
+        options: Any = getattr(module, "options", None)  # of RecurrentLMModule
+        if module.trainer.training and options is not None and options.optimizer == "muon":
+            raise UserError(
+                "model.optimizer is muon, which needs whole matrices; with a model sharded across processes give "
+                "--model.optimizer adamw, as trainer/fsdp does"
+            )
         shard_over_all_processes(self)
         super().setup_environment()
 
@@ -57,6 +63,9 @@ StrategyRegistry.register("sharded", FullyShardedStrategy, description="a model 
 
 def shard(net: RecurrentLM, mtp_head: MTPHead | None, mesh: DeviceMesh) -> None:
     """Shard the weights, layer by layer, across the processes of ``mesh``; a layer is gathered while it runs."""
+    # Here: others need not wait for what it imports.
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     blocks: nn.ModuleList = net.blocks
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -1,0 +1,87 @@
+"""Modules that are run only when they are needed: transparent to whoever imports them, and fewer at the start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mmrec.core.lazy_imports import import_lazily
+
+PACKAGE = {
+    "__init__.py": "from lazy_example.base import Base\nfrom lazy_example import costly\nMORE = costly.VALUE\n",
+    "base.py": "class Base: ...\n",
+    "costly.py": "VALUE = 3\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that imports a costly part of itself; forgotten at the end."""
+    (tmp_path / "lazy_example").mkdir()
+    for name, text in PACKAGE.items():
+        (tmp_path / "lazy_example" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("lazy_example", "lazy_example.base", "lazy_example.costly"):
+        monkeypatch.setitem(sys.modules, name, sys)
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_package_is_run_when_something_else_is_asked_of_it() -> None:
+    assert import_lazily("lazy_example", {"Base": lambda: import_module("lazy_example.base").Base})
+    found = import_module("lazy_example")
+    base = found.Base
+    assert "lazy_example.costly" not in sys.modules
+    assert import_module("lazy_example.base").Base is base
+    assert found.MORE == 3
+    assert "lazy_example.costly" in sys.modules
+    assert found.Base is base
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = found.nothing
+
+
+def test_a_module_is_found_without_the_package_around_it() -> None:
+    assert import_lazily("lazy_example.costly", {})
+    assert "lazy_example" not in sys.modules
+    assert import_module("lazy_example").MORE == 3
+
+
+def test_what_is_there_or_does_not_exist_stays_as_it_is() -> None:
+    before = import_module("lazy_example")
+    assert not import_lazily("lazy_example", {})
+    assert sys.modules["lazy_example"] is before
+    assert not import_lazily("lazy_example_that_is_not_there", {})
+    assert not import_lazily("lazy_example.nothing", {})
+    assert "lazy_example_that_is_not_there" not in sys.modules
+
+
+PROGRAM = """
+import sys
+from mmrec.core.lazy_imports import put_off_metrics
+put_off_metrics()
+from lightning.pytorch import LightningModule
+print([name for name in ("scipy", "transformers", "torchmetrics.functional") if name in sys.modules])
+import torchmetrics
+from torchmetrics.metric import Metric
+assert torchmetrics.Metric is Metric and issubclass(torchmetrics.MeanMetric, Metric)
+assert torchmetrics.functional is sys.modules["torchmetrics.functional"]
+"""
+
+
+def test_lightning_starts_without_what_only_other_metrics_need() -> None:
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout) == (0, "[]\n"), ran.stderr
+
+
+def test_a_help_is_printed_without_the_compiler() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "mmrec", "fit", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert "--model.config.dim" in ran.stdout
+    assert "lightning.pytorch" in ran.stderr
+    assert "torch._dynamo.eval_frame" not in ran.stderr
