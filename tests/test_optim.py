@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.training.muon import BatchedMuon, orthogonalize
 from mmrec.training.optim import CombinedOptimizer, learning_rate_share, make_optimizer, split_parameters
 from mmrec.training.options import OptimizerOptions
 
@@ -57,6 +59,85 @@ def test_a_stored_state_goes_on_the_same(name: Literal["muon", "adamw"]) -> None
         step(net, optimizer, seed)
         step(other, again, seed)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def plain(matrix: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return what :func:`orthogonalize` does of one matrix, step by step in float64."""
+    if matrix.shape[0] > matrix.shape[1]:
+        tall: torch.Tensor = plain(matrix.T, steps).T
+        return tall
+    a, b, c = COEFFICIENTS
+    x: torch.Tensor = matrix.double() / matrix.double().norm()
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24), (16, 80), (80, 16), (1, 9)])
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 7])
+def test_matrices_of_one_shape_are_orthogonalized_as_each_alone(shape: tuple[int, int], steps: int) -> None:
+    # Singular values over four orders of magnitude, as gradients have them.
+    spread = torch.logspace(0, -4, min(shape))
+    matrices = torch.stack([(torch.randn(shape[0], min(shape)) * spread) @ torch.randn(min(shape), shape[1])] * 3)
+    matrices[1] = torch.randn(shape)
+    found = orthogonalize(matrices, COEFFICIENTS, steps, 1e-7)
+    for one, expected in zip(found, (plain(matrix, steps) for matrix in matrices), strict=True):
+        torch.testing.assert_close(one.double(), expected, rtol=0, atol=2e-3)
+    for matrix, one in zip(matrices, orthogonalize(matrices.bfloat16(), COEFFICIENTS, steps, 1e-7), strict=True):
+        expected = plain(matrix, steps)
+        of_torch = _zeropower_via_newtonschulz(matrix.clone(), COEFFICIENTS, steps, 1e-7)
+        error, error_of_torch = (float((found - expected).norm() / expected.norm()) for found in (one, of_torch))
+        assert error < error_of_torch + 0.02
+
+
+def test_matrices_of_low_rank_stay_finite() -> None:
+    matrices = torch.zeros(3, 8, 64)
+    matrices[1] = torch.outer(torch.ones(8), torch.ones(64))
+    matrices[2] = 1e-30
+    for dtype in (torch.float32, torch.bfloat16):
+        found = orthogonalize(matrices.to(dtype), COEFFICIENTS, 5, 1e-7)
+        assert bool(found.isfinite().all())
+        assert not found[0].any()
+
+
+def muons() -> tuple[list[torch.nn.Parameter], torch.optim.Muon, list[torch.nn.Parameter], torch.optim.Muon]:
+    """Return torch's Muon and ours, each with parameters of the same values."""
+    shapes = [(16, 16), (64, 16), (16, 64), (64, 16), (16, 16), (24, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    return theirs, torch.optim.Muon(theirs, **options), ours, BatchedMuon(ours, **options)
+
+
+def test_muon_by_shapes_updates_as_that_of_torch() -> None:
+    theirs, reference, ours, batched = muons()
+    before = [parameter.detach().clone() for parameter in ours]
+    for _ in range(4):
+        for mine, other in zip(ours[:-1], theirs[:-1], strict=True):  # the last has no gradient
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        reference.step()
+        batched.step()
+    for mine, other, first in zip(ours, theirs, before, strict=True):
+        assert float((mine - other).detach().norm()) <= 0.1 * float((other - first).detach().norm())
+    assert torch.equal(ours[-1], before[-1])
+
+
+def test_either_muon_continues_what_the_other_began() -> None:
+    theirs, reference, ours, batched = muons()
+    for parameter in (*theirs, *ours):
+        parameter.grad = torch.ones_like(parameter)
+    reference.step()
+    batched.load_state_dict(copy.deepcopy(reference.state_dict()))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(batched.state[mine]["momentum_buffer"], reference.state[other]["momentum_buffer"])
+    batched.step()
+    reference.load_state_dict(copy.deepcopy(batched.state_dict()))
+    reference.step()
 
 
 def test_a_schedule_reaches_every_member_also_after_loading() -> None:

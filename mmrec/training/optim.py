@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from mmrec.model import RecurrentLM
 from mmrec.training.mtp import MTPHead
+from mmrec.training.muon import BatchedMuon
 from mmrec.training.options import OptimizerOptions
 
 
@@ -82,7 +83,7 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     if options.optimizer == "adamw":
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})
         return AdamW(by_adamw, lr=rate, betas=options.betas)
-    muon = Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas)])
 
 
