@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,71 @@ def test_every_text_of_every_command_is_taken_as_typed(name: str) -> None:
         assert {dest: str(value) for dest, value in taken_as.items()} == {
             dest: typed if isinstance(value, str) else str(Path(typed)) for dest, value in taken_as.items()
         }
+
+
+def test_two_dashes_are_a_text_where_they_are_joined_to_their_option() -> None:
+    taken.clear()
+    options = ("prompt", "memory", "name", "folder", "nested.text", "nested.path")
+    call(takes_all, Parser(prog="test"), [f"--{name}=--" for name in options])
+    assert {str(value) for value in taken.values()} == {"--"}
+    for rest in (["--prompt", "--"], ["--prompt", "--", "x"], ["--folder", "--"]):
+        with pytest.raises(
+            UserError, match=f"{rest[0]}: expected one argument; two dashes as a text are {rest[0]}=--"
+        ):
+            call(takes_all, Parser(prog="test"), rest)
+
+
+@pytest.mark.parametrize(
+    ("typed", "texts"),
+    [
+        ("[a.txt,b.txt]", ["a.txt", "b.txt"]),
+        ("[ a b.txt , c ]", ["a b.txt", "c"]),
+        ("[]", []),
+        ("[a,]", ["a"]),
+        ("a.txt", ["a.txt"]),
+        ("a, b: c.txt", ["a, b: c.txt"]),
+        ("x[1].txt", ["x[1].txt"]),
+        ("[x].txt", ["[x].txt"]),
+        ("[x[1].txt, [y]]", ["x[1].txt", "[y]"]),
+        ("[a: b.txt, {c}, # d, 2 #e.txt]", ["a: b.txt", "{c}", "# d", "2 #e.txt"]),
+        ("[007, 1e5, null, yes, ~, 0x1F, 2024-01-01]", ["007", "1e5", "null", "yes", "~", "0x1F", "2024-01-01"]),
+        ("[!a, &b, *c, @d, `e, %f, -g, - h]", ["!a", "&b", "*c", "@d", "`e", "%f", "-g", "- h"]),
+        ("['a, b.txt', \"c, d\", ' e ', 'it''s', \"\\\"\"]", ["a, b.txt", "c, d", " e ", "it's", '"']),
+        ("[it's.txt, a\"b.txt, C:\\d]", ["it's.txt", 'a"b.txt', "C:\\d"]),
+    ],
+)
+def test_a_list_of_texts_is_what_was_typed(typed: str, texts: list[str]) -> None:
+    parser = Parser(prog="test")
+    parser.add_argument("--files", type=Sequence[str], default=())
+    parser.add_argument("--more", type=list[str] | None, default=None)
+    for form in (["--files", typed, "--more", typed], [f"--files={typed}", f"--more={typed}"]):
+        values = parser.parse_args(form)
+        assert (values.files, values.more) == (texts, texts)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"), [("", "empty"), ("[a,,b]", "empty"), ("['a, b]", "quote"), ("['a'b]", "quote")]
+)
+def test_a_list_that_is_none_is_refused(typed: str, says: str) -> None:
+    parser = Parser(prog="test")
+    parser.add_argument("--files", type=Sequence[str], default=())
+    with pytest.raises(UserError, match=says) as refused:
+        parser.parse_args([f"--files={typed}"])
+    assert "--files" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_number_that_is_none_is_refused_by_its_kind() -> None:
+    parser = Parser(prog="test")
+    parser.add_argument("--share", type=float | None, default=None)
+    parser.add_argument("--count", type=int | None, default=None)
+    for typed, says in (
+        ("--share=nan", "--share is nan; it must be a number"),
+        ("--count=1.5", "--count is 1.5; it must be a whole number"),
+        ("--count=many", "--count is many; it must be a whole number"),
+    ):
+        with pytest.raises(UserError, match=f"^{says}$"):
+            parser.parse_args([typed])
 
 
 def test_an_option_is_never_taken_for_the_text_before_it() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse._core import ArgumentGroup
 from jsonargparse._typehints import ActionTypeHint, adapt_typehints
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def parse_error(parser: ArgumentParser, message: str) -> UserError:
     """Return the error for a message of ``parser``, with the nearest option for one that it does not know."""
-    text = one_line(message)
+    text = _without_listing(one_line(message))
     # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", text)
     hint = ""
@@ -35,6 +36,20 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
         known = [option.removeprefix("--") for option in parser._option_string_actions]
         hint = nearest(unknown[1].split("=")[0], known)
     return UserError(text + hint)
+
+
+def _without_listing(message: str) -> str:
+    """Return what an option must be, where jsonargparse lists the errors of each type of one that may be left out."""
+    listing = re.fullmatch(
+        r"Parser key \"([\w.]+)\": Does not validate against any of the Union subtypes .*?Errors:"
+        r"((?: - Expected a <class '\w+'>)+) Given value type: .*? Given value: (.*)",
+        message,
+    )
+    if listing is None:
+        return message
+    kinds = [kind for kind in re.findall(r"'(\w+)'", listing[2]) if kind != NoneType.__name__]
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return f"--{listing[1]} is {listing[3]}; it must be {' or '.join(names.get(kind, kind) for kind in kinds)}"
 
 
 def _kinds(typehint: Any) -> tuple[Any, ...]:
@@ -49,6 +64,12 @@ def _is_text(typehint: Any) -> bool:
     return bool(kinds) and all(
         isinstance(kind, type) and (kind is str or issubclass(kind, os.PathLike)) for kind in kinds
     )
+
+
+def _is_text_list(typehint: Any) -> bool:
+    """Whether an option is a list of texts."""
+    kinds = _kinds(typehint)
+    return len(kinds) == 1 and get_origin(kinds[0]) in (Sequence, list) and get_args(kinds[0]) == (str,)
 
 
 class TextAction(ActionTypeHint):
@@ -71,13 +92,62 @@ class TextAction(ActionTypeHint):
         return None if value is None else os.fspath(value)
 
 
+class TextListAction(ActionTypeHint):
+    """An option that is a list of texts: ``[a.txt, b.txt]``, or a single one without brackets.
+
+    Each is what was typed, where jsonargparse would read YAML: ``[a: b.txt]``, ``[007]`` and ``[x[1].txt]`` are no
+    texts to it, and ``[2 # 3.txt]`` is none at all. A text with a comma, or with blanks around it, stands in quotes.
+    """
+
+    def _check_type(self, value: Any, append: bool = False, cfg: Any = None, mode: Any = None) -> Any:
+        if type(value) is str:
+            try:
+                value = split_list(value)
+            except ValueError as error:
+                raise TypeError(f"--{self.dest} is {value!r}: {error}") from None
+        check: Any = super()._check_type  # without annotations
+        return check(value, append=append, cfg=cfg, mode=mode)
+
+
+_ITEM = re.compile(r"""\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?=,|$)|([^,]*))""", re.DOTALL)
+
+
+def split_list(typed: str) -> list[str]:
+    """Return the texts of a list as it is typed; one without brackets is a text by itself.
+
+    Raises:
+        ValueError: a text is empty, or a quote is not closed.
+    """
+    if not (typed.startswith("[") and typed.endswith("]")):
+        return _not_empty([typed])
+    inside, place = typed[1:-1], 0
+    found: list[str] = []
+    while place < len(inside) and inside[place:].strip():
+        item = _ITEM.match(inside, place)
+        assert item is not None  # its second form is any text
+        quoted, plain = item.groups()
+        if quoted is None and plain[:1] in ("'", '"'):
+            raise ValueError(f"the quote before {plain[1:13]!r} is not closed before the next comma")
+        found.append(plain.strip() if quoted is None else str(yaml.safe_load(quoted)))
+        place = item.end() + 1
+    return _not_empty(found)
+
+
+def _not_empty(texts: list[str]) -> list[str]:
+    if "" in texts:
+        raise ValueError("one of its texts is empty; write a list as [a, b], and a text with a comma in quotes")
+    return texts
+
+
 class _TextOptions:
-    """Adds options of text or path as :class:`TextAction`."""
+    """Adds options of text or path as :class:`TextAction`, lists of texts as :class:`TextListAction`."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_argument(*args, **kwargs)  # type: ignore[misc]
         if type(action) is ActionTypeHint and _is_text(action._typehint):
             action.__class__ = TextAction
+        elif type(action) is ActionTypeHint and _is_text_list(action._typehint):
+            action.__class__ = TextListAction
         return action
 
 
@@ -110,6 +180,11 @@ class Parser(_TextOptions, ArgumentParser):
     def _parse_known_args(self, arg_strings: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._parse_known_args(self._with_values(list(arg_strings)), *args, **kwargs)
 
+    def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+        if isinstance(action, TextAction) and action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")  # which argparse would take for the end of the options
+        return super()._get_values(action, arg_strings)
+
     def _with_values(self, args: list[str]) -> list[str]:
         """Return ``args`` with a text that begins with a dash joined to its option, as argparse wants it."""
         known = self._option_string_actions
@@ -117,6 +192,8 @@ class Parser(_TextOptions, ArgumentParser):
         for arg in args:
             before = joined[-1] if joined else ""
             text = isinstance(known.get(before), TextAction) and "--" not in joined
+            if text and arg == "--":
+                self.error(f"argument {before}: expected one argument; two dashes as a text are {before}=--")
             if text and arg.startswith("-") and arg not in ("-", "--") and arg.partition("=")[0] not in known:
                 joined[-1] = f"{before}={arg}"
             else:
