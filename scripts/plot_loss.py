@@ -13,6 +13,7 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmrec.core.errors import UserError, exit_status
+from mmrec.core.files import refuse_to_replace_picture
 
 
 def read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -30,6 +31,7 @@ def read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def plot(folders: Sequence[Path], output: Path) -> None:
     """Write a picture of the losses of ``folders``."""
+    refuse_to_replace_picture(output, "--output")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -341,6 +341,24 @@ def test_a_wrong_request_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("evaluation", ["length", "carry", "induction", "bench"])
+@pytest.mark.parametrize(("end", "content"), [(".json", b'{"mine": 1}'), (".png", b"\x89PNG of a camera")])
+def test_a_file_of_a_person_is_never_replaced(
+    mmrec: Command, capsys: pytest.CaptureFixture[str], evaluation: str, end: str, content: bytes
+) -> None:
+    """Before anything is read or computed."""
+    Path("out").mkdir()
+    path = Path("out", ("results" if evaluation == "bench" else evaluation) + end)
+    path.write_bytes(content)
+    command = ["bench"] if evaluation == "bench" else ["eval", evaluation]
+    text = ["--ckpt=none.ckpt", "--data_dir=none"] if evaluation in ("length", "carry") else []
+    assert mmrec(*command, *text, "--output_dir=out") == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert "another --output_dir" in error
+    assert path.read_bytes() == content
+
+
 def test_what_there_is(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("eval") == 0
     shown = capsys.readouterr().out

@@ -68,6 +68,10 @@ def test_prepare_and_train_as_the_plan_has_it(script: Script, text: str, capsys:
     steps = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     assert script("plot_loss", "lightning_logs/version_0", "--output", "loss.png") == 0
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+    assert script("plot_loss", "lightning_logs/version_0", "--output", "loss.png") == 0  # its own picture
+    Path("thesis.txt").write_text("years of work")
+    assert script("plot_loss", "lightning_logs/version_0", "--output", "thesis.txt") == 2
+    assert Path("thesis.txt").read_text() == "years of work"
 
     assert script("train_base_model", "--resume", "version_0", "--data_dir", "data/mine", "--epochs", "3") == 0
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == steps * 3 // 2

@@ -22,13 +22,14 @@ from mmrec.bench.options import MEASURES, BenchOptions
 from mmrec.bench.plot import plot
 from mmrec.bench.tables import OURS, show_learning, show_reading, show_speed, show_time_to_target
 from mmrec.core.errors import UserError
-from mmrec.core.files import write_file
+from mmrec.core.files import refuse_to_replace, refuse_to_replace_picture, write_file
 from mmrec.core.runtime import native_precision
 from mmrec.core.threads import available_cores
 from mmrec.data.store import open_tokens
 
 VOCABULARY = 65
 """Of speeds, which are measured on random tokens: Tiny Shakespeare's number of characters."""
+RESULTS, PICTURE = "results.json", "results.png"
 STATEFUL = (OURS, "lstm", "gpt")
 """Models that can go on from what was read: with a state, or a cache."""
 
@@ -41,6 +42,8 @@ def bench(options: BenchOptions) -> None:
     """
     if {"learn", "time_to_target"} & set(options.measures):
         open_tokens(options.data_dir)
+    refuse_to_replace(options.output_dir / RESULTS, b'{\n "machine": {', "results of mmrec bench", "--output_dir")
+    refuse_to_replace_picture(options.output_dir / PICTURE, "--output_dir")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(options)
     for name, difference in comparison.results["ops"].items():
@@ -48,7 +51,7 @@ def bench(options: BenchOptions) -> None:
     for measure in MEASURES:
         if measure in options.measures:
             comparison.measure(measure)
-    drawn = plot(comparison.results, options.output_dir / "results.png")
+    drawn = plot(comparison.results, options.output_dir / PICTURE)
     print(f"\nwritten to {options.output_dir}" + ("" if drawn else "; for a picture: pip install matplotlib"))
 
 
@@ -85,7 +88,7 @@ class Comparison:
             "time_to_target": self._time_to_target,
         }
         steps[measure]()
-        write_file(self._options.output_dir / "results.json", json.dumps(self.results, indent=1) + "\n")
+        write_file(self._options.output_dir / RESULTS, json.dumps(self.results, indent=1) + "\n")
 
     def _train(self) -> None:
         lengths = self._options.lengths

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrec.core.files import staged_file
+
 
 def plot(results: dict[str, Any], path: Path) -> bool:
     """Write the panels of what was measured to ``path``; False where matplotlib is not installed."""
@@ -30,7 +32,8 @@ def plot(results: dict[str, Any], path: Path) -> bool:
             axis.set(title=title, xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    with staged_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
     return True
 

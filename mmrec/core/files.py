@@ -27,8 +27,17 @@ from typing import BinaryIO, TextIO
 
 from mmrec.core.errors import UserError
 
-__all__ = ["refuse_to_replace", "staged_file", "staged_folder", "staged_text", "write_file"]
+__all__ = [
+    "refuse_to_replace",
+    "refuse_to_replace_picture",
+    "staged_file",
+    "staged_folder",
+    "staged_text",
+    "write_file",
+]
 
+PICTURE_ENDS = 1 << 16
+"""Bytes at the beginning and at the end of a picture, in which its maker's name stands."""
 SLOTS = 100
 """So many may write the same file at once before one of them is refused."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
@@ -56,6 +65,23 @@ def refuse_to_replace(path: Path, begins: bytes, what: str, option: str) -> None
             head = file.read(len(begins))
         if head not in (b"", begins):
             raise UserError(f"{path}: holds something else than {what}; choose another {option}")
+
+
+def refuse_to_replace_picture(path: Path, option: str) -> None:
+    """Raise UserError where ``path`` is a file that Matplotlib has not drawn; it names itself in all that it writes.
+
+    Args:
+        path: that a picture is to be written to.
+        option: that names it.
+    """
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        ends = file.read(PICTURE_ENDS)
+        file.seek(max(file.tell(), path.stat().st_size - PICTURE_ENDS))
+        ends += file.read()
+    if ends and b"matplotlib" not in ends.lower():
+        raise UserError(f"{path}: holds something else than a picture of Matplotlib's; choose another {option}")
 
 
 @contextmanager

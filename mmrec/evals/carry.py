@@ -18,7 +18,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
-from mmrec.evals.report import print_table, save, save_plot
+from mmrec.evals.report import print_table, refuse_to_replace_results, save, save_plot
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.inference.text_input import iter_file_tokens
@@ -105,6 +105,7 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
     Raises:
         UserError: a text is not longer than a window or has unknown characters.
     """
+    refuse_to_replace_results(options.output_dir, "carry", b'{\n "window": ')
     trained = load_model(checkpoint.path())
     use_threads(trained.net.config.dim, READ_CHUNK)
     texts = options.texts(trained)

@@ -24,7 +24,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.runtime import native_precision
 from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder, open_tokens_for
-from mmrec.evals.report import print_table, save, save_plot
+from mmrec.evals.report import print_table, refuse_to_replace_results, save, save_plot
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.model import RecurrentLM
@@ -177,6 +177,7 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
     Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
+    refuse_to_replace_results(options.output_dir, "length", b'{\n "spans": ')
     trained = load_model(checkpoint.path())
     use_threads(trained.net.config.dim, READ_CHUNK)
     data = open_tokens_for(options.data_dir, trained.tokenizer)

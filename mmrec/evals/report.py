@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.baselines.tables import print_table
-from mmrec.core.files import write_file
+from mmrec.core.files import refuse_to_replace, refuse_to_replace_picture, staged_file, write_file
 
-__all__ = ["print_table", "save", "save_plot"]
+__all__ = ["print_table", "refuse_to_replace_results", "save", "save_plot"]
+
+
+def refuse_to_replace_results(folder: Path, name: str, begins: bytes) -> None:
+    """Raise UserError where NAME.json or NAME.png in ``folder`` is something else than a result of an evaluation.
+
+    Args:
+        folder: that --output_dir names.
+        name: of the evaluation.
+        begins: the first bytes of its JSON.
+    """
+    refuse_to_replace(folder / f"{name}.json", begins, "results of this evaluation", "--output_dir")
+    refuse_to_replace_picture(folder / f"{name}.png", "--output_dir")
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
@@ -33,6 +45,6 @@ def save_plot(path: Path, draw: Callable[[Any], None]) -> None:
     draw(axes)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")  # beside the lines: up to nine models, some of which coincide
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with staged_file(path, parents=True) as file:
+        figure.savefig(file, dpi=100, format="png")
     pyplot.close(figure)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmrec.core.errors import UserError
+from mmrec.core.files import refuse_to_replace_picture
 from mmrec.evals.models import check_model
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.report import print_table, save, save_plot
@@ -61,6 +62,7 @@ def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
     """
     recipe = options.recipe(task)
     path = options.output_dir / f"{task}.json"
+    refuse_to_replace_picture(options.output_dir / f"{task}.png", "--output_dir")
     results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
     if path.exists():
         before = _read(path)
