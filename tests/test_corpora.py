@@ -137,6 +137,12 @@ def test_what_was_prepared_among_the_texts_is_not_read_again(
     rows = [json.loads(row) for row in Path("other/sources.jsonl").read_text().splitlines()]
     skipped = {Path(row["file"]).name: row["skipped"] for row in rows if row.get("skipped", "hidden") != "hidden"}
     assert skipped == dict.fromkeys(("old.work", "tokens"), "what mmrec prepare wrote")
+    source = given[0].replace("mine", "other")
+    assert mmrec("prepare", source, "--output_dir=again") == 2
+    assert "other: is what mmrec prepare wrote, not texts" in capsys.readouterr().err
+    assert mmrec("prepare", "", "--output_dir=again") == 2
+    assert "given as an empty text" in capsys.readouterr().err
+    assert not Path("again").exists()
 
 
 def test_directory_without_text_says_what_was_searched(tmp_path: Path) -> None:

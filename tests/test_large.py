@@ -271,12 +271,16 @@ def test_stopped_and_killed_in_the_middle_the_result_is_the_same(mmrec: Command,
         (["a.jsonl", "--executor", "slurm"], "needs Slurm's sbatch"),
         (["tiny_shakespeare", "a.jsonl"], "takes no files of yours"),
         (["s4://bucket/x"], "cannot be reached: Protocol not known"),
-        (["a.jsonl", "--encoding", "latin-1"], "--encoding is for --input_file and --input_dir"),
+        (["c.parquet", "--encoding", "cp1252"], "c.parquet is of a format that is UTF-8 (parquet)"),
+        (["a.jsonl", "--encoding", "rot13"], "unknown encoding 'rot13'"),
+        (["c4", "a.jsonl", "--encoding", "cp1252"], "--encoding is for your own texts, not for 'c4'"),
+        (["sample", "--encoding", "cp1252"], "--encoding is for your own texts, not for 'sample'"),
+        (["--input_file", "b.txt", "--glob", "*.md"], "--glob is for --input_dir, not for 'file'"),
         (["a.jsonl", "--mirror", "there"], "--mirror is for the small corpora"),
         (["--input_dir", ".", "--drop_duplicates"], "--drop_duplicates is for large corpora"),
         (["b.txt", "--text_field", "body"], "--text_field is for large corpora"),
         (["sample", "--executor", "ray"], "--executor is for large corpora"),
-        (["a.jsonl", "--glob", "*.md"], "--glob is for --input_file and --input_dir"),
+        (["a.jsonl", "--glob", "*.md"], "--glob is for --input_dir"),
         (["c4"], "or get c4-train.*.json.gz and c4-validation.*.json.gz, or the tfrecord files elsewhere: mmrec"),
     ],
 )
@@ -293,6 +297,7 @@ def test_bad_requests(
     monkeypatch.setitem(LARGE_CORPORA, "c4", c4)
     write_json_lines(tmp_path / "a.jsonl", texts(5))
     (tmp_path / "b.txt").write_text("one text\n")
+    (tmp_path / "c.parquet").touch()
     (tmp_path / "empty").mkdir()
     assert mmrec("prepare", *args, "--output_dir", "out") == 2
     error = capsys.readouterr().err

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Command
-from layouts import tar_of, texts, write_json_lines
+from layouts import split_at_separator, tar_of, texts, write_json_lines
 
 from mmrec.core.errors import UserError
 from mmrec.data.pipeline.readers import READERS
@@ -55,7 +56,7 @@ RECORDS = [{"text": text} for text in texts(5)]
         (json.dumps(RECORDS), "a JSON array instead of a record a line (jq -c '.[]'"),
         (json.dumps(RECORDS, indent=1), "a JSON array instead of a record a line"),
         (json.dumps({"data": RECORDS}, indent=1), "JSON over several lines instead of a record a line"),
-        ("\n".join(map(json.dumps, RECORDS)).encode("utf-16"), "UTF-16 instead of UTF-8 (iconv"),
+        ("\n".join(map(json.dumps, RECORDS)).encode("utf-16"), "UTF-16 instead of UTF-8 (--encoding utf-16"),
         (b'{"text": "caf\xe9"}', "0 documents (set aside: 1 not JSON)"),
         ("\n".join(json.dumps({"data": record, "id": 1}) for record in RECORDS), "have data.text, id (number)"),
         ("\n".join(json.dumps({"messages": [record]}) for record in RECORDS), "the records have messages (list)"),
@@ -186,5 +187,51 @@ def test_texts_that_are_not_utf_8_are_counted_and_the_way_to_read_them_is_said(
     for name in ("a.txt", "b.txt"):
         (tmp_path / "mine" / name).write_bytes(f"d\u00e9j\u00e0 vu {name}\n".encode("cp1252") * 20)
     assert mmrec("prepare", "mine", "--output_dir", "out", "--workers", "1") == 2
-    assert "2 not UTF-8); files of text in another encoding are read by --input_dir" in capsys.readouterr().err
+    assert "2 not UTF-8); name the encoding of files of text by --encoding" in capsys.readouterr().err
     assert mmrec("prepare", "--input_dir", "mine", "--encoding", "cp1252", "--output_dir", "out") == 0
+
+
+ENCODED = "D\u00e9j\u00e0 vu, na\u00efvet\u00e9 {}, \u20ac 5\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "UTF8"])
+def test_an_encoding_holds_for_every_path_of_text(mmrec: Command, tmp_path: Path, encoding: str) -> None:
+    """Files and folders that are named, compressed ones, JSON lines, and both of these inside of a tar."""
+    wanted = [ENCODED.format(number) * 20 for number in range(6)]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    lines = [
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in wanted[i : i + 2]) for i in (2, 4)
+    ]
+    (mine / "a.txt").write_bytes(wanted[0].encode(encoding))
+    (mine / "c.jsonl").write_bytes(lines[0].encode(encoding))
+    members = {"b.md": wanted[1].encode(encoding), "d.jsonl": lines[1].encode(encoding)}
+    (mine / "e.tar.xz").write_bytes(tar_of(members))
+    paths = [str(path) for path in sorted(mine.iterdir())]
+    for number, sources in enumerate((["mine"], paths)):
+        out = f"out{number}"
+        assert mmrec("prepare", *sources, "--encoding", encoding, "--output_dir", out, "--workers", "1") == 0
+        tokens = open_tokens(Path(out))
+        assert tokens.manifest["rejected"] == {}
+        joined = "".join(text for part in ("train", "val") for text in split_at_separator(tokens, part))
+        assert sorted(joined) == sorted("".join(wanted))
+    (mine / "one.txt.gz").write_bytes(gzip.compress(wanted[0].encode(encoding)))
+    for number, name in enumerate(("a.txt", "one.txt.gz")):
+        out = f"one{number}"
+        assert mmrec("prepare", f"mine/{name}", "--encoding", encoding, "--output_dir", out, "--workers", "1") == 0
+        tokens = open_tokens(Path(out))
+        assert tokens.tokenizer.decode(np.concatenate([tokens.train, tokens.val])).replace("\n\n", "") == wanted[0]
+
+
+def test_what_is_not_in_the_encoding_is_set_aside(mmrec: Command, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_bytes(ENCODED.format(1).encode("cp1252") * 9)
+    (mine / "b.txt").write_bytes(b"\x81 is no letter of cp1252\n")
+    (mine / "c.jsonl").write_bytes(b'{"text": "one line"}\n' * 9000 + b'{"text": "\x81"}\n')
+    (mine / "d.tar").write_bytes(tar_of({"e.jsonl": b'{"text": "\x81"}\n', "f.txt": b"good\n"}, "w"))
+    assert mmrec("prepare", "mine", "--encoding", "cp1252", "--output_dir", "out", "--workers", "1") == 0
+    assert open_tokens(Path("out")).manifest["rejected"] == {"not cp1252": 3}
+    rows = [json.loads(line) for line in Path("out/rejected.jsonl").read_text().splitlines()]
+    assert [Path(row["file"]).name for row in rows] == ["b.txt", "c.jsonl", "d.tar"]
+    assert rows[2]["where"].startswith("e.jsonl: after byte")

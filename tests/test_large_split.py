@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command, make_text
 from layouts import split_at_separator, texts, write_json_lines
 
 from mmrec.data.store import TokenFolder, open_tokens
+from mmrec.tokenizers import BPETokenizer
 
 pytest.importorskip("datatrove")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -98,3 +100,60 @@ def test_nothing_to_split_is_said(mmrec: Command, tmp_path: Path, capsys: pytest
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}))
     assert mmrec("prepare", "a.jsonl", "--output_dir", "out", "--workers", "1") == 2
     assert "too little text to split" in capsys.readouterr().err
+
+
+WORDS = [f"{chr(97 + n)}{chr(110 + n)}" * 3 for n in range(9)]
+"""Words of nine documents that have no pair of letters in common."""
+
+
+def learned_tokens(folder: str) -> set[str]:
+    tokenizer = open_tokens(Path(folder)).tokenizer
+    return {tokenizer.token_bytes(token).decode("latin-1") for token in range(tokenizer.vocab_size)}
+
+
+def test_bpe_is_learned_from_what_trains_alone(
+    mmrec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the split is by size, which is known once all was read; also where the work was stopped in between."""
+    command = ["prepare", "mine.jsonl", "--workers", "1", "--tokenizer", "bpe", "--vocab_size", "400"]
+    write_json_lines(tmp_path / "mine.jsonl", [f"{word} " * (44 + n) for n, word in enumerate(WORDS)])
+    assert mmrec(*command, "--output_dir", "whole", "--val_split", "0.3") == 0
+    tokens = open_tokens(Path("whole"))
+    assert "by size" in tokens.manifest["split"]["rule"]
+    train, val = sides(tokens)
+    val_words = {text.split()[0] for text in val} - {text.split()[0] for text in train}
+    train_words = {text.split()[0] for text in train}
+    assert val_words
+    tokens_learned = learned_tokens("whole")
+    assert not {word[:2] for word in val_words} & tokens_learned
+    assert {word[:2] for word in train_words} <= tokens_learned
+    assert "BPE is learned again" in capsys.readouterr().out
+
+    saved, calls = BPETokenizer.train, iter([False, True])
+
+    def stopped(*args: Any, **kwargs: Any) -> BPETokenizer:
+        if next(calls):
+            raise KeyboardInterrupt
+        return saved(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BPETokenizer, "train", stopped)
+        assert mmrec(*command, "--output_dir", "parts", "--val_split", "0.3") == 130
+    assert Path("parts.work/held_out.json").exists()
+    assert mmrec(*command, "--output_dir", "parts", "--val_split", "0.3") == 0
+    for name in ("tokenizer.json", "train.bin", "val.bin"):
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_bpe_is_not_learned_from_the_end_of_a_text_that_validates(mmrec: Command, tmp_path: Path) -> None:
+    for number in range(4):  # of these texts some would validate as a whole, by their hash
+        (tmp_path / f"{number}.txt").write_text(f"{number} " + "an an an " * 3000 + "bo bo bo " * 3000)
+        command = ["prepare", f"{number}.txt.gz", "--workers", "1", "--tokenizer", "bpe", "--vocab_size", "400"]
+        data = (tmp_path / f"{number}.txt").read_bytes()
+        (tmp_path / f"{number}.txt.gz").write_bytes(gzip.compress(data))
+        assert mmrec(*command, "--output_dir", f"out{number}", "--val_split", "0.5") == 0
+        (train,), (val,) = sides(open_tokens(Path(f"out{number}")))
+        assert train.encode() + val.encode() == data
+        found = learned_tokens(f"out{number}")
+        assert "an" in {token.strip("\u0120 ") for token in found}
+        assert "bo" not in {token.strip("\u0120 ") for token in found}

@@ -29,7 +29,7 @@ class PrepareOptions:
             tokenizer.json (also GPT-2's), or a model that mmrec export wrote as safetensors. If left out: characters
             for Shakespeare, bpe for openwebtext, wikipedia and c4, bytes for other text.
         vocab_size: number of tokens, for bpe only; if left out 4096, or 32768 for a large corpus.
-        encoding: of the input files.
+        encoding: of your own files: of text, of JSON lines, and of those in tars.
         glob: names of the files that count, for --input_dir; those of text files (.txt, .md, ...) if left out.
         mirror: folder or URL that holds the corpus's file, used instead of the internet.
         text_field: name of the text in JSON, Parquet and tf.Example records.

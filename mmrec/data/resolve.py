@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmrec.core.errors import UserError, nearest
+from mmrec.core.urls import is_url
 from mmrec.data.corpora import CORPORA
 from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
+from mmrec.data.store import written_by_prepare
 
 SMALL_BYTES = 10**9
 """A single text file below this size is held in memory as a whole."""
@@ -42,6 +44,10 @@ def resolve_source(options: PrepareOptions) -> ResolvedSource:
         UserError: they name none, an unknown one, or options that are not for it.
     """
     name, paths = options.corpus, tuple(options.paths)
+    if "" in (name, *paths):
+        raise UserError("a corpus, file or folder is given as an empty text; name one")
+    for folder in (*paths, options.input_dir):
+        _refuse_token_folder(folder)
     implied = "file" if options.input_file else "directory" if options.input_dir else None
     if implied is None and name is not None and name not in CORPORA:
         is_named = name in LARGE_CORPORA or name.startswith(HUB)
@@ -61,6 +67,12 @@ def resolve_source(options: PrepareOptions) -> ResolvedSource:
     return _small(options, ResolvedSource(name, (), options.input_file, options.input_dir, Path("data", name), False))
 
 
+def _refuse_token_folder(source: str | Path | None) -> None:
+    """Raise UserError where a source is a token folder: its texts would be split anew, validation among training."""
+    if source and not is_url(str(source)) and Path(source).is_dir() and written_by_prepare(Path(source)):
+        raise UserError(f"{source}: is what mmrec prepare wrote, not texts; mmrec fit reads it by --data.data_dir")
+
+
 def _small(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
     """Return a source that is held in memory; UserError where an option is for large corpora alone."""
     if given := options.changed("text_field", "drop_duplicates", "executor", "slurm"):
@@ -68,6 +80,11 @@ def _small(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
             f"--{given[0]} is for large corpora, and for folders and files of many documents that are named without "
             f"--input_file or --input_dir: mmrec prepare FOLDER"
         )
+    known = {"encoding": ("file", "directory"), "glob": ("directory",)}
+    for option in options.changed("encoding", "glob"):
+        if source.corpus not in known[option]:
+            kinds = "your own texts" if option == "encoding" else "--input_dir"
+            raise UserError(f"--{option} is for {kinds}, not for {source.corpus!r}")
     return _written_to(options, source)
 
 
@@ -75,8 +92,10 @@ def _large(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
     """Return a source that is read shard by shard; UserError where an option is for small corpora alone."""
     if options.verify:
         return _written_to(options, source)
-    if given := options.changed("encoding", "glob"):
-        raise UserError(f"--{given[0]} is for --input_file and --input_dir; other texts are read as UTF-8")
+    if options.glob is not None:
+        raise UserError("--glob is for --input_dir; name the files that count")
+    if options.changed("encoding") and source.corpus is not None:
+        raise UserError(f"--encoding is for your own texts, not for {source.corpus!r}")
     if options.mirror is not None:
         raise UserError("--mirror is for the small corpora; for a large one, name the files that you have")
     return _written_to(options, source)
@@ -89,6 +108,7 @@ def _written_to(options: PrepareOptions, source: ResolvedSource) -> ResolvedSour
 def _existing(path: str) -> str:
     """Return ``path``, given where a corpus may stand; UserError where it is neither."""
     if "://" in path or Path(path).exists():
+        _refuse_token_folder(path)
         return path
     names = [*CORPORA, *LARGE_CORPORA]
     raise UserError(

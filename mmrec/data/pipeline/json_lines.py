@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from mmrec.core.optional import optional_import
-from mmrec.data.pipeline.records import LONGEST, Record, Rejected, open_shard
+from mmrec.data.pipeline.records import LONGEST, Record, Rejected, as_utf8, open_shard
 from mmrec.data.pipeline.shards import Shard
 
 MOST_FIELDS = 12
 """Names of fields that are reported of a record without the text."""
 ARRAY = "a JSON array instead of a record a line (jq -c '.[]' makes lines of it)"
 SPREAD = "JSON over several lines instead of a record a line (jq -c . makes lines of it)"
-UTF16 = "UTF-16 instead of UTF-8 (iconv -f UTF-16 -t UTF-8 converts it)"
+UTF16 = "UTF-16 instead of UTF-8 (--encoding utf-16 reads it)"
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[\[\]{}:,]|[^\s"\[\]{}:,]+)', re.DOTALL)
 
 
 def read_json_lines(shard: Shard, field: str) -> Iterator[Record]:
     """A file of JSON lines; the text is in ``field``, or, as "a.b", in b of the object a."""
-    with open_shard(shard.path) as file:
+    with open_shard(shard.path) as raw, as_utf8(raw, shard.encoding) as file:
         yield from json_records(file, field)
 
 

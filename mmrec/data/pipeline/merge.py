@@ -46,7 +46,7 @@ def merge(
         if fields := sorted({name for count in counts for name in count["fields"]}):
             aside += f"; the records have {', '.join(fields[:20])}: name the text by --text_field"
         if reasons["not UTF-8"]:
-            aside += "; files of text in another encoding are read by --input_dir FOLDER --encoding NAME"
+            aside += "; name the encoding of files of text by --encoding"
         raise UserError(f"{description['corpus']['title']}: 0 documents{aside}")
     try:
         split = split_shards(shards, drop_duplicates, tokenizer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from filelock import FileLock, Timeout
 
 from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
+from mmrec.core.text_files import check_encoding
 from mmrec.core.urls import filesystem, is_url, translate_errors
 from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
+from mmrec.data.pipeline.bpe_sample import HeldOut, find_held_out, sample
 from mmrec.data.pipeline.download import download
 from mmrec.data.pipeline.executors import run_shards
 from mmrec.data.pipeline.merge import counts_table, merge
-from mmrec.data.pipeline.shards import Shard
+from mmrec.data.pipeline.shards import UTF8, Shard
 from mmrec.data.pipeline.sources import files_of, find_shards
-from mmrec.data.pipeline.split import Shards
-from mmrec.data.pipeline.tokenize_shard import PLAN, documents, hash_of, read_json, stem, write_json
+from mmrec.data.pipeline.split import Shards, split_shards
+from mmrec.data.pipeline.tokenize_shard import PLAN, hash_of, read_json, stem, write_json
 from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource
 from mmrec.data.store import TokenFolder, open_tokens, read_manifest
@@ -34,8 +37,10 @@ from mmrec.tokenizers.loading import read_tokenizer
 DEFAULT_SPLIT = 0.05
 LARGE_VOCABULARY = 32_768
 """Of BPE for the named corpora, where no other size is asked for."""
-SAMPLE_SHARDS, SAMPLE_BYTES = 16, 1 << 21
-"""BPE is learned from the first documents of so many shards, so many bytes of each."""
+OPEN_ENCODING = ("text", "jsonl", "tar", "tars")
+"""Readers of formats that leave the encoding of a text open."""
+HELD_OUT = "held_out.json"
+"""In the work folder: what BPE was not learned from, where the split is not the one by hash."""
 
 
 def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolder | None:
@@ -53,6 +58,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     title = corpus.title if corpus else source.corpus or _listed(source.paths)
     paths = source.paths or _downloaded(source.corpus or "", source.output_dir)
     shards, skipped = find_shards(source.corpus, paths)
+    shards = _with_encoding(shards, options.encoding)
     request = _request(options, shards, options.tokenizer or ("bpe" if corpus else "bytes"))
     folder, digest = source.output_dir, _digest(request)
     earlier = read_manifest(folder)
@@ -84,6 +90,18 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
         lines = [counts_table(tokens.manifest), skipped_line(skipped.rows), f"written to  {folder}"]
         print("\n".join(line for line in lines if line))
     return tokens
+
+
+def _with_encoding(shards: Sequence[Shard], encoding: str) -> list[Shard]:
+    """Return the shards as texts in ``encoding``; UserError where the format of one has an encoding of its own."""
+    check_encoding(encoding)
+    if codecs.lookup(encoding).name == UTF8:
+        return list(shards)
+    for shard in shards:
+        if shard.reader not in OPEN_ENCODING:
+            kinds = "files of text and of JSON lines"
+            raise UserError(f"--encoding is for {kinds}; {shard.path} is of a format that is UTF-8 ({shard.reader})")
+    return [replace(shard, encoding=encoding) for shard in shards]
 
 
 @dataclass(frozen=True)
@@ -130,10 +148,15 @@ def _carry_out(
     print(f"{description['corpus']['title']}: {len(shards):,} shards, {sum(request['sizes'].values()):,} bytes")
     cores = os.cpu_count() or 1
     workers = options.workers or cores
-    if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
-        return None
     parts, files = [shard.part for shard in shards], [shard.path for shard in shards]
     written = Shards(work, parts, float(request["val_split"]), files, found.skipped)
+    while True:
+        if not run_shards(work, len(shards), options.executor, workers, options.slurm or {}):
+            return None
+        if not _learned_from_validation(written, shards, request, tokenizer):
+            break
+        print("the split is by size: BPE is learned again, from what trains alone, and the shards are done again")
+        tokenizer = _tokenizer(work, shards, request)
     tokens = merge(written, folder, tokenizer, description, options.drop_duplicates, min(workers, cores))
     shutil.rmtree(work)
     return tokens
@@ -190,6 +213,8 @@ def _keep_shards(work: Path, earlier: dict[str, Any], plan: dict[str, Any]) -> i
         """Return what decides the tokens of each shard; BPE is learned from all of them."""
         learned = one["tokenizer"][0] == "bpe" if isinstance(one["tokenizer"], list) else False
         common = [one["shards"], one["sizes"], one["val_split"]] if learned else []
+        if learned and (work / HELD_OUT).exists():  # which was found by the split
+            common.append(one["drop_duplicates"])
         common += [one["tokenizer"], one["text_field"]]
         return [json.dumps([shard | {"part": ""}, one["sizes"][shard["path"]], *common]) for shard in one["shards"]]
 
@@ -203,6 +228,7 @@ def _keep_shards(work: Path, earlier: dict[str, Any], plan: dict[str, Any]) -> i
             shutil.copyfile(path, aside / f"{stem(number)}{path.suffix}")
     if not wanted:
         (work / "tokenizer.json").unlink(missing_ok=True)
+        (work / HELD_OUT).unlink(missing_ok=True)
     for path in work.glob("[0-9]*.*"):
         path.unlink()
     write_json(work / PLAN, plan)
@@ -219,8 +245,12 @@ def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tok
         return load_tokenizer(read_json(path))
     match plan["tokenizer"]:
         case ["bpe", size]:
-            sample = _sample(shards, plan["text_field"], plan["val_split"])
-            tokenizer: Tokenizer = BPETokenizer.train(sample, size, documents=True)
+            held_out = HeldOut.load(work / HELD_OUT)
+            if held_out is not None:  # what another tokenizer made
+                for old in work.glob("[0-9]*.*"):
+                    old.unlink()
+            texts = sample(shards, plan["text_field"], plan["val_split"], held_out)
+            tokenizer: Tokenizer = BPETokenizer.train(texts, size, documents=True)
         case ["bytes", None]:
             tokenizer = ByteTokenizer(documents=True)
         case state:
@@ -229,18 +259,30 @@ def _tokenizer(work: Path, shards: Sequence[Shard], plan: dict[str, Any]) -> Tok
     return tokenizer
 
 
-def _sample(shards: Sequence[Shard], field: str, val_split: float) -> Iterator[str]:
-    """Yield training documents from all over the corpus, the same ones each time."""
-    training = [shard for shard in shards if shard.part != "val"]
-    step = max(1, len(training) // SAMPLE_SHARDS)
-    for shard in training[::step][:SAMPLE_SHARDS]:
-        size = 0
-        for record in documents(shard, field):
-            if isinstance(record, str):
-                data = record.encode("utf-8")
-                if shard.part is None and int(hash_of(data)[0]) < int(val_split * 2**64):
-                    continue
-                yield record
-                size += len(data)
-                if size >= SAMPLE_BYTES:
-                    break
+def _learned_from_validation(
+    written: Shards, shards: Sequence[Shard], plan: dict[str, Any], tokenizer: Tokenizer
+) -> bool:
+    """Whether BPE was learned from a text that validates; what validates is then held out, and the tokenizer gone.
+
+    Which documents validate is known once all have been read. A stop at any moment leaves a work folder from which
+    the next run comes to the same tokenizer.
+    """
+    work = written.work
+    if not isinstance(plan["tokenizer"], list) or plan["tokenizer"][0] != "bpe" or (work / HELD_OUT).exists():
+        return False
+    if not any(written.count(number) for number in range(len(shards))):
+        return False
+    try:
+        split = split_shards(written, plan["drop_duplicates"], tokenizer)
+    except UserError:  # too little text, which the merge says
+        return False
+    if split.val_places is None:  # by file or by hash, as the sample assumes
+        return False
+    texts = sample(shards, plan["text_field"], plan["val_split"], None)
+    learned = {hash_of(text.encode("utf-8")).tobytes().hex() for text in texts}
+    held_out = find_held_out(shards, split)
+    if learned and not learned & (held_out.texts | held_out.begins.keys()):
+        return False
+    (work / "tokenizer.json").unlink()
+    held_out.save(work / HELD_OUT)
+    return True

@@ -16,6 +16,7 @@ from mmrec.data.pipeline.records import (
     CutShort,
     Record,
     Rejected,
+    as_utf8,
     check_expansion,
     decode,
     naming,
@@ -36,8 +37,8 @@ def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
 
     A line of more than ``LONGEST`` bytes is cut between two characters.
     """
-    with open_shard(shard.path) as file:
-        start, half = 0, b""
+    start, half = 0, b""
+    with open_shard(shard.path) as raw, as_utf8(raw, shard.encoding) as file:
         while data := half + file.read(PIECE):
             half = b""
             if len(data) >= PIECE:

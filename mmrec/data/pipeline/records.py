@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -17,6 +18,7 @@ from typing import IO, Any
 from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
 from mmrec.core.urls import filesystem, is_url
+from mmrec.data.pipeline.shards import UTF8
 
 LONGEST = 1 << 25
 """Bytes of the longest record that is read; longer ones are set aside, so that memory stays bounded."""
@@ -153,9 +155,59 @@ class CutShort(ValueError):
     """A file ends, or is damaged, inside a record."""
 
 
-def decode(data: bytes, where: str) -> Record:
-    """Return ``data`` as text, without a byte order mark, or that it is not UTF-8."""
+def decode(data: bytes, where: str, encoding: str = UTF8) -> Record:
+    """Return ``data`` as text, without a byte order mark, or that it is not in ``encoding``."""
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        return Rejected("not UTF-8", where)
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeError:
+        return not_in(encoding, where)
+
+
+def not_in(encoding: str, where: str) -> Rejected:
+    """Return that what stands at ``where`` is in another encoding."""
+    return Rejected(f"not {'UTF-8' if encoding == UTF8 else encoding}", where)
+
+
+class WrongEncodingError(ValueError):
+    """What is read is not in the encoding that was named; its text says where."""
+
+
+@contextmanager
+def as_utf8(file: IO[bytes], encoding: str) -> Iterator[IO[bytes]]:
+    """Yield the content of ``file``, a text in ``encoding``, as UTF-8.
+
+    Raises:
+        WrongEncodingError: while it is read: it is in another encoding.
+    """
+    if encoding == UTF8:
+        yield file
+        return
+    with io.BufferedReader(_Transcoded(file, encoding), 1 << 17) as transcoded:
+        yield transcoded
+
+
+class _Transcoded(io.RawIOBase):
+    """The content of ``file``, a text in ``encoding``, as UTF-8."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self.file = file
+        self.decoder = codecs.getincrementaldecoder(encoding)()
+        self.ready = b""
+        self.read_bytes = 0
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready and not self.ended:
+            data = self.file.read(1 << 16)
+            self.ended = not data
+            try:
+                self.ready = self.decoder.decode(data, self.ended).encode("utf-8")
+            except UnicodeError:
+                raise WrongEncodingError(f"after byte {self.read_bytes}") from None
+            self.read_bytes += len(data)
+        count = min(len(buffer), len(self.ready))
+        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+        return count

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+UTF8 = "utf-8"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -16,6 +18,7 @@ class Shard:
         first: byte where the part begins.
         last: byte where it ends; None for the end of the file.
         part: "val" where all of it validates, "train" where none does, None where that is decided by document.
+        encoding: of its text, where the format leaves that open.
     """
 
     reader: str
@@ -23,7 +26,8 @@ class Shard:
     first: int = 0
     last: int | None = None
     part: str | None = None
+    encoding: str = UTF8
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+        """Return plain values for JSON; the usual encoding is left out, as in what earlier versions wrote."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("encoding", UTF8)}

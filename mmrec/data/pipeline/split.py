@@ -79,6 +79,7 @@ class Split:
         val_places: indices of the documents that validate, sorted; None where their file or hash decides.
         cut: index of a document whose last part validates, or None.
         kept_tokens: tokens of that document, its separator among them, that train.
+        kept_bytes: bytes of that document that train, at least, whatever its tokens are.
     """
 
     shards: Shards
@@ -87,6 +88,7 @@ class Split:
     val_places: np.ndarray | None = None
     cut: int | None = None
     kept_tokens: int = 0
+    kept_bytes: int = 0
 
     def masks(self, number: int, place: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return which whole documents of a block are "train", "val" and "duplicates", each [D] of bool."""
@@ -160,7 +162,8 @@ def _by_size(shards: Shards, dropped: np.ndarray, text: int, tokenizer: Tokenize
     kept_tokens = _tokens_that_train(shards, int(copies[0]), room, tokenizer)
     rule = "the last part of the largest document" if chosen or len(first) > 1 else "the last part of the text"
     rule = f"whole documents by size, and {rule}" if chosen else rule
-    return Split(shards, dropped, rule, places, int(copies[0]), kept_tokens)
+    kept_bytes = max(0, int(sizes[first[largest]] - room))
+    return Split(shards, dropped, rule, places, int(copies[0]), kept_tokens, kept_bytes)
 
 
 def _tokens_that_train(shards: Shards, wanted: int, val_bytes: float, tokenizer: Tokenizer) -> int:

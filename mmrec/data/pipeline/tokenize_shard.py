@@ -22,7 +22,7 @@ from mmrec.core.files import staged_file, write_file
 from mmrec.core.text_files import is_unicode
 from mmrec.data.pipeline.json_lines import MOST_FIELDS
 from mmrec.data.pipeline.readers import READERS
-from mmrec.data.pipeline.records import Record, Rejected
+from mmrec.data.pipeline.records import Record, Rejected, WrongEncodingError, not_in
 from mmrec.data.pipeline.shards import Shard
 from mmrec.tokenizers import Tokenizer, load_tokenizer
 
@@ -49,13 +49,16 @@ def stem(number: int) -> str:
 
 def documents(shard: Shard, field: str) -> Iterator[Record]:
     """Yield the records of a shard; texts that are blank or not Unicode are set aside."""
-    for record in READERS[shard.reader](shard, field):
-        if isinstance(record, str):
-            if not record.strip():
-                record = Rejected("empty", "")
-            elif not is_unicode(record):
-                record = Rejected("halves of characters", "")
-        yield record
+    try:
+        for record in READERS[shard.reader](shard, field):
+            if isinstance(record, str):
+                if not record.strip():
+                    record = Rejected("empty", "")
+                elif not is_unicode(record):
+                    record = Rejected("halves of characters", "")
+            yield record
+    except WrongEncodingError as error:
+        yield not_in(shard.encoding, str(error))
 
 
 def hash_of(data: bytes) -> np.ndarray:
@@ -73,9 +76,9 @@ def tokenize_shard(work: Path, number: int) -> None:
     if done.exists():
         return
     failed.unlink(missing_ok=True)
-    planned = (work / PLAN).stat().st_mtime_ns
+    written = tuple((work / name).stat().st_mtime_ns for name in (PLAN, "tokenizer.json"))
     try:
-        plan, tokenizer = _job(work, planned)
+        plan, tokenizer = _job(work, written)
         counts = tokenize(Shard(**plan["shards"][number]), plan["text_field"], tokenizer, work / stem(number))
     except UserError as error:
         write_json(failed, str(error))
@@ -87,8 +90,8 @@ def tokenize_shard(work: Path, number: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _job(work: Path, planned: int) -> tuple[dict[str, Any], Tokenizer]:
-    """Return the plan that was written at that time, and its tokenizer: read once for all shards of a process.
+def _job(work: Path, written: tuple[int, ...]) -> tuple[dict[str, Any], Tokenizer]:
+    """Return the plan and the tokenizer that were written at these times: read once for all shards of a process.
 
     The plan names every shard that there is, and the library keeps what each tokenizer took.
     """
