@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mmrec.checkpoints.chat_template import PLAIN, ChatTemplate
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.serve.authentication import Access
-from mmrec.serve.chat import PLAIN, ChatTemplate
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
 from mmrec.serve.service import Service

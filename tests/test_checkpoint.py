@@ -53,8 +53,10 @@ def test_a_failed_save_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, broken, full)
-        with pytest.raises(UserError, match=r"a\.ckpt: cannot be written: No space left"):
+        with pytest.raises(UserError, match=r"a\.ckpt: cannot be written: No space left.*stood there is as it was"):
             write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), path)
+        with pytest.raises(UserError, match=r"b\.ckpt: .*No space left.*; no checkpoint stands there"):
+            write_checkpoint(content(RecurrentLM(SHORT_AND_LONG, 3)), tmp_path / "b.ckpt")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 

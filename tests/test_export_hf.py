@@ -43,7 +43,7 @@ def exported(trained: LoadedModel, folder: Path) -> tuple[Any, Any]:
 
     from mmrec.export import hf
 
-    hf.save(folder, trained.net, trained.tokenizer)
+    hf.save(folder, trained)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -253,7 +253,7 @@ def test_a_new_process_needs_the_folder_and_nothing_else(tmp_path: Path) -> None
     from mmrec.export import hf
 
     trained = made(ByteTokenizer())
-    hf.save(tmp_path / "out", trained.net, trained.tokenizer)
+    hf.save(tmp_path / "out", trained)
     program = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 fast = AutoTokenizer.from_pretrained("out", trust_remote_code=True)

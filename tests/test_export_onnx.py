@@ -32,7 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Pat
 
     folder = tmp_path_factory.mktemp("onnx")
     trained = made(CharacterTokenizer(make_text()), SHAPE)
-    onnx.save(folder, trained.net, trained.tokenizer)
+    onnx.save(folder, trained)
     return trained, folder
 
 
@@ -148,7 +148,7 @@ def test_weights_beside_the_file_move_with_it(tmp_path: Path, monkeypatch: pytes
     trained = made(CharacterTokenizer(make_text()), SHAPE)
     monkeypatch.setattr(onnx, "MAX_EMBEDDED_BYTES", 0)
     (tmp_path / "out").mkdir()
-    onnx.save(tmp_path / "out", trained.net, trained.tokenizer)
+    onnx.save(tmp_path / "out", trained)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data", "tokenizer.json"}
     (tmp_path / "out").rename(tmp_path / "moved")
     monkeypatch.chdir("/")
@@ -165,7 +165,7 @@ def test_without_a_convolution_and_quantized(tmp_path: Path) -> None:
     from mmrec.export import onnx
 
     trained = made(CharacterTokenizer(make_text()), ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, conv_width=1))
-    onnx.save(tmp_path, trained.net, trained.tokenizer)
+    onnx.save(tmp_path, trained)
     written = list(generate_tokens(trained.net, torch.tensor([3]), SamplingOptions(30, temperature=0)))
     whole = opened(tmp_path)
     assert greedy(whole, [3], 30) == written

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import made
 from serving import Client, make_service, running
 
+from mmrec.checkpoints.chat_template import ChatOptions, ChatTemplate
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
-from mmrec.serve.chat import ChatTemplate
+from mmrec.tokenizers import ByteTokenizer
 
 MESSAGES = [{"role": "system", "content": "to be"}, {"role": "user", "content": "that is the question"}]
 
@@ -55,7 +57,8 @@ def test_a_streamed_chat(client: Client) -> None:
 
 
 def test_a_template_of_ones_own(small_model: LoadedModel, memories: Path) -> None:
-    template = ChatTemplate(message="{role}: {content}", separator="\\n", reply="be ")
+    template = ChatOptions(message="{role}: {content}", separator="\\n", reply="be ").change(None)
+    assert template is not None
     assert template.render([("user", "or"), ("tool", "{role}")]) == "user: or\ntool: {role}\nbe "
     with running(make_service(small_model, memories), template=ChatTemplate(separator="\n", reply="be ")) as client:
         answer = chat(client, max_tokens=30, seed=1, save_memory="said")
@@ -70,6 +73,52 @@ def test_a_template_of_ones_own(small_model: LoadedModel, memories: Path) -> Non
 def test_bad_templates() -> None:
     with pytest.raises(UserError, match=r"must have \{content\} in it"):
         ChatTemplate(message="{role}")
+    with pytest.raises(UserError, match="must be a text"):
+        ChatTemplate(separator=5)  # type: ignore[arg-type]
+
+
+def test_an_option_changes_its_part_of_the_model_s_template() -> None:
+    template = ChatTemplate("{role}> {content}", "\n", "me> ")
+    assert ChatOptions().change(None) is None
+    assert ChatOptions().change(template) == template
+    assert ChatOptions(separator="").change(template) == ChatTemplate("{role}> {content}", "", "me> ")
+    assert ChatOptions(reply="a\\nb").change(None) == ChatTemplate(reply="a\nb")
+
+
+def test_log_probabilities_are_those_of_the_completion(client: Client) -> None:
+    asked = {"max_tokens": 12, "seed": 3, "n": 2}
+    answer = chat(client, logprobs=True, top_logprobs=3, **asked)
+    plain = client.complete(prompt="to be\n\nthat is the question\n\n", stop="\n\n", logprobs=3, **asked)
+    for choice, expected in zip(answer["choices"], plain["choices"], strict=True):
+        content, lists = choice["logprobs"]["content"], expected["logprobs"]
+        assert [row["token"] for row in content] == lists["tokens"]
+        assert [row["logprob"] for row in content] == lists["token_logprobs"]
+        assert b"".join(bytes(row["bytes"]) for row in content).decode() == choice["message"]["content"]
+        for row, top in zip(content, lists["top_logprobs"], strict=True):
+            assert [(one["token"], one["logprob"]) for one in row["top_logprobs"]] == [*top.items()][:3]
+            assert [bytes(one["bytes"]).decode() for one in row["top_logprobs"]] == [*top][:3]
+    alone = chat(client, logprobs=True, **asked)["choices"][0]["logprobs"]["content"]
+    assert [row["top_logprobs"] for row in alone] == [[]] * len(alone)
+    assert [row["logprob"] for row in alone] == [
+        row["logprob"] for row in answer["choices"][0]["logprobs"]["content"]
+    ]
+    assert len(chat(client, logprobs=True, top_logprobs=20, max_tokens=1)["choices"][0]["logprobs"]["content"]) == 1
+    assert chat(client, **asked)["choices"][0]["logprobs"] is None
+
+
+def test_log_probabilities_of_characters_in_bytes(memories: Path) -> None:
+    with running(make_service(made(ByteTokenizer()), memories)) as client:
+        asked = {"max_tokens": 40, "seed": 1, "logprobs": True, "top_logprobs": 2}
+        (choice,) = chat(client, **asked)["choices"]
+        content = choice["logprobs"]["content"]
+        assert any(row["token"].startswith("bytes:") and len(row["bytes"]) == 1 for row in content)
+        spelled = b"".join(bytes(row["bytes"]) for row in content)
+        assert spelled.decode(errors="replace").startswith(choice["message"]["content"].rstrip("\ufffd"))
+        with client.open("POST", "/v1/chat/completions", {"messages": MESSAGES, "stream": True, **asked}) as response:
+            *events, _, _ = response.read().decode().split("\n\n")
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        streamed = [row for one in choices if one["logprobs"] for row in one["logprobs"]["content"]]
+        assert streamed == content
 
 
 @pytest.mark.parametrize(
@@ -81,7 +130,9 @@ def test_bad_templates() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"stop": list("abcde")}, "at most 4"),
         ({"tools": [{"type": "function"}]}, "tools: "),
-        ({"logprobs": True}, "logprobs: "),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+        ({"logprobs": 2}, "logprobs: "),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
         ({"response_format": {"type": "json_object"}}, "response_format: "),
         ({"model": "gpt-4o"}, "there is no model 'gpt-4o', but 'a'"),
     ],

@@ -61,20 +61,28 @@ def test_openai_s_client(server: Client, url: str) -> None:
     with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["a"]
         assert client.models.retrieve("a").id == "a"
-        asked = {"model": "a", "max_tokens": 20, "seed": 1}
-        expected = complete(server, prompt="to be", max_tokens=20, seed=1)
+        seed = next(seed for seed in range(50) if len(chat(server, max_tokens=20, seed=seed)) > 3)
+        asked = {"model": "a", "max_tokens": 20, "seed": seed}
+        expected = complete(server, prompt="to be", max_tokens=20, seed=seed)
         assert client.completions.create(prompt="to be", **asked).choices[0].text == expected
         stream = client.completions.create(prompt="to be", stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in stream) == expected
         scored = client.completions.create(model="a", prompt="to be", echo=True, logprobs=1, max_tokens=0)
         assert scored.choices[0].logprobs.tokens == list("to be")
-        said = chat(server, max_tokens=20, seed=1)
+        said = chat(server, max_tokens=20, seed=seed)
         answer = client.chat.completions.create(messages=MESSAGES, **asked)
         assert (answer.choices[0].message.role, answer.choices[0].message.content) == ("assistant", said)
         options = {"include_usage": True}
         chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, stream_options=options, **asked))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
         assert chunks[-1].usage == answer.usage
+        logprobs = {"logprobs": True, "top_logprobs": 2}
+        rows = client.chat.completions.create(messages=MESSAGES, **logprobs, **asked).choices[0].logprobs.content
+        assert b"".join(bytes(row.bytes) for row in rows).decode() == said
+        assert {len(row.top_logprobs) for row in rows} == {2}
+        parts = list(client.chat.completions.create(messages=MESSAGES, stream=True, **logprobs, **asked))
+        streamed = [part.choices[0].logprobs for part in parts]
+        assert [row for part in streamed if part for row in part.content] == rows
         extra = {"save_memory": "me"}
         client.completions.create(prompt="to be", extra_body=extra, **asked)
         client.completions.create(prompt=" or", extra_body={"memory": "me"}, **asked)

@@ -19,7 +19,7 @@ from mmrec.checkpoints.loading import LoadedModel
 from mmrec.inference.reading import READ_CHUNK
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve.limits import Limits
-from mmrec.serve.logprobs import format_logprobs, token_logprobs, token_names
+from mmrec.serve.logprobs import CompletionLogprobs, token_logprobs, token_names
 from mmrec.serve.protocol import CompletionRequest
 from mmrec.serve.service import Started
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, make_tokenizer
@@ -228,7 +228,7 @@ def test_of_two_tokens_with_one_name_the_likelier_counts() -> None:
     logits = torch.zeros(2, tokenizer.vocab_size)
     logits[:, written], logits[:, separator] = 5, 4
     rows = token_logprobs(logits, torch.tensor([separator, written]), 2)
-    found = format_logprobs(list(enumerate(rows)), names)
+    found = CompletionLogprobs.of(list(enumerate(rows)), names, tokenizer, 2)
     own, (first, second) = json.loads(f"[{found.token_logprobs}]"), json.loads(f"[{found.top_logprobs}]")
     assert first == second == {"\n\n": own[1]}
     assert own[0] == pytest.approx(own[1] - 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +131,41 @@ def test_pending_bytes_are_those_of_a_decoder(kind: str) -> None:
         decoder.push(token)
         pending = pending_bytes(tokenizer, pending, [token])
         assert pending == decoder.pending == pending_bytes(tokenizer, b"", tokens[:count])
+
+
+def test_an_upload_is_checked_before_anything_is_written(
+    small_model: LoadedModel, memories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is killed in between leaves nothing behind."""
+    found: list[list[Path]] = []
+
+    def load(*args: Any) -> SavedState:
+        found.append([*memories.iterdir()])
+        return load_memory(*args)
+
+    monkeypatch.setattr("mmrec.serve.state_store.load_memory", load)
+    path = tmp_path / "a.mem"
+    save_memory(path, SavedState.empty(small_model.net), model_hash(small_model.net, small_model.tokenizer))
+    with running(make_service(small_model, memories)) as client:
+        client.good("PUT", "/v1/memories/a/file", path.read_bytes(), content_type="application/octet-stream")
+    assert found == [[]]
+
+
+def test_a_file_in_memory_is_read_as_one_on_the_disk(small_model: LoadedModel, tmp_path: Path) -> None:
+    model = model_hash(small_model.net, small_model.tokenizer)
+    path = tmp_path / "a.mem"
+    save_memory(path, SavedState.empty(small_model.net), model)
+    good, choose = path.read_bytes(), random.Random(0)
+    reference = load_memory(path, small_model.net, model)
+    loaded = load_memory(Path("unread"), small_model.net, model, good)
+    assert torch.equal(loaded.logits, reference.logits)
+    head = 8 + int.from_bytes(good[:8], "little")
+    for _ in range(200):
+        data = bytearray(good)
+        for _ in range(choose.randint(1, 3)):
+            data[choose.randrange(head)] = choose.randrange(256)
+        path.write_bytes(data[: choose.choice([len(data), choose.randrange(len(data))])])
+        with pytest.raises(UserError):
+            load_memory(path, small_model.net, model)
+        with pytest.raises(UserError):
+            load_memory(path, small_model.net, model, path.read_bytes())

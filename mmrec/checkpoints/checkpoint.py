@@ -64,6 +64,7 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | 
     Raises:
         UserError: it could not be written; names the path. What stood there before still does.
     """
+    stood = target.exists()
     try:
         with staged_file(target, keep=previous, parents=True) as file:
             writer: Any = _HashingWriter(file)
@@ -78,7 +79,8 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, previous: Path | 
             file.write(struct.pack("<H", len(comment)) + comment)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"cannot be written: {one_line(error)[:200]}"
-        raise UserError(f"{target}: {reason}; the checkpoint that stood there is as it was") from error
+        kept = "the checkpoint that stood there is as it was" if stood else "no checkpoint stands there"
+        raise UserError(f"{target}: {reason}; {kept}") from error
 
 
 def _archive_comment(file: BinaryIO, size: int) -> bytes | None:

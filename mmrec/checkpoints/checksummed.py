@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mmrec.core.errors import UserError
@@ -47,9 +48,19 @@ def write_checksummed(
     write_file(path, data)
 
 
-def read_checksummed(path: Path, file_format: FileFormat) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another format."""
-    metadata, tensors = _open(path, file_format, with_tensors=True)
+def read_checksummed(
+    path: Path, file_format: FileFormat, data: bytes | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what :func:`write_checksummed` wrote; UserError where it is missing, damaged, or of another format.
+
+    Args:
+        path: of the file.
+        file_format: of the file.
+        data: the content of the file, where it is in memory; ``path`` then only names it.
+    """
+    metadata, tensors = (
+        _open(path, file_format, with_tensors=True) if data is None else _load(path, file_format, data)
+    )
     digest = metadata.pop("sha256", None)
     try:
         whole = digest == _digest(tensors, metadata)
@@ -74,7 +85,28 @@ def _open(path: Path, file_format: FileFormat, with_tensors: bool) -> tuple[dict
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a readable {file_format.title} ({str(error)[:100]})") from None
+        raise _unreadable(path, file_format, error) from None
+    _check_format(path, file_format, metadata)
+    return metadata, tensors
+
+
+def _load(path: Path, file_format: FileFormat, data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        tensors = load(data)  # checks all of the header: its length in 8 bytes, then JSON
+        header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _unreadable(path, file_format, error) from None
+    metadata = dict(header.get("__metadata__") or {})
+    _check_format(path, file_format, metadata)
+    return metadata, tensors
+
+
+def _unreadable(path: Path, file_format: FileFormat, error: Exception) -> UserError:
+    return UserError(f"{path}: is not a readable {file_format.title} ({str(error)[:100]})")
+
+
+def _check_format(path: Path, file_format: FileFormat, metadata: dict[str, str]) -> None:
+    """Raise UserError where a file is of another format, or of another version of it."""
     if metadata.get("format") != file_format.format:
         raise UserError(f"{path}: is not a {file_format.title} of mmrec")
     version = metadata.get("version")
@@ -82,7 +114,6 @@ def _open(path: Path, file_format: FileFormat, with_tensors: bool) -> tuple[dict
         raise UserError(
             f"{path}: {file_format.title} format version {version}; this program reads {file_format.version}"
         )
-    return metadata, tensors
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -12,15 +12,17 @@ Lightning's keys:
 
 Of this program:
 
-- :data:`MODEL_KEY`: format version, config of the model, tokenizer
+- :data:`MODEL_KEY`: format version, config of the model, tokenizer, and the chat template where the model has one
 - :data:`PROGRESS_KEY`: the hyper-parameters, the carried state of every row, the states of the random generators of
   every process, and the number of threads that torch computed with
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from mmrec.checkpoints.chat_template import ChatTemplate
 from mmrec.checkpoints.migrations import VERSION
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM
@@ -32,9 +34,21 @@ PROGRESS_KEY = "mmrec_progress"
 """Key of what only resuming a training needs; absent from a checkpoint of weights alone."""
 
 
-def describe_model(net: RecurrentLM, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_model(net: RecurrentLM, tokenizer: Tokenizer, chat: ChatTemplate | None = None) -> dict[str, Any]:
     """Return the description of a model that a checkpoint has under :data:`MODEL_KEY`."""
-    return {"version": VERSION, "shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
+    described = {"version": VERSION, "shape": net.config.as_dict(), "tokenizer": tokenizer.state()}
+    return described | ({} if chat is None else {"chat": asdict(chat)})
+
+
+def described_chat(description: dict[str, Any]) -> ChatTemplate | None:
+    """Return the chat template of a model, or None where its description has none, as that of older checkpoints.
+
+    Raises:
+        TypeError: it is no template.
+        UserError: it is one that cannot be used.
+    """
+    chat = description.get("chat")
+    return None if chat is None else ChatTemplate(**chat)
 
 
 def check_compatible(checkpoint: dict[str, Any], net: RecurrentLM, tokenizer: Tokenizer) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mmrec.checkpoints.chat_template import ChatTemplate
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
-from mmrec.checkpoints.contents import MODEL_KEY, model_weights
+from mmrec.checkpoints.contents import MODEL_KEY, described_chat, model_weights
 from mmrec.core.errors import UserError, one_line
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import Tokenizer, load_tokenizer
@@ -19,11 +20,12 @@ from mmrec.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, and the number of updates that it was trained for."""
+    """A model with its tokenizer, the number of updates that it was trained for, and its chat template, if any."""
 
     net: RecurrentLM
     tokenizer: Tokenizer
     step: int
+    chat: ChatTemplate | None = None
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -38,7 +40,7 @@ def load_model(path: Path) -> LoadedModel:
         description = checkpoint[MODEL_KEY]
         tokenizer = load_tokenizer(description["tokenizer"])
         net = _model(ModelConfig.from_dict(description["shape"]), tokenizer.vocab_size, model_weights(checkpoint))
-        return LoadedModel(net.eval(), tokenizer, int(checkpoint["global_step"]))
+        return LoadedModel(net.eval(), tokenizer, int(checkpoint["global_step"]), described_chat(description))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
         raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
 

@@ -131,13 +131,19 @@ def check_memory_target(path: Path) -> None:
             raise UserError(f"{path}: holds something else than a memory; choose another name for it") from None
 
 
-def load_memory(path: Path, net: RecurrentLM, model: str) -> SavedState:
+def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = None) -> SavedState:
     """Read a memory that ``net``, whose hash is ``model``, has saved.
+
+    Args:
+        path: of the file.
+        net: the model.
+        model: its hash.
+        data: the content of the file, where it is in memory; ``path`` then only names it.
 
     Raises:
         UserError: the file is missing or damaged, or is of another model.
     """
-    tensors, metadata = read_checksummed(path, FORMAT)
+    tensors, metadata = read_checksummed(path, FORMAT, data)
     if metadata.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
     try:

@@ -21,7 +21,7 @@ from mmrec.inference.learning import LearningNet
 Format = Literal["hf", "safetensors", "onnx"]
 EXPORTED_FILES = re.compile(
     r"(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
-    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?"
+    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|chat_template\.jinja"
 )
 """Files of an export: a folder that holds others is never replaced."""
 
@@ -69,14 +69,14 @@ def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
 
 def _write(format: Format, folder: Path, trained: LoadedModel) -> None:
     if format == "safetensors":
-        save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step)
+        save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step, trained.chat)
         return
     try:
         module = import_module(f"mmrec.export.{format}")
     except ImportError as error:
         raise UserError(f"--format {format} needs {error.name}: pip install 'mmrec[export]'") from None
     try:
-        module.save(folder, trained.net, trained.tokenizer)
+        module.save(folder, trained)
     except SafetensorError as error:  # of a full disk, too
         raise UserError(f"the export cannot be written: {error}") from None
 

@@ -13,10 +13,10 @@ import torch
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import model_hash
 from mmrec.export.tokenizer import fast_tokenizer
 from mmrec.model import RecurrentLM, State
-from mmrec.tokenizers import Tokenizer
 
 FORMAT, VERSION = "mmrec-onnx", "1"
 MAX_EMBEDDED_BYTES = 2**31 - 2**20
@@ -59,12 +59,13 @@ class DecodeStep(nn.Module):
         return logits[:, -1], state
 
 
-def save(folder: Path, net: RecurrentLM, tokenizer: Tokenizer) -> None:
+def save(folder: Path, trained: LoadedModel) -> None:
     """Write ``model.onnx``, and beside it ``tokenizer.json`` of the library tokenizers.
 
     The state has the names of a file of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; the state that comes
     out is next.0.past, and so on.
     """
+    net, tokenizer = trained.net, trained.tokenizer
     state = net.zero_state(2)
     names = [f"{number}.{part}" for number in range(len(state)) for part in ("past", "memory")]
     rows = {0: torch.export.Dim("B")}

@@ -19,9 +19,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 
+from mmrec.checkpoints.chat_template import ChatTemplate
 from mmrec.serve.authentication import Access, Authentication, error_response
 from mmrec.serve.body import read_body
-from mmrec.serve.chat import ChatRequest, ChatTemplate
+from mmrec.serve.chat import ChatRequest
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest, parse
 from mmrec.serve.responses import ChatResponse, CompletionResponse
 from mmrec.serve.service import Event, Service, Started
@@ -186,7 +187,7 @@ def _generation_routes(endpoints: Endpoints) -> APIRouter:
         endpoints.check_model(chat.model)
         completion = chat.completion(endpoints.template)
         completion.check(service.limits)
-        return await endpoints.generate(request, completion, ChatResponse(service.name))
+        return await endpoints.generate(request, completion, ChatResponse(service.name, chat.logprobs))
 
     @router.post("/v1/score")
     async def score(request: Request) -> dict[str, Any]:

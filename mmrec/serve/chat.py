@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mmrec.core.errors import UserError
+from mmrec.checkpoints.chat_template import ChatTemplate
+from mmrec.serve.logprobs import ChatLogprobs, Logprobs
 from mmrec.serve.protocol import ApiError, CompletionRequest, GenerationRequest, RequestModel
 
 DEFAULT_MAX_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How the messages of a chat become one text, and where a reply in it ends.
-
-    Args:
-        message: a message as it is written; {role} and {content} are replaced.
-        separator: follows every message; where the model writes it, the reply ends. A backslash and n is a line end.
-        reply: what the reply begins with, given to the model and not returned, as "assistant: ".
-    """
-
-    message: str = "{content}"
-    separator: str = "\n\n"
-    reply: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("message", "separator", "reply"):
-            object.__setattr__(self, name, getattr(self, name).replace("\\n", "\n"))
-        if "{content}" not in self.message:
-            raise UserError(f"--chat.message is {self.message!r}; it must have {{content}} in it")
-
-    def render(self, messages: list[tuple[str, str]]) -> str:
-        """Return the text of ``messages``, pairs of role and content, up to where the reply begins."""
-        texts = [self._render_one(role, content) + self.separator for role, content in messages]
-        return "".join(texts) + self.reply
-
-    def _render_one(self, role: str, content: str) -> str:
-        before, _, after = self.message.partition("{content}")
-        return before.replace("{role}", role) + content + after.replace("{role}", role)
-
-
-PLAIN = ChatTemplate()
+MOST_TOP_LOGPROBS = 20
+"""Of the likeliest tokens in each place; OpenAI's bound."""
 
 
 class ContentPart(RequestModel):
@@ -67,16 +36,28 @@ class Message(RequestModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class ChatCompletion(CompletionRequest):
+    """The completion that answers a chat."""
+
+    LOGPROBS: ClassVar[type[Logprobs]] = ChatLogprobs
+
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+
 class ChatRequest(GenerationRequest):
     """Request of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] = 0
 
-    def completion(self, template: ChatTemplate) -> CompletionRequest:
-        """Return the completion that answers the chat; :class:`ApiError` for bad stops."""
+    def completion(self, template: ChatTemplate) -> ChatCompletion:
+        """Return the completion that answers the chat; :class:`ApiError` for what cannot be answered."""
         self.check_stops()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         shared = {
             name: getattr(self, name) for name in GenerationRequest.model_fields if name in self.model_fields_set
         }
@@ -85,6 +66,7 @@ class ChatRequest(GenerationRequest):
         prompt = template.render([(message.role, message.text) for message in self.messages])
         if not prompt and self.memory is None:
             raise ApiError(400, "the messages have no text", "messages")
-        return CompletionRequest.model_validate(
-            {**shared, "prompt": prompt, "max_tokens": length, "stop": [*self.stops, *end]}
+        logprobs = {"logprobs": self.top_logprobs} if self.logprobs else {}
+        return ChatCompletion.model_validate(
+            {**shared, **logprobs, "prompt": prompt, "max_tokens": length, "stop": [*self.stops, *end]}
         )

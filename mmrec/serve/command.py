@@ -13,13 +13,13 @@ from types import FrameType
 
 import uvicorn
 
+from mmrec.checkpoints.chat_template import PLAIN, ChatOptions, ChatTemplate
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.serve.app import create_app
 from mmrec.serve.authentication import Access
-from mmrec.serve.chat import PLAIN, ChatTemplate
 from mmrec.serve.connections import bounded_protocol
 from mmrec.serve.limits import DEFAULT, Limits
 from mmrec.serve.service import Service
@@ -118,8 +118,12 @@ def _is_address(host: str) -> bool:
     return True
 
 
+UNCHANGED = ChatOptions()
+"""The template is that of the model."""
+
+
 def serve(
-    checkpoint: CheckpointOptions, options: ServeOptions, limits: Limits = DEFAULT, chat: ChatTemplate = PLAIN
+    checkpoint: CheckpointOptions, options: ServeOptions, limits: Limits = DEFAULT, chat: ChatOptions = UNCHANGED
 ) -> None:
     """Answer requests of OpenAI's completions API, and show a page to type in, until Ctrl-C.
 
@@ -127,7 +131,7 @@ def serve(
         checkpoint: of the model.
         options: address and access.
         limits: of requests.
-        chat: of chat completions.
+        chat: of chat completions; what is not given is that of the model.
     """
     listening, loopback = listen(options.host, options.port)
     with listening:
@@ -135,12 +139,13 @@ def serve(
         path = checkpoint.path()
         trained = load_model(path)
         use_threads(trained.net.config.dim, processes=limits.running)
+        template = chat.change(trained.chat) or PLAIN
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
         service = Service(name, trained, StateStore(options.memories, trained, limits), limits)
         shown = f"[{options.host}]" if ":" in options.host else options.host
         locked = ", with a key" if access.key else ""
         print(f"{name}: http://{shown}:{listening.getsockname()[1]}{locked}; Ctrl-C stops", flush=True)
         try:
-            Server(service, access, chat).run(sockets=[listening])
+            Server(service, access, template).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn's, after all has ended
             print("stopped")

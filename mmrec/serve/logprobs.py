@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -47,43 +48,91 @@ def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogp
     return found
 
 
+Places = Sequence[tuple[int, TokenLogprob]]
+"""Tokens, each with the character of the text at which it begins."""
+
+
 @dataclass(frozen=True)
 class Logprobs:
-    """OpenAI's four lists for some tokens, each as JSON without its brackets.
+    """Log probabilities of some tokens: the lists that a response has, each as JSON without its brackets.
 
     The answer to a long prompt has a million numbers. Made into JSON piece by piece, where the model's work is done,
     they take less memory, and the event loop has only to join them.
     """
+
+    @classmethod
+    def of(cls, places: Places, names: list[str], tokenizer: Tokenizer, count: int) -> Self:
+        """Return the lists for ``places``.
+
+        Args:
+            places: the tokens.
+            names: of every token, as :func:`token_names` returns them.
+            tokenizer: of the tokens.
+            count: of the likeliest tokens that were requested in each place.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def join(cls, parts: Iterable[Logprobs]) -> str:
+        """Return the JSON of ``logprobs`` for parts that follow one another."""
+        names = [field.name for field in fields(cls)]
+        columns = zip(*(astuple(part) for part in parts), strict=True)
+        texts = [", ".join(filter(None, column)) for column in columns] or [""] * len(names)
+        lists = (f'"{name}": [{text}]' for name, text in zip(names, texts, strict=True))
+        return f"{{{', '.join(lists)}}}"
+
+
+@dataclass(frozen=True)
+class CompletionLogprobs(Logprobs):
+    """The four lists of a completion."""
 
     tokens: str
     token_logprobs: str
     top_logprobs: str
     text_offset: str
 
+    @classmethod
+    def of(cls, places: Places, names: list[str], tokenizer: Tokenizer, count: int) -> Self:
+        tops: list[dict[str, float] | None] = []
+        for _, row in places:
+            top: dict[str, float] = {}
+            for token, logprob in row.best.items():
+                top.setdefault(names[token], logprob)  # where two tokens have one name, the likelier counts
+            tops.append(top or None)
+        lists: list[list[Any]] = [
+            [names[row.token] for _, row in places],
+            [row.logprob for _, row in places],
+            tops,
+            [place for place, _ in places],
+        ]
+        return cls(*map(_items, lists))
 
-def format_logprobs(places: Sequence[tuple[int, TokenLogprob]], names: list[str]) -> Logprobs:
-    """Return some rows, each with the place in the text where its token begins; ``names`` are the tokens'."""
-    tops: list[dict[str, float] | None] = []
-    for _, row in places:
-        top: dict[str, float] = {}
-        for token, logprob in row.best.items():
-            top.setdefault(names[token], logprob)  # where two tokens have one name, the likelier counts
-        tops.append(top or None)
-    lists = (
-        [names[row.token] for _, row in places],
-        [row.logprob for _, row in places],
-        tops,
-        [place for place, _ in places],
-    )
-    return Logprobs(*(json.dumps(values, allow_nan=False)[1:-1] for values in lists))
+
+@dataclass(frozen=True)
+class ChatLogprobs(Logprobs):
+    """The one list of a chat completion."""
+
+    content: str
+
+    @classmethod
+    def of(cls, places: Places, names: list[str], tokenizer: Tokenizer, count: int) -> Self:
+        def described(token: int, logprob: float | None) -> dict[str, Any]:
+            return {"token": names[token], "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
+
+        return cls(
+            _items(
+                [
+                    described(row.token, row.logprob)
+                    | {"top_logprobs": [described(*one) for one in islice(row.best.items(), count)]}
+                    for _, row in places
+                ]
+            )
+        )
 
 
-def join_logprobs(parts: Iterable[Logprobs]) -> str:
-    """Return the JSON of ``logprobs`` for parts that follow one another."""
-    columns = zip(*(astuple(part) for part in parts if part.tokens), strict=True)
-    texts = [", ".join(column) for column in columns] or [""] * len(fields(Logprobs))
-    lists = (f'"{field.name}": [{text}]' for field, text in zip(fields(Logprobs), texts, strict=True))
-    return f"{{{', '.join(lists)}}}"
+def _items(values: list[Any]) -> str:
+    """Return the items of a list as JSON."""
+    return json.dumps(values, allow_nan=False)[1:-1]
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from mmrec.core.errors import one_line
 from mmrec.serve.limits import Limits
+from mmrec.serve.logprobs import CompletionLogprobs, Logprobs
 
 MOST_STOPS, LONGEST_STOP = 4, 64
 MOST_LOGPROBS = 5
@@ -141,6 +142,9 @@ class GenerationRequest(RequestModel):
 
 class CompletionRequest(GenerationRequest):
     """Request of ``POST /v1/completions``."""
+
+    LOGPROBS: ClassVar[type[Logprobs]] = CompletionLogprobs
+    """The form of its log probabilities."""
 
     prompt: str | list[str] | list[int] | list[list[int]] | None = None
     max_tokens: Annotated[int, Field(ge=0)] = 16

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mmrec.serve.logprobs import join_logprobs
+from mmrec.serve.logprobs import ChatLogprobs, CompletionLogprobs, Logprobs
 from mmrec.serve.protocol import ApiError
 from mmrec.serve.service import Event, Finished, Started, TextChunk
 from mmrec.serve.workers import Job
@@ -23,6 +23,7 @@ class CompletionResponse:
     """
 
     PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
+    LOGPROBS: type[Logprobs] = CompletionLogprobs
 
     def __init__(self, model: str, with_logprobs: bool = False) -> None:
         self._with_logprobs = with_logprobs
@@ -77,14 +78,19 @@ class CompletionResponse:
 
     def _choice(self, index: int, chunks: list[TextChunk], finished: Finished | None) -> str:
         choice = {"index": index, "text": "".join(chunk.text for chunk in chunks)} | _ending(finished)
-        parts = join_logprobs(chunk.logprobs for chunk in chunks if chunk.logprobs)
-        return _with(choice, "logprobs", parts if self._with_logprobs else "null")
+        return _with(choice, "logprobs", self._logprobs(chunks))
+
+    def _logprobs(self, chunks: list[TextChunk]) -> str:
+        if not self._with_logprobs:
+            return "null"
+        return self.LOGPROBS.join(chunk.logprobs for chunk in chunks if chunk.logprobs)
 
 
 class ChatResponse(CompletionResponse):
     """One response to ``POST /v1/chat/completions``."""
 
     PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    LOGPROBS: type[Logprobs] = ChatLogprobs
 
     def _opening(self, index: int) -> str:
         delta = {"role": "assistant", "content": "", "refusal": None}
@@ -92,12 +98,14 @@ class ChatResponse(CompletionResponse):
 
     def _delta(self, index: int, chunk: TextChunk | None, finished: Finished | None) -> str:
         delta = {"content": chunk.text} if chunk else {}
-        return json.dumps({"index": index, "delta": delta, "logprobs": None} | _ending(finished))
+        logprobs = self._logprobs([chunk]) if chunk else "null"
+        return _with({"index": index, "delta": delta} | _ending(finished), "logprobs", logprobs)
 
     def _choice(self, index: int, chunks: list[TextChunk], finished: Finished | None) -> str:
         content = "".join(chunk.text for chunk in chunks)
         message = {"role": "assistant", "content": content, "refusal": None}
-        return json.dumps({"index": index, "message": message, "logprobs": None} | _ending(finished))
+        choice = {"index": index, "message": message} | _ending(finished)
+        return _with(choice, "logprobs", self._logprobs(chunks))
 
 
 def _ending(finished: Finished | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mmrec.inference.metrics import TextMetrics
 from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.serve.limits import Limits
-from mmrec.serve.logprobs import Logprobs, TokenLogprob, format_logprobs, token_logprobs, token_names
+from mmrec.serve.logprobs import Logprobs, TokenLogprob, token_logprobs, token_names
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest
 from mmrec.serve.state_store import StateStore
 from mmrec.serve.transcript import Transcript
@@ -159,7 +159,9 @@ class Service:
         )
 
     def _logprobs(self, request: CompletionRequest, transcript: Transcript) -> Logprobs | None:
-        return None if request.logprobs is None else format_logprobs(transcript.rows(), self._names)
+        if request.logprobs is None:
+            return None
+        return request.LOGPROBS.of(transcript.rows(), self._names, self._tokenizer, request.logprobs)
 
     def score(self, request: ScoreRequest) -> Iterator[dict[str, Any] | None]:
         """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,13 +72,8 @@ class StateStore:
     def put(self, name: str, data: bytes) -> dict[str, Any]:
         """Keep the memory file ``data`` as ``name``; :class:`ApiError` where it is not one of this model."""
         path = self.path(name, there=False)
-        arrived = self._folder / f".{secrets.token_hex(8)}.part"
-        try:
-            with _named(arrived, "the file"):
-                arrived.write_bytes(data)
-                memory = load_memory(arrived, self._net, self._model)
-        finally:
-            arrived.unlink(missing_ok=True)
+        with _named(path, "the file"):
+            memory = load_memory(path, self._net, self._model, data)
         if memory.cached is not None:
             self.check_cache(memory.cached.megabytes)
         # Anyone can write such a file, with numbers that would overflow later, in the middle of a text.

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.checkpoints import runs
+from mmrec.checkpoints.chat_template import ChatOptions
 from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.errors import UserError, one_line
 from mmrec.core.options import Parser, resolve_configs
@@ -39,6 +40,7 @@ from mmrec.training.compat import (
     instantiation_error,
     is_first_process,
     raised_by_lightning,
+    refuse_too_many_processes,
 )
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
@@ -46,7 +48,7 @@ from mmrec.training.predictions import write_predictions
 from mmrec.training.run_plan import OPTIONS, RunPlan, RunRequest, plan_run, read_request
 from mmrec.training.slurm import current_job
 
-SECTIONS = ("trainer", "model", "data", "best", "last", "early_stopping", "gradients", "time_limit")
+SECTIONS = ("trainer", "model", "data", "chat", "best", "last", "early_stopping", "gradients", "time_limit")
 """Parts of a config that hold options of their own."""
 BEST_DEFAULTS = {
     "monitor": "val/loss",
@@ -138,6 +140,7 @@ class TrainingCLI(SubcommandCLI):
             help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, "
             "a run's folder or a safetensors file; the text has to be prepared with its tokenizer",
         )
+        parser.add_class_arguments(ChatOptions, "chat")
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(ResumableEarlyStopping, "early_stopping")
@@ -195,6 +198,7 @@ class TrainingCLI(SubcommandCLI):
             if reason is None:
                 raise
             raise UserError(f"--trainer options that cannot be used: {reason}") from error
+        self.model.chat_options = self.component(self.config_init, "chat")
         if self.plan.init_from is not None:
             self.model.load_weights(read_checkpoint(self.plan.init_from, verify=False))
             rank_zero_info(f"Initialized with the weights of {self.plan.init_from}")
@@ -212,6 +216,7 @@ class TrainingCLI(SubcommandCLI):
             gpu = config["accelerator"] in ("gpu", "cuda")
             advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
             raise UserError(f"--trainer options that are not available on this machine: {error}{advice}") from None
+        refuse_too_many_processes(trainer)
         if self.subcommand == "fit":
             last = self.component(self.config_init, runs.LAST)
             # After all others, which Lightning has put in its order: what they change belongs into the checkpoint.

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+from mmrec.core.errors import UserError
 
 # The training loop
 
@@ -127,6 +130,22 @@ def is_first_process() -> bool:
     """
     machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
     return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
+def refuse_too_many_processes(trainer: Trainer) -> None:
+    """Raise UserError where Lightning would start more processes on CPUs than there are cores; two it always may.
+
+    Lightning starts as many as it is told; no issue known.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or environment.creates_processes_externally:
+        return  # there is one, or others have started them all: torchrun, Slurm
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(2, cores):
+        raise UserError(
+            f"--trainer.devices {trainer.num_devices} starts as many processes on the {cores} CPU cores of this "
+            f"machine; give at most {max(2, cores)} (torchrun starts more, if they are wanted)"
+        )
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:

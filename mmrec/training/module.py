@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints import contents
+from mmrec.checkpoints.chat_template import PLAIN, ChatOptions, ChatTemplate
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
@@ -54,6 +55,8 @@ class RecurrentLMModule(LightningModule):
         self.tokenizer = tokenizer
         self.net = RecurrentLM(config, self.tokenizer.vocab_size, self.options.dropout)
         self.mtp_head = MTPHead(config.dim) if self.options.mtp_loss_weight else None
+        self.chat_options = ChatOptions()
+        self._chat: ChatTemplate | None = None
         self.score = TextMetrics()
         lengths = torch.from_numpy(token_lengths(self.tokenizer))
         self.token_lengths: Tensor
@@ -81,6 +84,11 @@ class RecurrentLMModule(LightningModule):
         if self.device_mesh is not None and not self._is_sharded:
             shard(self.net, self.mtp_head, self.device_mesh["data_parallel"])
             self._is_sharded = True
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template of the model, if it has one: that of the checkpoint, changed by the options."""
+        return self.chat_options.change(self._chat)
 
     # Training
 
@@ -303,13 +311,14 @@ class RecurrentLMModule(LightningModule):
     # Checkpoints
 
     def load_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Take the weights of ``checkpoint``, and nothing else of it; UserError where it is of another model."""
+        """Take the weights and the chat template of ``checkpoint``; UserError where it is of another model."""
         contents.check_compatible(checkpoint, self.net, self.tokenizer)
         self.net.load_state_dict(contents.model_weights(checkpoint))
+        self._chat = contents.described_chat(checkpoint[contents.MODEL_KEY])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: the model's description, the carried state, the random numbers."""
-        checkpoint[contents.MODEL_KEY] = contents.describe_model(self.net, self.tokenizer)
+        checkpoint[contents.MODEL_KEY] = contents.describe_model(self.net, self.tokenizer, self.chat)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -331,6 +340,7 @@ class RecurrentLMModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model; restore the carried state and the random numbers."""
         contents.check_compatible(checkpoint, self.net, self.tokenizer)
+        self._chat = contents.described_chat(checkpoint[contents.MODEL_KEY])
         progress = checkpoint.get(contents.PROGRESS_KEY)
         if not self.trainer.training:
             self._leave_training_out(checkpoint)
@@ -341,6 +351,7 @@ class RecurrentLMModule(LightningModule):
         if self.trainer.training:
             self._compare_options(progress["hyperparameters"])
             self._choose_threads(progress.get("threads"))
+            report_changes("chat.", asdict(self._chat or PLAIN), asdict(self.chat or PLAIN))
         carried = progress["carried"]
         # Older checkpoints have one stream alone, or None where nothing has been read.
         states = carried if isinstance(carried, dict) else {0: carried} if carried else {}

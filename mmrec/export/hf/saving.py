@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.export.hf.configuration import MmrecConfig
 from mmrec.export.hf.modeling import MmrecForCausalLM
 from mmrec.export.hf.tokenization import hf_tokenizer
-from mmrec.model import RecurrentLM
-from mmrec.tokenizers import Tokenizer
 
 
-def save(folder: Path, net: RecurrentLM, tokenizer: Tokenizer) -> None:
-    """Write ``net`` and ``tokenizer`` as a folder that ``from_pretrained`` reads."""
+def save(folder: Path, trained: LoadedModel) -> None:
+    """Write a model with its tokenizer and chat template as a folder that ``from_pretrained`` reads."""
+    net, tokenizer = trained.net, trained.tokenizer
     fast = hf_tokenizer(tokenizer)
+    fast.chat_template = None if trained.chat is None else trained.chat.jinja()
     with torch.device("meta"):
         model = MmrecForCausalLM(MmrecConfig(tokenizer.vocab_size, net.config.as_dict()))
     model.net = net
