@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command, Figure
 from helpers import fit, last, losses
-from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
+from mmrec.core.errors import UserError
 from mmrec.data.batches import Batch
+from mmrec.training.compat import refuse_too_many_processes
 from mmrec.training.module import RecurrentLMModule
 
 BAD = {
@@ -34,6 +39,15 @@ BAD = {
     "no such data": (["fit", "--config=tiny", "--data.data_dir=x"], "x: no such folder"),
     "nothing to generate with": (["generate"], "no run with a checkpoint"),
     "no such accelerator": (["fit", "--config=corpus/sample", "--trainer.accelerator=abacus"], "'abacus'"),
+    "more processes than cores": (
+        [
+            "fit",
+            "--config=corpus/sample",
+            "--trainer.accelerator=cpu",
+            f"--trainer.devices={(os.cpu_count() or 1) + 2}",
+        ],
+        "starts as many processes on the",
+    ),
     "wrong devices": (
         ["fit", "--config=corpus/sample", "--trainer.accelerator=cpu", "--trainer.devices=x"],
         "int > 0",
@@ -151,3 +165,19 @@ def test_an_update_that_is_not_finite_may_be_left_out(
     assert caplog.text.count("update left out") == 3
     assert losses("skips", "train/skipped_updates")[20] == 3
     figure("NaN and infinity: stop before the update, or leave it out and count it", "last stays finite")
+
+
+@pytest.mark.parametrize(
+    ("devices", "external", "refused"), [(99, False, True), (3, False, True), (2, False, False), (99, True, False)]
+)
+def test_processes_on_cpus(devices: int, external: bool, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is started here; those that torchrun or Slurm has started are there already."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    environment = SimpleNamespace(creates_processes_externally=external)
+    strategy = SimpleNamespace(cluster_environment=environment)
+    trainer: Any = SimpleNamespace(strategy=strategy, accelerator=CPUAccelerator(), num_devices=devices)
+    if refused:
+        with pytest.raises(UserError, match="on the 2 CPU cores of this machine; give at most 2"):
+            refuse_too_many_processes(trainer)
+    else:
+        refuse_too_many_processes(trainer)

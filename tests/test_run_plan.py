@@ -33,6 +33,7 @@ def write(path: Path, with_training: bool = True) -> None:
     content["state_dict"] = {"weight": torch.zeros(3)}
     if with_training:
         content[PROGRESS_KEY] = {"hyperparameters": {}, "carried": {}, "random": []}
+        content["TextDataModule"] = {"data_dir": "data/mine", "corpus": "tiny_shakespeare"}
     write_checkpoint(content, path)
 
 
@@ -98,15 +99,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"run": "n", "checkpoint": A / "last.ckpt", "config": OWN["a"]},
     ),
     "of no run": (
-        "fit --ckpt_path alone.ckpt",
+        "fit --ckpt_path alone.ckpt --data.data_dir t",
         {"run": "version_0", "is_named": False, "checkpoint": Path("alone.ckpt"), "architecture": True},
     ),
     "of no run, with an architecture": (
-        "fit --ckpt_path alone.ckpt --model.config.dim=3",
+        "fit --ckpt_path alone.ckpt --data.corpus=sample --model.config.dim=3",
         {"run": "version_0", "is_named": False, "checkpoint": Path("alone.ckpt")},
     ),
     "a model to score": (
-        "validate --ckpt_path model.ckpt",
+        "validate --ckpt_path model.ckpt --data={data_dir:t}",
         {"run": "version_0", "is_named": False, "checkpoint": Path("model.ckpt"), "architecture": True},
     ),
     "the weights of a model": (
@@ -153,6 +154,8 @@ REFUSED = {
     "fit --ckpt_path model.ckpt": "no training to resume",
     "fit --ckpt_path lightning_logs/a/checkpoints/last.ckpt --run b": "the run 'b' already exists",
     "fit --init_from gone": "gone: no such checkpoint",
+    "fit --ckpt_path alone.ckpt": "name the token folder by --data.data_dir .it was trained on data/mine.",
+    "predict --ckpt_path model.ckpt --data.batch_size=2": "name the token folder by --data.data_dir$",
 }
 
 

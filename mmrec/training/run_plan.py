@@ -23,6 +23,7 @@ from mmrec.model import ModelConfig
 from mmrec.training.slurm import Job
 
 CONFIG_FLAGS = ("-c", "--config")
+DATA_FLAGS = ("--data", "--data.data_dir", "--data.corpus")
 OPTIONS = {
     "run": "run",
     "ckpt_path": "checkpoint",
@@ -44,6 +45,7 @@ class RunRequest:
         root: folder that holds ``lightning_logs``; the current one if None.
         has_config: whether a config is named.
         has_architecture: whether ``model.config`` is set on the command line.
+        has_data: whether the command line says which text is read.
         job: the Slurm job that the command runs in.
     """
 
@@ -54,6 +56,7 @@ class RunRequest:
     root: str | None = None
     has_config: bool = False
     has_architecture: bool = False
+    has_data: bool = False
     job: Job | None = None
 
 
@@ -111,16 +114,20 @@ def read_request(command: str, args: list[str], job: Job | None = None) -> RunRe
         job: the Slurm job that the command runs in.
     """
     found: dict[str, str | None] = {}
-    has_config = has_architecture = False
+    has_config = has_architecture = has_data = False
     for name, value in _pairs(args):
         if name in CONFIG_FLAGS:
             has_config = True
             found |= _in_config(Path(value))
         elif name.startswith("--model.config"):
             has_architecture = True
+        elif name in DATA_FLAGS:
+            has_data = True
         elif name.removeprefix("--") in OPTIONS:
             found[OPTIONS[name.removeprefix("--")]] = value or None
-    return RunRequest(command, **found, has_config=has_config, has_architecture=has_architecture, job=job)
+    return RunRequest(
+        command, **found, has_config=has_config, has_architecture=has_architecture, has_data=has_data, job=job
+    )
 
 
 def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
@@ -191,6 +198,8 @@ def _plan_from_checkpoint(
     config = found.parent.parent / runs.CONFIG
     in_run = found.parent.name == runs.CHECKPOINTS and config.is_file()
     own = runs.run_of(root, found)
+    if own is None and not (in_run or request.has_config or request.has_data):
+        raise UserError(_unknown_text(checkpoint, content))
     if own is None and in_run and request.root is None and not request.has_config:
         root = runs.root_of(found) or root  # the run stays where it is, whatever folder its config names
         own = runs.run_of(root, found)
@@ -206,6 +215,14 @@ def _plan_from_checkpoint(
         architecture=None if in_run or request.has_architecture else _architecture(content),
         is_named=own is not None or name is not None,
     )
+
+
+def _unknown_text(path: Path, checkpoint: dict[str, Any]) -> str:
+    """Return that a checkpoint without its run's config does not say which text is read, and what it says."""
+    options = checkpoint.get("TextDataModule", {})  # Lightning's key of what the data module saves
+    known = options.get("data_dir") or options.get("corpus")
+    trained = f" (it was trained on {known})" if known else ""
+    return f"{path}: the config of its run is not beside it; name the token folder by --data.data_dir{trained}"
 
 
 def _refuse_to_resume(path: Path, checkpoint: dict[str, Any]) -> None:
