@@ -69,7 +69,7 @@ def report(run: str, folder: TokenFolder, record: Record) -> str:
             "",
             "What can be typed next:",
             f"  mmrec generate --run {run} --length 1000",
-            f"  mmrec read BOOK.txt --run {run} --save book.mem",
+            f"  mmrec read BOOK.txt --run {run} --learn --save book.mem",
             f"  mmrec serve --run {run}",
             f"  mmrec report {run}",
             "and the same line again, which trains for longer.",
