@@ -71,5 +71,5 @@ class Law:
         return relative
 
 
-LAW = Law(0.45, 0.1, 0.3, 0.35, 0.35, 8.0, 0.0, 0.1)
-"""Fitted to docs/planning.csv."""
+LAW = Law(0.5921, 0.1042, 0.4051, 0.1772, 0.4991, 16.1187, 0.01, 0.1487)
+"""Fitted to docs/planning.csv by scripts/planning_law.py."""
