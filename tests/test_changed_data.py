@@ -63,8 +63,11 @@ def batches_with(change: list[str], prepared: Path, grown: Path) -> int:
 SIZES = {"rows": "batch_size", "seq_len": "seq_len", "segment_len": "segment_len"}
 
 
-@pytest.mark.parametrize("case", CHANGES)
-@pytest.mark.parametrize("checkpoint", ["last", "previous"])  # after the validation of the epoch, and before it
+# The last checkpoint is of after the validation of the epoch, the previous one of before it.
+@pytest.mark.parametrize(
+    ("checkpoint", "case"),
+    [*(("last", case) for case in CHANGES), ("previous", "another text"), ("previous", "several at once")],
+)
 def test_the_next_epoch_is_a_whole_one_and_the_schedule_ends_with_it(
     case: str, checkpoint: str, mmrec: Command, small_root: Path, grown: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
-from helpers import fit
+from helpers import checkpoints
 
 from mmrec.baselines.models import GPT
 from mmrec.checkpoints.loading import LoadedModel, load_model
@@ -247,9 +247,8 @@ def test_positions_score_the_same_blocks() -> None:
 
 
 @pytest.fixture
-def checkpoint(mmrec: Command, prepared: Path) -> Path:
-    assert mmrec(*fit(prepared, "--trainer.max_steps=60", "--trainer.max_epochs=-1", "--run=a")) == 0
-    return Path("lightning_logs/a/checkpoints/last.ckpt")
+def checkpoint(small_root: Path) -> Path:
+    return checkpoints("a", small_root) / "last.ckpt"
 
 
 def test_a_gpt_is_trained_to_compare_with(prepared: Path) -> None:

@@ -73,7 +73,7 @@ def test_from_every_saved_step(
     folder = checkpoints("whole")
     shutil.copytree(folder, "best_at_the_end")
     every = 2 if options else 1
-    tried = saved[:: every if FIGURES is not None else 7]
+    tried = saved[:: every if FIGURES is not None else 12]
     for path in tried:
         shutil.rmtree(folder.parent)
         shutil.copytree("best_at_the_end", folder)

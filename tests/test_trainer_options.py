@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from conftest import Command
 from helpers import checkpoints, fit, last, losses
 
 EVERY_STEP = "--trainer.log_every_n_steps=1"
-SHORT = ["--trainer.limit_train_batches=10", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 21 batches
+SHORT = ["--trainer.limit_train_batches=5", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 21 batches
+EPOCH_OF_9 = "--data.seq_len=640"
 
 
 def test_short_epochs_are_all_of_one_length(mmrec: Command, prepared: Path) -> None:
-    assert mmrec(*fit(prepared, *SHORT, "--run=a", EVERY_STEP)) == 0
+    assert mmrec(*fit(prepared, *SHORT, "--trainer.limit_train_batches=10", "--run=a", EVERY_STEP)) == 0
     assert list(losses("a", "val/loss")) == [9, 19, 29, 39]
     assert list(losses("a", "train/learning_rate").values())[-1] == pytest.approx(0.05 * 3e-3, rel=0.05)
 
@@ -93,11 +95,11 @@ def test_another_name_is_another_run_and_replaces_none(
     mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run in ("a", "b"):
-        assert mmrec(*fit(prepared, "--trainer.max_epochs=1", f"--run={run}")) == 0
+        assert mmrec(*fit(prepared, EPOCH_OF_9, "--trainer.max_epochs=1", f"--run={run}")) == 0
     files = {path: path.read_bytes() for run in ("a", "b") for path in checkpoints(run).iterdir()}
     here = "--ckpt_path=lightning_logs/a/checkpoints/last.ckpt"
     assert mmrec("fit", here, "--run=branch", "--trainer.max_epochs=2") == 0
-    assert last("branch")["global_step"] == 42
+    assert last("branch")["global_step"] == 18
     assert mmrec("fit", here, "--run=b", "--trainer.max_epochs=2") == 2
     assert "the run 'b' already exists" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
@@ -107,13 +109,13 @@ def test_another_name_is_another_run_and_replaces_none(
     checkpoints("branch").symlink_to(Path("elsewhere").absolute())
     for way, epochs in (("link/checkpoints/last.ckpt", 3), ("last", 4)):
         assert mmrec("fit", "--run=branch", f"--ckpt_path={way}", f"--trainer.max_epochs={epochs}") == 0
-        assert last("branch")["global_step"] == 21 * epochs
+        assert last("branch")["global_step"] == 9 * epochs
     # The run of another root has the name of one here, which is not touched either.
-    other = ["--trainer.default_root_dir=other", "--trainer.max_epochs=1", "--run=a"]
+    other = [EPOCH_OF_9, "--trainer.default_root_dir=other", "--trainer.max_epochs=1", "--run=a"]
     assert mmrec(*fit(prepared, *other)) == 0
     there = ["--ckpt_path=other/lightning_logs/a/checkpoints/last.ckpt", "--trainer.default_root_dir=."]
     assert mmrec("fit", *there, "--trainer.max_epochs=2") == 0
-    assert last("version_0")["global_step"] == 42
+    assert last("version_0")["global_step"] == 18
     assert {path: path.read_bytes() for path in files} == files
 
 
@@ -126,7 +128,19 @@ REFUSED = {
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
     "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),
     "parent": (["--run=.."], "--run is '..'"),
+    "WandbLogger": (["--trainer.logger=WandbLogger"], "lightning.pytorch.loggers.WandbLogger: Requirement 'wandb"),
+    "CometLogger": (["--trainer.logger=CometLogger"], "lightning.pytorch.loggers.CometLogger: Requirement 'comet"),
+    "top k of nothing": (
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=3"],
+        "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid",
+    ),
+    "LearningRateFinder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used"),
+    "BatchSizeFinder": (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder cannot be used"),
 }
+PACKAGES = {"WandbLogger": "wandb", "CometLogger": "comet_ml"}
+"""What is refused where the package is missing."""
+FOUND_IN_TRAINING = {"nothing", "none", "two best"}
+"""What is found when the run has been begun, whose folder stays."""
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -134,10 +148,14 @@ def test_what_cannot_be_done_is_refused_in_a_line(
     case: str, mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options, says = REFUSED[case]
+    if case in PACKAGES and importlib.util.find_spec(PACKAGES[case]):
+        pytest.skip(f"{PACKAGES[case]} is installed")
+    capsys.readouterr()
     assert mmrec(*fit(prepared, *options)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("mmrec: error: ")
     assert says in error
+    assert Path("lightning_logs").exists() == (case in FOUND_IN_TRAINING)
 
 
 def test_a_score_of_nothing_is_refused(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
