@@ -25,7 +25,7 @@ from mmrec.core.errors import UserError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.slow]
 
-KILLS, EPOCHS, SAVES = (8, 1, 6) if FIGURES is None else (30, 6, 10)
+KILLS, EPOCHS, SAVES = (8, 2, 6) if FIGURES is None else (30, 6, 10)
 """How often a run is killed, how long it is, and how many of the kills are inside a save: in each of its stages."""
 OPTIONS = [
     "--trainer.max_epochs=1",
