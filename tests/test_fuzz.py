@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FIGURES, Figure
+from conftest import FIGURES, REPOSITORY, Figure
 from fuzz_files import damaged_checkpoint, damaged_tokens, large_file, manifest, memory_file, other_checkpoint
 from fuzz_split import large_split
 from fuzz_tokenizers import foreign_tokenizer, prepared_text
@@ -258,8 +258,18 @@ TARGETS: list[tuple[Target, int, int]] = [
 def test_any_input(target: Target, few: int, many: int, figure: Figure) -> None:
     inputs = few if FIGURES is None else many
     assert fuzz(target, inputs) >= inputs
+    figure(promise_of(target), f"{inputs:,} inputs")
+
+
+def promise_of(target: Target) -> str:
     promise = " ".join(str(target.__doc__).split()).rstrip(".")
-    figure(promise[0].lower() + promise[1:], f"{inputs:,} inputs")
+    return promise[0].lower() + promise[1:]
+
+
+def test_every_target_has_its_row_in_the_table() -> None:
+    page = (REPOSITORY / "docs/reliability.md").read_text(encoding="utf-8")
+    for target, _, many in TARGETS:
+        assert f"| {promise_of(target)} | `tests/test_fuzz.py::test_any_input` | {many:,} inputs |" in page
 
 
 def test_many_are_a_hundred_thousand() -> None:
