@@ -12,7 +12,7 @@ from mmrec import __version__
 from mmrec.core.errors import UserError, exit_status, nearest
 from mmrec.core.lazy_imports import put_off_compiler, put_off_metrics
 from mmrec.core.options import Parser, call
-from mmrec.core.runtime import configure, configure_streams
+from mmrec.core.runtime import configure, configure_streams, start_command
 from mmrec.core.text_files import is_unicode
 
 CORPUS_HELP = (
@@ -138,6 +138,7 @@ def main(args: Sequence[str]) -> int:
     0 where it went well, 2 after one line that says what was wrong with what was given, 130 or 143 where
     it was stopped by Ctrl-C or SIGTERM (training: after saving).
     """
+    start_command()
     if not args or args[0] in ("-h", "--help"):
         return exit_status(lambda: print(_overview()))
     if args[0] == "--version":

@@ -47,6 +47,16 @@ def silence_lightning() -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """A training that begins in this process leaves variables that say it is one of several."""
+    before = dict(os.environ)
+    yield
+    for name in {*os.environ} - {*before}:
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def lightning_talks_to_the_test() -> None:
     """Lightning's handler keeps the standard error of the test that imported it, which is closed in the others."""
     silence_lightning()

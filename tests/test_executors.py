@@ -57,6 +57,8 @@ def cluster() -> Iterator[subprocess.Popen[str]]:
         process.wait(60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import FORMAT, SavedState, _tensors, load_memory, model_hash, save_memory
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.serve import state_store
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, StreamDecoder, Tokenizer, pending_bytes
 
 TEXT = "春ö🎉\u0131はa"
@@ -143,7 +144,7 @@ def test_an_upload_is_checked_before_anything_is_written(
         found.append([*memories.iterdir()])
         return load_memory(*args)
 
-    monkeypatch.setattr("mmrec.serve.state_store.load_memory", load)
+    monkeypatch.setattr(state_store, "load_memory", load)
     path = tmp_path / "a.mem"
     save_memory(path, SavedState.empty(small_model.net), model_hash(small_model.net, small_model.tokenizer))
     with running(make_service(small_model, memories)) as client:

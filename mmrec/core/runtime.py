@@ -15,8 +15,6 @@ from io import TextIOWrapper
 
 from mmrec.core.threads import import_torch
 
-STARTED = time.monotonic()
-"""When the process began, but for the start of Python: what a command that is given minutes counts from."""
 FULL, MIXED = "32-true", "bf16-mixed"
 """Lightning's names of the precisions that are chosen where none is asked for."""
 QUIET_WARNINGS = (
@@ -39,6 +37,20 @@ TALKERS = (
     "lightning.fabric.utilities.seed",
 )
 LOG_LEVELS = {"asyncio": logging.ERROR}  # it warns where a client goes away while it is written to
+
+
+_command_start = time.monotonic()
+
+
+def start_command() -> None:
+    """Take note that a command starts now."""
+    global _command_start
+    _command_start = time.monotonic()
+
+
+def command_start() -> float:
+    """Return when the command started, of the monotonic clock: what one that is given minutes counts from."""
+    return _command_start
 
 
 def configure(computes: bool = True) -> None:

@@ -13,7 +13,7 @@ from mmrec.checkpoints import runs
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
 from mmrec.core.options import Parser
-from mmrec.core.runtime import STARTED
+from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
 from mmrec.planning.machine import measure_rates
 from mmrec.planning.options import TrainOptions, split_arguments
@@ -32,8 +32,8 @@ LEAST = 2.0
 """Seconds of training, however little time there is."""
 
 
-def train(args: Sequence[str], started: float = STARTED) -> None:
-    """Run ``mmrec train`` with ``args``; its minutes count from ``started``, of the monotonic clock.
+def train(args: Sequence[str]) -> None:
+    """Run ``mmrec train`` with ``args``; its minutes count from the start of the command.
 
     Raises:
         UserError: something that was given is wrong; nothing has been trained.
@@ -53,7 +53,7 @@ def train(args: Sequence[str], started: float = STARTED) -> None:
         raise UserError(f"the run {run!r} was not begun by mmrec train; choose another --run")
     if before is not None and Path(before.data_dir) != folder.folder.resolve():
         raise UserError(f"the run {run!r} was trained on {before.data_dir}; choose another --run")
-    deadline = started + 60 * options.minutes
+    deadline = command_start() + 60 * options.minutes
     record = _begin(options, folder, deadline) if before is None else _go_on(before, where, deadline, options.plan)
     if options.plan:
         return

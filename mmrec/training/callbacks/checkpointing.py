@@ -54,7 +54,7 @@ class BestCheckpoint(ModelCheckpoint):
         A run that goes on from before its learning rate fell must not replace what it ended with by less.
         """
         try:
-            state = read_checkpoint(own, mmap=True)["callbacks"][self.state_key]
+            state = read_checkpoint(own, mmap=True, verify=False)["callbacks"][self.state_key]
             found: Tensor | None = state["best_model_score"]
         except (UserError, KeyError):  # damaged, or of another program: it is replaced
             return score
