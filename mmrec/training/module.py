@@ -18,13 +18,14 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.data.batches import IGNORE_INDEX, Batch
-from mmrec.inference.metrics import TextMetrics, token_nll
+from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.carried_state import CarriedState, gather, join_states
 from mmrec.training.compat import updates_to_come
 from mmrec.training.losses import confidence, confidence_weight
+from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import learning_rate_share, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
@@ -57,7 +58,8 @@ class RecurrentLMModule(LightningModule):
         self.mtp_head = MTPHead(config.dim) if self.options.mtp_loss_weight else None
         self.chat_options = ChatOptions()
         self._chat: ChatTemplate | None = None
-        self.score = TextMetrics()
+        self.score = TextScore()
+        self.score.persistent(False)
         lengths = torch.from_numpy(token_lengths(self.tokenizer))
         self.token_lengths: Tensor
         self.register_buffer("token_lengths", lengths, persistent=False)
@@ -224,7 +226,7 @@ class RecurrentLMModule(LightningModule):
         self._start_text()
 
     def _start_text(self) -> None:
-        self.score = TextMetrics()
+        self.score.reset()
         self._reading: State | None = None
         datamodule = getattr(self.trainer, "datamodule", None)
         self._reader = None
