@@ -1,4 +1,4 @@
-"""The metric of a validation: the same figures as those of a score, in whatever parts they come, and none is saved."""
+"""The metric of a validation: the figures of a score, in whatever parts they come; and none of it is saved."""
 
 from __future__ import annotations
 
