@@ -22,6 +22,10 @@ TOO_LATE, TOO_EARLY = 0.02, 0.05
 """Shares of the time by which a plan may miss its end before another takes its place."""
 
 
+WORTH_TELLING = 0.2
+"""Share of the updates by which a plan differs from the one that was told before."""
+
+
 class TimeLimit(Callback):
     """Plans the number of updates of a run that is given a time, and ends it with them.
 
@@ -58,6 +62,7 @@ class TimeLimit(Callback):
         self._recent: deque[tuple[int, float]] = deque()
         self._first_step = 0
         self._time_is_new = False
+        self._told: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -138,8 +143,11 @@ class TimeLimit(Callback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, steps: int) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        if self.planned_steps not in (None, steps):
-            rank_zero_info(f"Planned {steps:,} updates instead of {self.planned_steps:,}: the machine's pace changed")
+        if self._told is None:
+            self._told = steps
+        elif abs(steps - self._told) > WORTH_TELLING * self._told:
+            rank_zero_info(f"Planned {steps:,} updates instead of {self._told:,}: the machine's pace changed")
+            self._told = steps
         self.planned_steps = steps
         self.decisions.append((trainer.global_step, self.seconds, steps))
         pl_module.plan_steps(steps)
