@@ -176,7 +176,7 @@ def test_writing_is_stopped(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> No
     step = Decoder.step
 
     def step_slowly(self: Decoder, token: int) -> torch.Tensor:
-        time.sleep(0.02)  # else all is written before a click comes
+        time.sleep(0.005)  # else all is written before a click comes
         return step(self, token)
 
     monkeypatch.setattr(Decoder, "step", step_slowly)
