@@ -100,7 +100,12 @@ def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, text: Text) -> fl
     """Return the lowest bits per byte on the validation text of a training by ``plan``."""
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "mmrec", "fit", "--run=study", f"--data.data_dir={folder.absolute()}"]
-        command += [*fit_options(plan), f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
+        command += [
+            *fit_options(plan),
+            f"--trainer.max_steps={plan.steps}",
+            f"--seed_everything={seed}",
+            "--trainer.enable_progress_bar=false",
+        ]
         command += [f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         best = read_checkpoint(Path(root, "lightning_logs", "study", "checkpoints", "best.ckpt"))

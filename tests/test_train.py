@@ -73,6 +73,13 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, nov
     assert record()["finished"]
 
 
+def test_typed_again_it_is_not_held_to_the_updates_of_the_first_plan(mmrec: Command, novel: Path) -> None:
+    assert mmrec("train", novel, *SMALL, "--minutes=0.1") == 0
+    first = last("novel")["global_step"]
+    assert mmrec("train", novel, *SMALL, "--minutes=0.2") == 0
+    assert last("novel")["global_step"] > first
+
+
 def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,8 +68,7 @@ def _begin(options: TrainOptions, folder: TokenFolder, deadline: float) -> Recor
     """Plan a training from nothing, and say so."""
     start = time.monotonic()
     text = describe_text(folder)
-    accelerator = {"auto": "auto", "cpu": "cpu", "gpu": "gpu"}[options.on]
-    rates = measure_rates(text, deadline - time.monotonic(), accelerator)
+    rates = measure_rates(text, deadline - time.monotonic(), options.on)
     plan = make_plan(text, rates, deadline - time.monotonic())
     rate = dict(rates)[plan.config]
     # What comes after the training: the final score.
@@ -78,7 +77,7 @@ def _begin(options: TrainOptions, folder: TokenFolder, deadline: float) -> Recor
     plan = make_plan(text, [(plan.config, rate)], seconds)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
-    chosen = [*fit_options(plan), f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
+    chosen = [*fit_options(plan), f"--trainer.accelerator={options.on}", "--trainer.devices=1"]
     return Record(str(folder.folder.resolve()), seconds / 60, plan.steps, chosen, text.xz, plan.expected)
 
 
@@ -103,8 +102,9 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Non
     """Train as ``record`` says, from the last checkpoint or from nothing."""
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
     options.append(f"--time_limit.minutes={record.minutes:.4f}")
-    if record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded):
-        options.append(f"--time_limit.planned_steps={record.steps}")
+    holds = record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded)
+    # Said in either case: the config of the run that is resumed may have a number.
+    options.append(f"--time_limit.planned_steps={record.steps if holds else 'null'}")
     if run in runs.runs(Path()):
         options.append(f"--ckpt_path={runs.LAST}")
     run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}")

@@ -31,9 +31,7 @@ FORWARD_SHARE = 0.3
 
 def layer_parameters(config: ModelConfig) -> int:
     """Return about how many parameters the layers have: all but the embedding and the output layer."""
-    recurrent = {"short": 5 * config.dim**2, "long": 5 * config.dim**2}
-    kinds = [config.layer_types[number % len(config.layer_types)] for number in range(config.layers)]
-    return sum(recurrent[kind] + 3 * config.dim * config.ffn_dim for kind in kinds)
+    return config.layers * (5 * config.dim**2 + 3 * config.dim * config.ffn_dim)
 
 
 @dataclass(frozen=True)
@@ -156,13 +154,8 @@ def regularization(epochs: float) -> dict[str, float]:
     return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 2 else 0.5, "confidence_penalty": 0.1}
 
 
-def fit_options(plan: TrainingPlan, minutes: float | None = None) -> list[str]:
-    """Return the options of ``mmrec fit`` that carry a plan out, but for the text.
-
-    Args:
-        plan: is carried out.
-        minutes: time that its updates may take; as long as they take if None.
-    """
+def fit_options(plan: TrainingPlan) -> list[str]:
+    """Return the options of ``mmrec fit`` that carry a plan out, but for the text and for where it ends."""
     config, batches, steps = plan.config, plan.batches, plan.steps
     rate = 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
     small = plan.text.vocab_size <= 1024
@@ -181,13 +174,11 @@ def fit_options(plan: TrainingPlan, minutes: float | None = None) -> list[str]:
         "segment_len": segment,
         "interleave": batches.interleave,
     }
-    trainer = {"max_epochs": -1, "check_val_every_n_epoch": "null"} | _validations(plan)
-    end = {"trainer.max_steps": steps} if minutes is None else {"trainer.max_steps": -1}
-    limit = {} if minutes is None else {"time_limit.minutes": round(minutes, 4), "time_limit.planned_steps": steps}
+    trainer = {"max_epochs": -1, "max_steps": -1, "check_val_every_n_epoch": "null"} | _validations(plan)
     options = {f"model.{name}": value for name, value in model.items()}
     options |= {f"data.{name}": value for name, value in data.items()}
     options |= {f"trainer.{name}": value for name, value in trainer.items()}
-    options |= end | limit | {"early_stopping.patience": MOST_VALIDATIONS * 100}
+    options["early_stopping.patience"] = MOST_VALIDATIONS * 100
     return [f"--{name}={value}" for name, value in options.items()]
 
 

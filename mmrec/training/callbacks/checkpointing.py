@@ -40,9 +40,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]
         same_run = Path(state_dict["dirpath"]).parent.name == own.parent.parent.name
-        if same_run and own.is_file():
-            score = self._lowest(own, score)
-        if same_run and own.is_file() and score is not None:
+        if same_run and own.is_file() and (score := self._lowest(own, score)) is not None:
             path = str(own)
             moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
             state_dict = state_dict | moved | {"best_k_models": {path: score}, "best_model_score": score}

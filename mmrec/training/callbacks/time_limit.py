@@ -171,5 +171,5 @@ class TimeLimit(Callback):
         self._pace = state_dict["pace"]
         self._time_is_new = state_dict["minutes"] != self.minutes
         self.decisions = [tuple(one) for one in state_dict["decisions"]]
-        if not self._time_is_new or self._pace == 0:
+        if not self._time_is_new:
             self.planned_steps = state_dict["planned_steps"]
