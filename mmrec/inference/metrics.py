@@ -24,24 +24,6 @@ def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tenso
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
-def text_figures(nll: Tensor, tokens: Tensor, bytes_: Tensor, characters: Tensor) -> dict[str, Tensor]:
-    """Return loss (nats/token), perplexity (per token), bits_per_byte and nats_per_char.
-
-    Args:
-        nll: sum of the negative log-likelihoods, in nats.
-        tokens: that were scored.
-        bytes_: that they stand for.
-        characters: that they stand for.
-    """
-    loss = nll / tokens
-    return {
-        "loss": loss,
-        "perplexity": loss.exp(),
-        "bits_per_byte": nll / (math.log(2) * bytes_),
-        "nats_per_char": nll / characters,
-    }
-
-
 class TextMetrics:
     """Loss, perplexity and bits per byte of a text; in any number of updates the figures are the same.
 
@@ -71,8 +53,14 @@ class TextMetrics:
         self.characters = self.characters.to(nll.device) + lengths[:, 1].sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures of :func:`text_figures`."""
-        return text_figures(self.nll, self.tokens, self.bytes, self.characters)
+        """Return loss (nats/token), perplexity (per token), bits_per_byte and nats_per_char."""
+        loss = self.nll / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": loss.exp(),
+            "bits_per_byte": self.nll / (math.log(2) * self.bytes),
+            "nats_per_char": self.nll / self.characters,
+        }
 
 
 class MetricsByPosition:

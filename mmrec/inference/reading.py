@@ -106,9 +106,13 @@ class ReadPart:
     def nll(self) -> Tensor:
         """Negative log-likelihood of each token given all before it, [n], in nats; 0 for the first of a text."""
         nll = token_nll(self.logits, self.tokens)
-        if self.memory.position == len(self.tokens):  # nothing was read before it
-            nll[0] = 0
+        nll[: self.scored.start] = 0
         return nll
+
+    @property
+    def scored(self) -> slice:
+        """Those of the tokens that something predicts: all, but for the first of a text."""
+        return slice(1 if self.memory.position == len(self.tokens) else 0, None)
 
 
 class Reader:

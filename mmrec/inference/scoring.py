@@ -91,8 +91,7 @@ def score(
         if token_nll is not None:
             table.write(NLL_HEADER)
         for part in (part for tokens in iter_file_tokens(trained.tokenizer, file) for part in reader.read(tokens)):
-            nll, first = part.nll, part.memory.position - len(part.tokens)
-            scored = slice(1 if first == 0 else 0, None)
+            nll, first, scored = part.nll, part.memory.position - len(part.tokens), part.scored
             sizes = lengths[part.tokens]
             total.update(nll[scored], sizes[scored])
             if compressors is not None:

@@ -10,12 +10,12 @@ from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import BEST, LAST, checkpoint_folder
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.data.store import TokenFolder
-from mmrec.inference.generate import default_prompt, generate_tokens
+from mmrec.inference.api import MemoryLM
+from mmrec.inference.generate import default_prompt
 from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.reading import iter_nll
-from mmrec.inference.sampling import SamplingOptions
+from mmrec.inference.reading import Reader
 from mmrec.planning.record import Record
-from mmrec.tokenizers import StreamDecoder, token_lengths
+from mmrec.tokenizers import token_lengths
 
 MOST_SCORED = 2_000_000
 """Tokens of the validation text that are scored at the end."""
@@ -32,23 +32,15 @@ def best_checkpoint(root: Path, run: str) -> Path:
 
 def bits_per_byte(trained: LoadedModel, folder: TokenFolder) -> float:
     """Return the bits per byte of a model on the validation text, its first :data:`MOST_SCORED` tokens."""
-    metrics, lengths, done = TextMetrics(), torch.from_numpy(token_lengths(trained.tokenizer)), 0
-    tokens = folder.val[:MOST_SCORED]
-    for nll, after in iter_nll(trained.net, tokens, SavedState.empty(trained.net)):
-        part = torch.from_numpy(tokens[done : after.position].astype("int64"))
-        first = 1 if done == 0 else 0  # which nothing predicts
-        metrics.update(nll[first:], lengths[part[first:]])
-        done = after.position
+    metrics, lengths = TextMetrics(), torch.from_numpy(token_lengths(trained.tokenizer))
+    for part in Reader(trained.net, SavedState.empty(trained.net)).read(folder.val[:MOST_SCORED]):
+        metrics.update(part.nll[part.scored], lengths[part.tokens[part.scored]])
     return float(metrics.compute()["bits_per_byte"])
 
 
-def sample(trained: LoadedModel, seed: int = 0) -> str:
+def sample(trained: LoadedModel) -> str:
     """Return a text that the model writes."""
-    prompt = default_prompt(trained.tokenizer)
-    decoder = StreamDecoder(trained.tokenizer)
-    tokens = torch.from_numpy(trained.tokenizer.encode(prompt).astype("int64"))
-    written = generate_tokens(trained.net, tokens, SamplingOptions(SAMPLE, seed=seed))
-    return "".join([*(decoder.push(token) for token in written), decoder.flush()]).strip()
+    return MemoryLM(trained).generate(default_prompt(trained.tokenizer), SAMPLE).strip()
 
 
 def report(run: str, folder: TokenFolder, record: Record) -> str:

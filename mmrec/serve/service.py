@@ -175,8 +175,7 @@ class Service:
         open_cost = 0.0
         for part in Reader(self._net, before).read(tokens):
             nats = part.nll
-            scored = slice(1 if part.memory.position == len(nats) else 0, None)
-            total.update(nats[scored], self._lengths[part.tokens][scored])
+            total.update(nats[part.scored], self._lengths[part.tokens][part.scored])
             for token, cost in zip(part.tokens.tolist(), nats.tolist(), strict=True):
                 open_cost += cost
                 if text := decoder.push(token):

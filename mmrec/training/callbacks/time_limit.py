@@ -69,11 +69,6 @@ class TimeLimit(Callback):
         """Seconds of training and validation so far."""
         return self._seconds_before + (time.perf_counter() - self._start if self._start else 0.0)
 
-    @property
-    def reached(self) -> bool:
-        """Whether the run has ended by its time."""
-        return bool(self.decisions) and self.decisions[-1][0] >= self.decisions[-1][2]
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.minutes is None:
             return
