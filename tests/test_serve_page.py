@@ -171,15 +171,20 @@ def test_files_are_uploaded_read_and_deleted(sheet: Sheet, memories: Path, tmp_p
     assert {path.name for path in memories.iterdir()} == {"mine.mem"}
 
 
-@pytest.mark.slow
-def test_writing_is_stopped(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a step of the decoder slow: else all is written before anything else can happen."""
     step = Decoder.step
 
     def step_slowly(self: Decoder, token: int) -> torch.Tensor:
-        time.sleep(0.005)  # else all is written before a click comes
+        time.sleep(0.005)
         return step(self, token)
 
     monkeypatch.setattr(Decoder, "step", step_slowly)
+
+
+@pytest.mark.slow
+def test_writing_is_stopped(sheet: Sheet, slow_steps: None) -> None:
     page = sheet.page
     page.fill("#tokens", "4096")
     page.click("#write")
@@ -187,6 +192,26 @@ def test_writing_is_stopped(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> No
     page.click("#stop")
     page.wait_for_selector("#write:enabled")
     assert sheet.client.idle()
+
+
+@pytest.mark.slow
+def test_what_is_being_written_stays_where_a_list_of_memories_comes_late(sheet: Sheet, slow_steps: None) -> None:
+    page, late = sheet.page, list[Any]()
+    page.route("**/v1/memories", lambda route: late.append(route))
+    page.reload()
+    for _ in range(100):
+        if late:
+            break
+        page.wait_for_timeout(20)
+    page.fill("#tokens", "512")
+    page.click("#write")
+    until(page, "document.getElementById('sheet').textContent.length >= 1")
+    late[0].continue_()
+    until(page, "document.getElementById('memory').options.length === 1")
+    until(page, "document.getElementById('sheet').textContent.length > 40")
+    assert page.is_enabled("#stop")  # and so it was not painted anew after all was written
+    page.click("#stop")
+    page.wait_for_selector("#write:enabled")
 
 
 @pytest.mark.slow
