@@ -8,12 +8,14 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from phantom.plugin import pytest_runtest_protocol  # noqa: F401 -- a hook of pytest
 
 from mmrec.core.lazy_imports import put_off_metrics
 
@@ -126,6 +128,17 @@ def mmrec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
             return int(stop.code or 0)
 
     return command
+
+
+@pytest.fixture
+def run_on_devices() -> Callable[..., str]:
+    """``processes.run`` in processes that each have a simulated CUDA device, one of as many as there are ranks."""
+    from phantom import build, cuda
+    from processes import run
+
+    if (reason := build.why_not()) is not None:
+        pytest.skip(reason)
+    return partial(run, prepare=cuda.install_rank)
 
 
 @pytest.fixture(scope="session")

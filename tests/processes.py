@@ -33,16 +33,21 @@ def start(
     return process
 
 
-def start_ranks(folder: Path, arguments: Sequence[object], count: int) -> list[ForkServerProcess]:
-    """Start ``count`` processes that train together, as torchrun does: each is told its rank. One is told nothing."""
+def start_ranks(
+    folder: Path, arguments: Sequence[object], count: int, prepare: Callable[[], None] | None = None
+) -> list[ForkServerProcess]:
+    """Start ``count`` processes that train together, as torchrun does: each is told its rank. One is told nothing.
+
+    Each calls ``prepare`` before it begins.
+    """
     if count == 1:
-        return [start(folder, arguments)]
+        return [start(folder, arguments, prepare)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
     ranks = [common | {"LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [start(folder, arguments, _set_environment, rank) for rank in ranks]
+    return [start(folder, arguments, _be_rank, rank, prepare) for rank in ranks]
 
 
 def wait(processes: Sequence[ForkServerProcess], seconds: float = 240) -> int:
@@ -57,11 +62,13 @@ def wait(processes: Sequence[ForkServerProcess], seconds: float = 240) -> int:
     return processes[0].exitcode
 
 
-def run(folder: Path, *arguments: object, ranks: int = 1, status: int = 0) -> str:
+def run(
+    folder: Path, *arguments: object, ranks: int = 1, status: int = 0, prepare: Callable[[], None] | None = None
+) -> str:
     """Run a command in ``folder`` in ``ranks`` processes to its end, and return what they printed or said."""
     output = folder / OUTPUT
     output.unlink(missing_ok=True)
-    processes = start_ranks(folder, arguments, ranks)
+    processes = start_ranks(folder, arguments, ranks, prepare)
     wait(processes)
     said = output.read_text(encoding="utf-8")
     assert {process.exitcode for process in processes} == {status}, said
@@ -75,8 +82,10 @@ def interrupt(processes: Sequence[ForkServerProcess], number: signal.Signals = s
         os.kill(process.pid, number)
 
 
-def _set_environment(values: dict[str, str]) -> None:
-    os.environ.update(values)
+def _be_rank(environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    if prepare is not None:
+        prepare()
 
 
 def _command(
