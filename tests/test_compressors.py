@@ -6,7 +6,7 @@ import pytest
 from conftest import Command
 
 from mmrec.core.errors import UserError
-from mmrec.inference.compressors import Compressors
+from mmrec.inference.compressors import Compressors, ppmd_sizes
 
 
 def _sizes(data: bytes) -> dict[str, int]:
@@ -29,6 +29,18 @@ def test_bits_per_byte_are_those_of_the_text_alone_and_after_another(text: str, 
     assert after.compute() == pytest.approx(expected, rel=0.01)  # the last bits of the first are not cut off
     with pytest.raises(UserError, match="cannot be read"):
         Compressors(tmp_path / "none.txt")
+
+
+def test_sizes_after_each_part_are_those_of_what_was_read_until_then(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = text.encode()
+    sizes = ppmd_sizes([data[:6000], data[6000:]])
+    assert sizes is not None
+    assert sizes[1] == _sizes(data)["PPMd, order 16"]
+    assert sizes[0] == pytest.approx(_sizes(data[:6000])["PPMd, order 16"], abs=16)
+    monkeypatch.setattr("mmrec.inference.compressors.find_spec", lambda name: None)
+    assert ppmd_sizes([data]) is None
 
 
 def test_score_prints_them_beside_the_model_with_a_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def test_one_line_trains_and_says_what_came_of_it(
     assert mmrec("train", novel, *SMALL, "--trainer.max_steps=8") == 0
     said = capsys.readouterr().out
     assert "validation  " in said
-    assert "bits/byte by xz" in said
+    assert "bits/byte by xz, " in said
+    assert " by PPMd, after the training text" in said
+    assert "bits/byte, learning and counting n-grams as it reads\n" in said
     assert "It writes:" in said
     assert "mmrec generate --run novel" in said
     assert last("novel")["global_step"] == 8
@@ -78,6 +81,26 @@ def test_typed_again_it_is_not_held_to_the_updates_of_the_first_plan(mmrec: Comm
     first = last("novel")["global_step"]
     assert mmrec("train", novel, *SMALL, "--minutes=0.2") == 0
     assert last("novel")["global_step"] > first
+
+
+def test_other_minutes_than_before_count_where_it_was_stopped(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL]
+    assert mmrec(*line, "--minutes=0.2", "--trainer.max_steps=8") == 0
+    before = record()
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(before | {"finished": False}))
+    capsys.readouterr()
+    assert mmrec(*line, "--plan") == 0  # without a number the earlier one holds
+    assert "instead of" not in capsys.readouterr().out
+    assert mmrec(*line, "--minutes=3", "--plan") == 0
+    assert "are done; 3 minutes instead of 0.2\n" in capsys.readouterr().out
+    assert not record()["finished"]
+    assert mmrec(*line, "--minutes=3", "--trainer.max_steps=12") == 0
+    after = record()
+    assert (before["asked"], after["asked"]) == (0.2, 3)
+    assert after["minutes"] == pytest.approx(before["minutes"] + 2.8)
+    assert last("novel")["global_step"] == 12
 
 
 def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
@@ -114,6 +137,40 @@ def test_a_folder_of_texts_is_trained_on_as_a_whole(mmrec: Command, tmp_path: Pa
         (folder / f"{number}.txt").write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
     assert mmrec("train", folder, *SMALL, "--trainer.max_steps=2") == 0
     assert last("letters")["global_step"] == 2
+
+
+def test_odd_texts_are_trained_on(mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 kB, a line that is repeated, and 10,000 tiny files."""
+    Path("two.txt").write_text(text[:2000], encoding="utf-8")
+    Path("line.txt").write_text("All work and no play makes a dull model.\n" * 500, encoding="utf-8")
+    Path("notes").mkdir()
+    for number in range(10_000):
+        Path(f"notes/{number}.txt").write_text(f"note {number}\n", encoding="utf-8")
+    for name, run in (("two.txt", "two"), ("line.txt", "line"), ("notes", "notes")):
+        assert mmrec("train", name, *SMALL, "--trainer.max_steps=2") == 0
+        assert last(run)["global_step"] == 2
+        said = capsys.readouterr().out
+        assert "It writes:" in said
+        assert "nan" not in said
+
+
+def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random bytes, nothing, and 5 GB in ten minutes."""
+    Path("random.txt").write_bytes(random.Random(0).randbytes(20_000))
+    Path("empty.txt").touch()
+    with open("big.txt", "wb") as file:
+        file.truncate(5 * 10**9)
+    refusals = {
+        "random.txt": "is binary",
+        "empty.txt": "is empty",
+        "big.txt": "33 minutes to be prepared",
+    }
+    for name, word in refusals.items():
+        assert mmrec("train", name) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1
+        assert word in said[0]
+    assert not Path("data").exists()
 
 
 @pytest.mark.parametrize(

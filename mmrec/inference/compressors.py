@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -66,12 +67,29 @@ class Compressors:
         return self._sizes
 
 
+def ppmd_sizes(parts: Sequence[bytes]) -> list[int] | None:
+    """Return how many bytes PPMd has written after each of ``parts``, which it reads one after the other.
+
+    A few bytes that it holds back between them are counted with the next. None where pyppmd is not installed.
+    """
+    if find_spec("pyppmd") is None:
+        return None
+    compressor, sizes, written = _ppmd(), [], 0
+    for number, part in enumerate(parts, 1):
+        written += len(compressor.compress(part))
+        if number == len(parts):
+            written += len(compressor.flush())
+        sizes.append(written)
+    return sizes
+
+
+def _ppmd() -> Compressor:
+    compressor: Compressor = optional_import("pyppmd").PpmdCompressor(max_order=PPMD_ORDER, mem_size=PPMD_MEMORY)
+    return compressor
+
+
 def _compressors() -> dict[str, Compressor]:
-    pyppmd = optional_import("pyppmd")
-    return {
-        "xz -9e": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
-        f"PPMd, order {PPMD_ORDER}": pyppmd.PpmdCompressor(max_order=PPMD_ORDER, mem_size=PPMD_MEMORY),
-    }
+    return {"xz -9e": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), f"PPMd, order {PPMD_ORDER}": _ppmd()}
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

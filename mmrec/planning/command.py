@@ -15,9 +15,10 @@ from mmrec.core.files import write_file
 from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
+from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.machine import measure_rates
 from mmrec.planning.options import TrainOptions, split_arguments
-from mmrec.planning.outcome import MOST_SCORED, report
+from mmrec.planning.outcome import report
 from mmrec.planning.plan import FORWARD_SHARE, fit_options, make_plan
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
@@ -45,7 +46,7 @@ def train(args: Sequence[str]) -> None:
     parser.add_class_arguments(TrainOptions, skip={"texts", "plan"})
     options = TrainOptions(**vars(parser.parse_args(own)))
     check_tokenizer(options.tokenizer)
-    folder = prepare_texts(options.texts, options.tokenizer)
+    folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default)
     run = options.run or folder.folder.resolve().name
     where = Path(runs.LOGS, run)
     before = read_record(where)
@@ -53,49 +54,76 @@ def train(args: Sequence[str]) -> None:
         raise UserError(f"the run {run!r} was not begun by mmrec train; choose another --run")
     if before is not None and Path(before.data_dir) != folder.folder.resolve():
         raise UserError(f"the run {run!r} was trained on {before.data_dir}; choose another --run")
-    deadline = command_start() + 60 * options.minutes
-    record = _begin(options, folder, deadline) if before is None else _go_on(before, where, deadline, options.plan)
+    record = _begin(options, folder) if before is None else _go_on(before, where, options)
     if options.plan:
         return
     record.write(where)
     _fit(record, where, run, forwarded)
     record = replace(record, finished=True)
     record.write(where)
-    print("\n" + report(run, folder, record))
+    print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
 
 
-def _begin(options: TrainOptions, folder: TokenFolder, deadline: float) -> Record:
+def _deadline(options: TrainOptions) -> float:
+    """Return when the command is to end, of the monotonic clock."""
+    return command_start() + 60 * options.minutes_or_default
+
+
+def _seconds_left(deadline: float) -> float:
+    """Return the seconds until then, :data:`LEAST` where it is over: starting takes long on a busy machine."""
+    return max(LEAST, deadline - time.monotonic())
+
+
+def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
     """Plan a training from nothing, and say so."""
-    start = time.monotonic()
+    start, deadline = time.monotonic(), _deadline(options)
     text = describe_text(folder)
-    rates = measure_rates(text, deadline - time.monotonic(), options.on)
-    plan = make_plan(text, rates, deadline - time.monotonic())
+    rates = measure_rates(text, _seconds_left(deadline), options.on)
+    plan = make_plan(text, rates, _seconds_left(deadline))
     rate = dict(rates)[plan.config]
-    # What comes after the training: the final score.
+    # What comes after the training: the final score, and what stands beside it.
     ending = min(text.val_tokens, MOST_SCORED) * FORWARD_SHARE / rate + STARTING
-    seconds = max(LEAST, deadline - time.monotonic() - ending)
+    ending += comparison_seconds(options.minutes_or_default)
+    seconds = _seconds_left(deadline - ending)
     plan = make_plan(text, [(plan.config, rate)], seconds)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
     chosen = [*fit_options(plan), f"--trainer.accelerator={options.on}", "--trainer.devices=1"]
-    return Record(str(folder.folder.resolve()), seconds / 60, plan.steps, chosen, text.xz, plan.expected)
+    data_dir = str(folder.folder.resolve())
+    return Record(
+        data_dir, seconds / 60, plan.steps, chosen, text.xz, plan.expected, asked=options.minutes_or_default
+    )
 
 
-def _go_on(before: Record, where: Path, deadline: float, only_plan: bool) -> Record:
+def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     """Return what is left of a training that was stopped, or a longer one where it has ended."""
     last = where / runs.CHECKPOINTS / f"{runs.LAST}.ckpt"
-    if not before.finished:
-        if last.exists():
-            done = seconds_trained(last)
-            print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * before.minutes:,.0f} are done")
-        return before
     stable = last.with_name(f"{runs.STABLE}.ckpt")
+    if not before.finished:
+        return _resume(before, last, options)
     start = stable if stable.exists() else last
-    done, more = seconds_trained(start), max(LEAST, deadline - time.monotonic() - STARTING)
+    minutes = options.minutes_or_default
+    done = seconds_trained(start)
+    more = _seconds_left(_deadline(options) - STARTING - comparison_seconds(minutes))
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
-    if start == stable and not only_plan:
+    if start == stable and not options.plan:
         write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
-    return replace(before, minutes=(done + more) / 60, steps=None, finished=False)
+    return replace(before, minutes=(done + more) / 60, steps=None, finished=False, asked=minutes)
+
+
+def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
+    """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
+    done = seconds_trained(last) if last.exists() else 0.0
+    record, changed = before, ""
+    if None not in (options.minutes, before.asked) and options.minutes != before.asked:
+        assert options.minutes is not None
+        assert before.asked is not None
+        minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
+        record = replace(before, minutes=minutes, steps=None, asked=options.minutes)
+        changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
+    if last.exists() or changed:
+        print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
+    return record
 
 
 def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from mmrec.core.threads import use_threads
 from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import SHAPES, Text, choose_batches, layer_parameters
+from mmrec.planning.plan import SHAPES, Batches, Text, choose_batches, layer_parameters
 from mmrec.training.optim import make_optimizer
 from mmrec.training.options import OptimizerOptions
 
@@ -20,7 +20,14 @@ WARM_UP = 2
 """First updates, which are slower than those that follow."""
 
 
-def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, seconds: float) -> float:
+def seconds_per_update(
+    config: ModelConfig,
+    text: Text,
+    accelerator: str,
+    seconds: float,
+    batches: Batches | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return the seconds that an update takes: forward, backward and optimizer, the median of a few.
 
     Args:
@@ -28,8 +35,10 @@ def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, second
         text: gives the size of the vocabulary and of the batches.
         accelerator: Lightning's name of the device.
         seconds: that the trial may take, beyond the first updates.
+        batches: of an update; None takes those that a plan would.
+        clock: of the seconds; that of the processor leaves out what other programs take.
     """
-    batches = choose_batches(config, text.train_tokens)
+    batches = batches or choose_batches(config, text.train_tokens)
     use_threads(config.dim, batches.rows * batches.seq_len)  # as the training will
     device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     random = torch.random.get_rng_state()
@@ -43,7 +52,7 @@ def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, second
     taken: list[float] = []
     begin = time.perf_counter()
     while len(taken) < WARM_UP + 3 or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
+        start = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             logits, _ = net(tokens[:, :-1], state)
             loss = token_nll(logits, tokens[:, 1:], "mean")
@@ -52,7 +61,7 @@ def seconds_per_update(config: ModelConfig, text: Text, accelerator: str, second
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         loss.item()  # waits for the device
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
         if len(taken) == WARM_UP:
             begin = time.perf_counter()
     steady = sorted(taken[WARM_UP:])
@@ -74,15 +83,24 @@ def measure_rates(
         shapes: the models.
         law: what is expected of them.
     """
-    found: list[tuple[ModelConfig, float]] = []
+    # What other programs take of the processor differs from one moment to the next: models are compared by the time
+    # that they take themselves, and the wait for others is that of all trials together.
+    is_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    clock = time.process_time if is_cpu else time.perf_counter
+    own: list[tuple[ModelConfig, float]] = []
+    waited = worked = 0.0
     best = float("inf")
     for config in shapes:
         trial = min(2.0, max(0.3, seconds / 200))
-        pace = seconds_per_update(config, text, accelerator, trial)
-        rate = choose_batches(config, text.train_tokens).tokens / pace
-        found.append((config, rate))
-        expected = law.relative_loss(layer_parameters(config), text.train_tokens, rate * seconds)
+        begin, begin_own = time.perf_counter(), clock()
+        pace = seconds_per_update(config, text, accelerator, trial, clock=clock)
+        threads = torch.get_num_threads() if is_cpu else 1
+        waited += time.perf_counter() - begin
+        worked += (clock() - begin_own) / threads
+        own.append((config, choose_batches(config, text.train_tokens).tokens * threads / pace))
+        slower = max(1.0, waited / max(worked, 1e-9))
+        expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1][1] / slower * seconds)
         if expected > best:
             break
         best = expected
-    return found
+    return [(config, rate / slower) for config, rate in own]

@@ -12,6 +12,8 @@ from mmrec.training.cli import SECTIONS
 FORWARDED = tuple(f"--{section}." for section in SECTIONS)
 """Beginnings of the options of ``mmrec fit``, which win over the plan's."""
 
+DEFAULT_MINUTES = 10.0
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -19,7 +21,7 @@ class TrainOptions:
 
     Args:
         texts: name of a corpus, or files, folders and URLs of your own text.
-        minutes: that it may take, all in all; where the run has ended already, so many more.
+        minutes: that it may take, all in all, 10 if left out; where the run has ended already, so many more.
         plan: only say what would be done; the text is prepared for it.
         run: name of the run; that of the text if left out.
         tokenizer: characters, bytes or bpe, or the path of an existing one; chosen by the text if left out.
@@ -27,15 +29,20 @@ class TrainOptions:
     """
 
     texts: Sequence[str]
-    minutes: float = 10
+    minutes: float | None = None
     plan: bool = False
     run: str | None = None
     tokenizer: str | None = None
     on: Literal["auto", "cpu", "gpu"] = "auto"
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.minutes <= 60 * 24 * 365:
+        if self.minutes is not None and not 0.1 <= self.minutes <= 60 * 24 * 365:
             raise UserError(f"--minutes is {self.minutes:g}; it must be at least 0.1")
+
+    @property
+    def minutes_or_default(self) -> float:
+        """The minutes of a training that is not one that was stopped."""
+        return DEFAULT_MINUTES if self.minutes is None else self.minutes
 
 
 def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.runs import BEST, LAST, checkpoint_folder
-from mmrec.checkpoints.state_file import SavedState
+from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder
 from mmrec.inference.api import MemoryLM
 from mmrec.inference.generate import default_prompt
-from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.reading import Reader
+from mmrec.inference.reading import READ_CHUNK
+from mmrec.planning.comparison import MOST_SCORED, Comparison, bits_per_byte, carried_nll, compare
 from mmrec.planning.record import Record
-from mmrec.tokenizers import token_lengths
 
-MOST_SCORED = 2_000_000
-"""Tokens of the validation text that are scored at the end."""
 SAMPLE = 300
 """Tokens of the sample."""
 
@@ -30,29 +25,31 @@ def best_checkpoint(root: Path, run: str) -> Path:
     return best if best.exists() else folder / f"{LAST}.ckpt"
 
 
-def bits_per_byte(trained: LoadedModel, folder: TokenFolder) -> float:
-    """Return the bits per byte of a model on the validation text, its first :data:`MOST_SCORED` tokens."""
-    metrics, lengths = TextMetrics(), torch.from_numpy(token_lengths(trained.tokenizer))
-    for part in Reader(trained.net, SavedState.empty(trained.net)).read(folder.val[:MOST_SCORED]):
-        metrics.update(part.nll[part.scored], lengths[part.tokens[part.scored]])
-    return float(metrics.compute()["bits_per_byte"])
-
-
 def sample(trained: LoadedModel) -> str:
     """Return a text that the model writes."""
     return MemoryLM(trained).generate(default_prompt(trained.tokenizer), SAMPLE).strip()
 
 
-def report(run: str, folder: TokenFolder, record: Record) -> str:
-    """Return what is said at the end of a run in the current folder."""
+def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str:
+    """Return what is said at the end of a run in the current folder.
+
+    Args:
+        run: its name.
+        folder: has the validation text.
+        record: of the run.
+        seconds: that the comparison with PPMd, and with a memory that learns, may take.
+    """
     checkpoint = best_checkpoint(Path(), run)
     trained = load_model(checkpoint)
-    score = bits_per_byte(trained, folder)
+    use_threads(trained.net.config.dim, READ_CHUNK)
+    nll = carried_nll(trained, folder)
+    score, beside = bits_per_byte(nll, folder), compare(trained, folder, nll, seconds)
     part = "" if len(folder.val) <= MOST_SCORED else f" of its first {MOST_SCORED:,} tokens"
     return "\n".join(
         [
             f"validation  {score:.3f} bits/byte{part}, with the state carried; {record.expected:.3f} were expected",
-            f"beside it   {record.xz:.3f} bits/byte by xz, which has the training text before it",
+            *([] if beside is None else _with_memory(beside, len(nll))),
+            f"beside it   {record.xz:.3f} bits/byte by xz{_ppmd(beside, len(nll))}, after the training text",
             f"model       {checkpoint}, {trained.step:,} updates",
             "",
             "It writes:",
@@ -67,3 +64,20 @@ def report(run: str, folder: TokenFolder, record: Record) -> str:
             "and the same line again, which trains for longer.",
         ]
     )
+
+
+def _with_memory(beside: Comparison, scored: int) -> list[str]:
+    """Return the lines about the memory: where it read a part of the text alone, with the others' figures for it."""
+    how = "learning and counting n-grams" if beside.counts else "learning"
+    lines = [f"memory      {beside.memory:.3f} bits/byte, {how} as it reads"]
+    if beside.tokens < scored:
+        ppmd = "" if beside.ppmd is None else f", and {beside.ppmd:.3f} by PPMd"
+        lines[0] += ","
+        lines.append(f"            on the first {beside.tokens:,} tokens: {beside.state:.3f} there without{ppmd}")
+    return lines
+
+
+def _ppmd(beside: Comparison | None, scored: int) -> str:
+    """Return PPMd's figure, where it is one for the whole of what was scored."""
+    known = beside is not None and beside.ppmd is not None and beside.tokens == scored
+    return f", {beside.ppmd:.3f} by PPMd" if known and beside is not None else ""

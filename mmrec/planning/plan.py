@@ -105,7 +105,8 @@ class TrainingPlan:
             rest: seconds before and after it.
         """
         parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
-        low, high = self.expected * math.exp(-self.spread), self.expected * math.exp(self.spread)
+        # Nobody needs more than eight: what a law says of a few updates may be beyond.
+        expected, low, high = (min(8.0, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1))
         return "\n".join(
             [
                 f"model       about {parameters / 1e6:.2f} M parameters: "
@@ -113,7 +114,7 @@ class TrainingPlan:
                 f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens: "
                 f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
-                f"expected    {self.expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
+                f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
                 f"xz makes {self.text.xz:.2f}",
             ]
         )

@@ -25,6 +25,7 @@ class Record:
         xz: bits per byte that xz makes of the validation text after the training text.
         expected: bits per byte that the first plan expected.
         finished: whether its time was used to the end.
+        asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
     """
 
     data_dir: str
@@ -34,6 +35,7 @@ class Record:
     xz: float
     expected: float
     finished: bool = False
+    asked: float | None = None
 
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""

@@ -11,25 +11,38 @@ from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, resolve_source
-from mmrec.data.store import TokenFolder
+from mmrec.data.store import TokenFolder, written_by_prepare
 from mmrec.tokenizers import TOKENIZERS
 
 LARGEST_ALPHABET = 512
 """Different characters up to which each is a token of its own, where a character takes more than one byte."""
 PLAIN = 1.2
 """Bytes of a character up to which a text is read byte by byte: what the model reads later may hold any character."""
+PREPARED = 2_500_000
+"""Bytes of a large text that are prepared in a second: its tokenizer is trained first."""
 VOCABULARY = 4096
 """Tokens of the byte-level BPE of a text with more different characters, and of a large corpus."""
 
 
-def prepare_texts(texts: Sequence[str], tokenizer: str | None, output_dir: Path | None = None) -> TokenFolder:
+def prepare_texts(
+    texts: Sequence[str], tokenizer: str | None, minutes: float | None = None, output_dir: Path | None = None
+) -> TokenFolder:
     """Prepare what ``texts`` name, by ``tokenizer`` or by the one that suits it, and return the token folder.
 
+    Args:
+        texts: name of a corpus, or files, folders and URLs.
+        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text.
+        minutes: of all that is done; None for no limit.
+        output_dir: the folder; None for the one that ``mmrec prepare`` would take.
+
     Raises:
-        UserError: they name nothing that can be read, or the folder holds something else.
+        UserError: they name nothing that can be read, or so much that the time would be over; or the folder holds
+            something else.
     """
     options = _options(texts, output_dir)
     source = resolve_source(options)
+    if minutes is not None:
+        _check_time(source, minutes)
     if tokenizer is None and texts[0] not in CORPORA:
         tokenizer = choose_tokenizer(source)
     vocabulary = VOCABULARY if tokenizer == "bpe" else None
@@ -48,13 +61,31 @@ def prepare_texts(texts: Sequence[str], tokenizer: str | None, output_dir: Path 
     return folder
 
 
+def _check_time(source: ResolvedSource, minutes: float) -> None:
+    """Raise UserError where preparing a large text that is not prepared yet takes more than half of the time."""
+    if not source.is_large or written_by_prepare(source.output_dir):
+        return
+    takes = sum(map(_local_size, source.paths)) / PREPARED / 60
+    if takes > minutes / 2:
+        raise UserError(
+            f"{source.paths[0]}: takes {takes:.0f} minutes to be prepared; give --minutes {2 * takes:.0f} or more"
+        )
+
+
+def _local_size(path: str) -> int:
+    """Return the bytes of a file, or of the files in a folder; 0 where they are elsewhere."""
+    place = Path(path)
+    files = [place] if place.is_file() else place.rglob("*") if place.is_dir() else []
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _options(texts: Sequence[str], output_dir: Path | None) -> PrepareOptions:
     """Return the options of ``mmrec prepare`` that mean ``texts``: a small folder of texts is held in memory."""
     first, *rest = texts
     folder = Path(first)
     if first in CORPORA or rest or not folder.is_dir():
         return PrepareOptions(first, rest, output_dir=output_dir)
-    if sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) >= SMALL_BYTES:
+    if _local_size(first) >= SMALL_BYTES:
         return PrepareOptions(first, output_dir=output_dir)
     name = folder.resolve().name or "texts"
     return PrepareOptions(input_dir=folder, output_dir=output_dir or Path("data", name))
@@ -64,7 +95,7 @@ def choose_tokenizer(source: ResolvedSource) -> str:
     """Return the tokenizer for a text: bytes where most characters are one, else characters, else bpe."""
     if source.is_large:
         local = [Path(path) for path in source.paths if "://" not in path]
-        size = sum(path.stat().st_size for path in local if path.is_file())
+        size = sum(_local_size(str(path)) for path in local if path.is_file())
         return "bytes" if source.paths and len(local) == len(source.paths) and size < SMALL_BYTES else "bpe"
     characters: set[str] = set()
     length = size = 0

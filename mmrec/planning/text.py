@@ -30,9 +30,13 @@ def xz_bits_per_byte(folder: TokenFolder) -> float:
 
 def texts(folder: TokenFolder, most: int = MOST_COMPRESSED) -> tuple[bytes, bytes]:
     """Return the last ``most`` bytes of the training text, and the first ones of the validation text."""
-    spelled = [folder.tokenizer.token_bytes(token) for token in range(folder.tokenizer.vocab_size)]
-    train = b"".join(spelled[token] for token in folder.train[-most:])[-most:]
-    return train, b"".join(spelled[token] for token in folder.val[:most])[:most]
+    return spelled(folder, folder.train[-most:])[-most:], spelled(folder, folder.val[:most])[:most]
+
+
+def spelled(folder: TokenFolder, tokens: np.ndarray) -> bytes:
+    """Return the bytes that ``tokens`` [T] of ``folder`` stand for."""
+    each = [folder.tokenizer.token_bytes(token) for token in range(folder.tokenizer.vocab_size)]
+    return b"".join(each[token] for token in tokens)
 
 
 def _xz(data: bytes) -> int:
