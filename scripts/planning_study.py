@@ -15,11 +15,12 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.data.store import open_tokens
-from mmrec.planning.plan import SHAPES, Text, TrainingPlan, choose_batches, fit_options, layer_parameters
+from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options, layer_parameters
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
 
@@ -76,16 +77,21 @@ def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> N
         "xz": round(text.xz, 4),
         "parameters": layer_parameters(config),
         "epochs": round(plan.epochs, 3),
-        "bits_per_byte": round(bits_per_byte(folder, plan, seed, text), 4),
+        "bits_per_byte": round(bits_per_byte(folder, plan, seed), 4),
         "commit": commit(),
         "processor": environment()["processor"],
     }
+    append(table, COLUMNS, key | row)
+
+
+def append(table: Path, columns: Sequence[str], row: dict[str, object]) -> None:
+    """Append a row to ``table``, which begins with the names of its columns."""
     is_new = not table.exists()
     with open(table, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerow(key | row)
+        writer.writerow(row)
 
 
 def rows(table: Path) -> list[dict[str, str]]:
@@ -96,12 +102,13 @@ def rows(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, text: Text) -> float:
-    """Return the lowest bits per byte on the validation text of a training by ``plan``."""
+def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, options: Sequence[str] = ()) -> float:
+    """Return the lowest bits per byte on the validation text of a training by ``plan``, changed by ``options``."""
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "mmrec", "fit", "--run=study", f"--data.data_dir={folder.absolute()}"]
         command += [
             *fit_options(plan),
+            *options,
             f"--trainer.max_steps={plan.steps}",
             f"--seed_everything={seed}",
             "--trainer.enable_progress_bar=false",
@@ -110,7 +117,7 @@ def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, text: Text) -> fl
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         best = read_checkpoint(Path(root, "lightning_logs", "study", "checkpoints", "best.ckpt"))
     states = [state for name, state in best["callbacks"].items() if name.startswith("BestCheckpoint")]
-    return float(states[0]["best_model_score"]) / math.log(2) / text.bytes_per_token
+    return float(states[0]["best_model_score"]) / math.log(2) / plan.text.bytes_per_token
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""Compare the plan of mmrec train with a search of 16 trainings that take as long, and add a row for each to a table.
+
+The search changes the plan in one thing or two at a time: the model, the learning rate, what is done against
+overfitting, the batches, the schedule. Time is that of the processor, so that other programs on the machine do not
+matter.
+
+    python scripts/planning_search.py data/plays data/manual --seconds 60
+
+Rows that the table holds already are not trained again. The regret of the plan on a text is what it needs in bits per
+byte above the best of the search, as a share of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planning_study import append, bits_per_byte, rows
+
+from mmrec.data.store import open_tokens
+from mmrec.planning.machine import seconds_per_update
+from mmrec.planning.plan import SHAPES, Batches, TrainingPlan, choose_batches, make_plan
+from mmrec.planning.text import describe_text
+from mmrec.training.callbacks.run_log import commit, environment
+
+COLUMNS = (
+    "text",
+    "sha256",
+    "train_tokens",
+    "xz",
+    "seconds",
+    "change",
+    "shape",
+    "tokens",
+    "epochs",
+    "seed",
+    "expected",
+    "bits_per_byte",
+    "taken",
+    "commit",
+    "processor",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training of the search: a name for what is changed, the model, its batches, options of ``mmrec fit``."""
+
+    change: str
+    shape: int
+    batches: Batches
+    options: tuple[str, ...] = ()
+
+
+def arms(plan: TrainingPlan) -> Iterator[Arm]:
+    """Yield the plan itself, and 16 changes of it."""
+    planned = SHAPES.index(plan.config)
+    rate = 3e-3 if plan.config.dim < 256 else 2e-3
+    yield Arm("plan", planned, plan.batches)
+    for step in (-1, 1):
+        shape = planned + step if planned + step >= 0 else 2
+        batches = choose_batches(SHAPES[shape], plan.text.train_tokens)
+        for factor in (0.5, 1, 2):
+            yield Arm(f"shape {shape}, rate x {factor}", shape, batches, (f"--model.learning_rate={rate * factor}",))
+    for factor in (0.5, 2, 3):
+        yield Arm(f"rate x {factor}", planned, plan.batches, (f"--model.learning_rate={rate * factor}",))
+    regularized = (("dropout 0", 0.0, 0.1), ("dropout 0.1", 0.1, 0.5), ("dropout 0.3", 0.3, 0.5))
+    for name, dropout, decay in regularized:
+        yield Arm(name, planned, plan.batches, (f"--model.dropout={dropout}", f"--model.weight_decay={decay}"))
+    yield Arm("no second token", planned, plan.batches, ("--model.mtp_loss_weight=0",))
+    yield Arm("cosine", planned, plan.batches, ("--model.schedule=cosine",))
+    for name, rows_of in (("half the rows", plan.batches.rows // 2), ("twice the rows", plan.batches.rows * 2)):
+        batches = replace(
+            plan.batches, rows=max(1, rows_of), interleave=min(plan.batches.interleave, max(1, rows_of))
+        )
+        options = (f"--data.batch_size={batches.rows}", f"--data.interleave={batches.interleave}")
+        yield Arm(name, planned, batches, options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data_dirs", nargs="+", type=Path, help="token folders")
+    parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", type=Path, default=Path("docs/planning_search.csv"))
+    options = parser.parse_args()
+    for folder in options.data_dirs:
+        for seed in options.seeds:
+            search(options.table, folder, options.seconds, seed)
+    report(options.table)
+
+
+def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
+    """Train what is not in ``table`` yet."""
+    opened = open_tokens(folder)
+    digest = str(opened.manifest["files"]["train.bin"]["sha256"])[:16]
+    text, rates = describe_text(opened), dict[tuple[int, Batches], float]()
+
+    def rate(shape: int, batches: Batches) -> float:
+        if (shape, batches) not in rates:
+            pace = seconds_per_update(SHAPES[shape], text, "cpu", 3.0, batches, time.process_time)
+            rates[shape, batches] = batches.tokens / pace
+        return rates[shape, batches]
+
+    likely = [
+        (config, rate(number, choose_batches(config, text.train_tokens))) for number, config in enumerate(SHAPES[:4])
+    ]
+    plan = make_plan(text, likely, seconds)
+    for arm in arms(plan):
+        key = {"sha256": digest, "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
+        if any(all(row[name] == value for name, value in key.items()) for row in rows(table)):
+            continue
+        changed = carry_out(arm, plan, rate(arm.shape, arm.batches) * seconds)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        reached = bits_per_byte(folder, changed, seed, arm.options)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        append(
+            table,
+            COLUMNS,
+            key
+            | row_of(folder, changed, arm, reached)
+            | {
+                "taken": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+            },
+        )
+
+
+def carry_out(arm: Arm, plan: TrainingPlan, tokens: float) -> TrainingPlan:
+    """Return the plan of an arm that reads about ``tokens``."""
+    steps = max(1, int(tokens * 0.94 / arm.batches.tokens))
+    return replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps)
+
+
+def row_of(folder: Path, plan: TrainingPlan, arm: Arm, reached: float) -> dict[str, object]:
+    """Return what the table says of a training, but for its key and its time."""
+    return {
+        "text": folder.name,
+        "train_tokens": plan.text.train_tokens,
+        "xz": round(plan.text.xz, 4),
+        "shape": arm.shape,
+        "tokens": plan.tokens,
+        "epochs": round(plan.epochs, 3),
+        "expected": round(plan.expected, 4) if arm.change == "plan" else "",
+        "bits_per_byte": round(reached, 4),
+        "commit": commit(),
+        "processor": environment()["processor"],
+    }
+
+
+def report(table: Path) -> None:
+    """Print the regret of the plan on each text and time."""
+    cells: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows(table):
+        cells.setdefault((row["text"], row["seconds"]), []).append(row)
+    for (text, seconds), found in cells.items():
+        planned = [float(row["bits_per_byte"]) for row in found if row["change"] == "plan"]
+        best = min(found, key=lambda row: float(row["bits_per_byte"]))
+        if planned:
+            regret = min(planned) / float(best["bits_per_byte"]) - 1
+            print(
+                f"{text:<16} {seconds:>5} s  plan {min(planned):.3f}, regret {regret:.1%} of {len(found)} trainings"
+            )
+            print(f"{'':<24} best {best['bits_per_byte']} ({best['change']})")
+
+
+if __name__ == "__main__":
+    main()
