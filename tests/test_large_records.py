@@ -223,6 +223,16 @@ def test_an_encoding_holds_for_every_path_of_text(mmrec: Command, tmp_path: Path
         assert tokens.tokenizer.decode(np.concatenate([tokens.train, tokens.val])).replace("\n\n", "") == wanted[0]
 
 
+def test_ascii_is_not_read_as_utf_16(mmrec: Command, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_bytes(b"four" * 30)
+    (mine / "b.jsonl").write_bytes(b'{"text": "of even length"}\r\n' * 4)
+    (mine / "c.txt").write_bytes((ENCODED.format(3) * 9).encode("utf-16"))
+    assert mmrec("prepare", "mine", "--encoding", "utf-16", "--output_dir", "out", "--workers", "1") == 0
+    assert open_tokens(Path("out")).manifest["rejected"] == {"not utf-16": 2}
+
+
 def test_what_is_not_in_the_encoding_is_set_aside(mmrec: Command, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

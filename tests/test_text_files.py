@@ -94,6 +94,12 @@ def test_likely_encodings_are_proposed_with_what_they_read(
         assert read_text(path, name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "UTF_16BE", "utf-32"])
+def test_ascii_is_not_read_as_letters_of_another_script(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(UserError, match=f"is plain ASCII, not {encoding}; leave out"):
+        read_text(write(tmp_path / "f", b"The river is quiet at night.\r\n" * 4), encoding)
+
+
 @pytest.mark.parametrize("data", [b"text with one\0 zero\n" * 5, bytes(range(256)) * 4])
 def test_what_is_binary_is_given_no_advice_that_cannot_fail(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(UserError, match=r"is binary, not text \(a zero byte at [\d,]+\), or damaged$"):

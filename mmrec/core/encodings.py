@@ -12,6 +12,16 @@ USUAL = ("cp1252", "cp1251", "koi8_r", "gb18030", "cp932", "euc_jis_2004", "cp94
 """Named before others that fit as well: texts are seldom in those."""
 
 
+def is_ascii_taken_for_wide(data: bytes, encoding: str) -> bool:
+    """Whether ``data`` is plain ASCII and ``encoding`` of two or four bytes a unit, as UTF-16 is.
+
+    Pairs of ASCII letters are letters of UTF-16, too, of other scripts; but a text in UTF-16 has line ends, spaces or
+    a byte order mark, which are not ASCII.
+    """
+    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    return wide and data.isascii() and b"\0" not in data
+
+
 def propose_encodings(data: bytes, place: int) -> str:
     """Return the encodings that ``data`` may be in, the likeliest first, with what each reads around byte ``place``.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmrec.core.encodings import propose_encodings
+from mmrec.core.encodings import is_ascii_taken_for_wide, propose_encodings
 from mmrec.core.errors import UserError, nearest
 
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
@@ -87,6 +87,8 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
         proposed = _proposed(data, where)
         other = f"in another encoding: {proposed}" if proposed else "damaged"
         raise UserError(f"{path}: is binary, not text (a zero byte at {where:,}), or {other}")
+    if is_ascii_taken_for_wide(data, encoding):
+        raise UserError(f"{path}: is plain ASCII, not {encoding}; leave out --encoding {encoding}")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

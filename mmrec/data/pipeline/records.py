@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from mmrec.core.encodings import is_ascii_taken_for_wide
 from mmrec.core.errors import UserError
 from mmrec.core.optional import optional_import
 from mmrec.core.urls import filesystem, is_url
@@ -157,6 +158,8 @@ class CutShort(ValueError):
 
 def decode(data: bytes, where: str, encoding: str = UTF8) -> Record:
     """Return ``data`` as text, without a byte order mark, or that it is not in ``encoding``."""
+    if is_ascii_taken_for_wide(data, encoding) and data:
+        return not_in(encoding, where)
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeError:
@@ -190,7 +193,7 @@ class _Transcoded(io.RawIOBase):
     """The content of ``file``, a text in ``encoding``, as UTF-8."""
 
     def __init__(self, file: IO[bytes], encoding: str) -> None:
-        self.file = file
+        self.file, self.encoding = file, encoding
         self.decoder = codecs.getincrementaldecoder(encoding)()
         self.ready = b""
         self.read_bytes = 0
@@ -203,6 +206,8 @@ class _Transcoded(io.RawIOBase):
         while not self.ready and not self.ended:
             data = self.file.read(1 << 16)
             self.ended = not data
+            if not self.read_bytes and data and is_ascii_taken_for_wide(data, self.encoding):
+                raise WrongEncodingError("after byte 0")
             try:
                 self.ready = self.decoder.decode(data, self.ended).encode("utf-8")
             except UnicodeError:
