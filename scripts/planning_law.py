@@ -18,7 +18,7 @@ from mmrec.planning.law import Law
 
 ROUNDS = 4000
 PULL = 1e-3
-"""Weight of what keeps the coefficients near to :data:`START`, and the offsets of texts near to none."""
+"""Weight of what keeps the coefficients near to :data:`START`, since there are few rows."""
 START = (0.4, 0.1, 0.35, 0.35, 0.35, 15.0, 0.01)
 """Where the fit begins: powers near to those of the literature, the repetition of Muennighoff et al. 2023."""
 
@@ -40,29 +40,22 @@ def main() -> None:
 def error(law: Law, row: dict[str, str]) -> float:
     """Return the logarithm of what came over what was expected."""
     relative = law.relative_loss(float(row["parameters"]), float(row["train_tokens"]), float(row["tokens"]))
-    return math.log(float(row["bits_per_byte"]) / (float(row["xz"]) * relative))
+    return math.log(float(row["bits_per_byte"]) / (float(row["ngram"]) * relative))
 
 
 def fit(rows: Sequence[dict[str, str]]) -> Law:
-    """Return the law with the least squared error of the logarithms, its coefficients kept positive.
-
-    Each text has an offset of its own, which is not part of the law: xz is nearer to what can be reached of one than
-    of another. What the offsets hide is in the spread.
-    """
+    """Return the law with the least squared error of the logarithms, its coefficients kept positive."""
     start = torch.tensor(START).log()
-    texts = sorted({row["text"] for row in rows})
-    which = torch.tensor([texts.index(row["text"]) for row in rows])
-    logs, offsets = start.clone().requires_grad_(), torch.zeros(len(texts), requires_grad=True)
+    logs = start.clone().requires_grad_()
     columns = {
         name: torch.tensor([float(row[name]) for row in rows])
-        for name in ("parameters", "train_tokens", "tokens", "bits_per_byte", "xz")
+        for name in ("parameters", "train_tokens", "tokens", "bits_per_byte", "ngram")
     }
-    optimizer = torch.optim.Adam([logs, offsets], lr=0.02)
+    optimizer = torch.optim.Adam([logs], lr=0.02)
     for _ in range(ROUNDS):
         optimizer.zero_grad()
-        misses = _errors(logs.exp(), columns) - offsets[which]
-        # Weak pulls: there are few rows.
-        loss = misses.square().mean() + PULL * (logs - start).square().mean() + PULL * offsets.square().mean()
+        misses = _errors(logs.exp(), columns)
+        loss = misses.square().mean() + PULL * (logs - start).square().mean()
         loss.backward()
         optimizer.step()
     spread = float(_errors(logs.detach().exp(), columns).square().mean().sqrt())
@@ -79,7 +72,7 @@ def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Ten
     effective = torch.minimum(read, text) + text * repetition * (1 - (-again / repetition).exp())
     crowding = (parameters / text).log1p() * (read / text).clamp(min=1).log()
     relative = floor + a * (parameters / 1e6) ** -a_power + b * (effective / 1e6) ** -b_power + overfit * crowding
-    return (columns["bits_per_byte"] / (columns["xz"] * relative)).log()
+    return (columns["bits_per_byte"] / (columns["ngram"] * relative)).log()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from planning_study import append, bits_per_byte, rows
 
 from mmrec.data.store import open_tokens
 from mmrec.planning.machine import seconds_per_update
-from mmrec.planning.plan import SHAPES, Batches, TrainingPlan, choose_batches, make_plan
+from mmrec.planning.plan import SHAPES, Batches, TrainingPlan, choose_batches, layer_parameters, make_plan
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
 
@@ -32,9 +32,11 @@ COLUMNS = (
     "sha256",
     "train_tokens",
     "xz",
+    "ngram",
     "seconds",
     "change",
     "shape",
+    "parameters",
     "tokens",
     "epochs",
     "seed",
@@ -141,7 +143,9 @@ def row_of(folder: Path, plan: TrainingPlan, arm: Arm, reached: float) -> dict[s
         "text": folder.name,
         "train_tokens": plan.text.train_tokens,
         "xz": round(plan.text.xz, 4),
+        "ngram": round(plan.text.ngram, 4),
         "shape": arm.shape,
+        "parameters": layer_parameters(plan.config),
         "tokens": plan.tokens,
         "epochs": round(plan.epochs, 3),
         "expected": round(plan.expected, 4) if arm.change == "plan" else "",

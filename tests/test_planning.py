@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmrec.data.options import PrepareOptions
@@ -14,6 +15,7 @@ from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
 from mmrec.planning.law import LAW
 from mmrec.planning.machine import measure_rates, seconds_per_update
+from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
 from mmrec.planning.plan import (
     MOST_EPOCHS,
@@ -28,7 +30,7 @@ from mmrec.planning.plan import (
 from mmrec.planning.source import choose_tokenizer
 from mmrec.planning.text import describe_text, xz_bits_per_byte
 
-TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5)
+TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
 
 
 def test_tokens_that_are_read_again_count_for_less() -> None:
@@ -143,3 +145,23 @@ def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: str)
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     assert choose_tokenizer(resolve_source(PrepareOptions(str(path)))) == tokenizer
+
+
+def test_an_n_gram_model_says_what_can_be_reached_of_a_text() -> None:
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 16, 20_000)
+    assert ngram_bits_per_token(noise[:15_000], noise[15_000:], 16) == pytest.approx(4, abs=0.01)
+    repeated = np.tile(np.arange(10), 500)
+    assert ngram_bits_per_token(repeated[:4000], repeated[4000:], 10) < 0.01
+    # Each token of this is one of two by the one before it, and any of two by those that stand further back.
+    chain = np.cumsum(random.integers(0, 2, 20_000)) % 7
+    assert ngram_bits_per_token(chain[:15_000], chain[15_000:], 7) == pytest.approx(1, abs=0.02)
+
+
+def test_interpolation_is_as_witten_and_bell_say() -> None:
+    train, val = np.array([0, 1, 0, 1, 1]), np.array([0])
+    unigram = (2 + 2 / 3) / (5 + 2)  # of the three tokens that there may be, two were seen, in five places
+    bigram = (1 + 2 * unigram) / (2 + 2)  # after 1 came 0 and 1
+    assert bigram > unigram
+    # Nothing came after 1, 1: the trigrams say what the bigrams do.
+    assert 2 ** -ngram_bits_per_token(train, val, 3) == pytest.approx(bigram, rel=1e-9)

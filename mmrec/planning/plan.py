@@ -44,6 +44,7 @@ class Text:
         vocab_size: number of different tokens.
         bytes_per_token: of the validation text.
         xz: bits per byte that xz makes of the validation text after the training text.
+        ngram: the same by an n-gram model.
     """
 
     train_tokens: int
@@ -51,6 +52,7 @@ class Text:
     vocab_size: int
     bytes_per_token: float
     xz: float
+    ngram: float
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def make_plan(text: Text, rates: Sequence[tuple[ModelConfig, float]], seconds: f
         tokens = min(rate * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
         steps = max(1, int(tokens / batches.tokens))
         relative = law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
-        plans.append(TrainingPlan(config, batches, steps, text, text.xz * relative, law.spread))
+        plans.append(TrainingPlan(config, batches, steps, text, text.ngram * relative, law.spread))
     return min(plans, key=lambda plan: plan.expected)
 
 

@@ -7,19 +7,29 @@ import lzma
 import numpy as np
 
 from mmrec.data.store import TokenFolder
+from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.plan import Text
 from mmrec.tokenizers import token_lengths
 
 MOST_COMPRESSED = 4_000_000
 """Bytes of the end of a training text that a compressor reads before the validation text, at about 1 MB a second."""
+MOST_COUNTED = 1_000_000
+"""Tokens of either that the n-gram model reads, in about three seconds."""
 
 
 def describe_text(folder: TokenFolder) -> Text:
     """Return what a plan knows of the text of ``folder``."""
     lengths = token_lengths(folder.tokenizer)[:, 0]
     val = folder.val[:MOST_COMPRESSED]
-    size = float(lengths[val.astype(np.int64)].sum())
-    return Text(len(folder.train), len(folder.val), len(lengths), size / len(val), xz_bits_per_byte(folder))
+    length = float(lengths[val.astype(np.int64)].sum()) / len(val)
+    return Text(
+        train_tokens=len(folder.train),
+        val_tokens=len(folder.val),
+        vocab_size=len(lengths),
+        bytes_per_token=length,
+        xz=xz_bits_per_byte(folder),
+        ngram=ngram_bits_per_token(folder.train[-MOST_COUNTED:], folder.val[:MOST_COUNTED], len(lengths)) / length,
+    )
 
 
 def xz_bits_per_byte(folder: TokenFolder) -> float:
