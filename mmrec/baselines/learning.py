@@ -13,6 +13,7 @@ from mmrec.baselines.training import (
     TrainingLoop,
     carries_state,
     detach,
+    device_of,
     initial_state,
     mean_nll,
     reset_rows,
@@ -69,6 +70,7 @@ class StreamBatches:
 
     def batch(self, number: int) -> TrainBatch:
         inputs, targets, reset_mask, stream = self._sampler.batch(number)
+        inputs, targets, reset_mask = (part.to(device_of(self._model)) for part in (inputs, targets, reset_mask))
         state = self._states[stream] if stream in self._states else initial_state(self._model, self._rows)
         return TrainBatch(inputs, targets, reset_rows(self._model, state, reset_mask), stream)
 
@@ -93,6 +95,7 @@ class RandomWindows:
     def batch(self, number: int) -> TrainBatch:
         starts = self._random.integers(len(self._tokens) - self._length, size=self._rows)
         window = torch.from_numpy(self._tokens[starts[:, None] + np.arange(self._length + 1)].astype(np.int64))
+        window = window.to(device_of(self._model))
         return TrainBatch(window[:, :-1], window[:, 1:], initial_state(self._model, self._rows), 0)
 
     def keep(self, stream: int, state: Any) -> None:
@@ -131,7 +134,7 @@ def validation_loss(model: nn.Module, data: TokenFolder, window: int) -> float:
     with torch.inference_mode():
         for inputs, targets, *_ in loader:
             before = state if carries else initial_state(model, len(inputs))
-            loss, state = mean_nll(model, inputs, targets, before)
+            loss, state = mean_nll(model, inputs.to(device_of(model)), targets.to(device_of(model)), before)
             total += float(loss) * targets.numel()
     model.train()
     return total / (len(data.val) - 1)

@@ -72,6 +72,11 @@ def carries_state(model: nn.Module) -> bool:
     return isinstance(model, RecurrentLM | LSTM)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that the weights of ``model`` are on."""
+    return next(model.parameters()).device
+
+
 def initial_state(model: nn.Module, rows: int) -> Any:
     """Return the state of ``rows`` rows before any text: None for attention, else the zero state."""
     return None if isinstance(model, GPT) else model.zero_state(rows)  # type: ignore[operator]
@@ -97,7 +102,7 @@ def mean_nll(
     model: nn.Module, inputs: Tensor, targets: Tensor, state: Any, precision: str = FULL
 ) -> tuple[Tensor, Any]:
     """Return the mean negative log-likelihood in nats/token, and the state after the last token."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == MIXED):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == MIXED):
         logits, state = model(inputs, state)
     return token_nll(logits, targets, "mean"), state
 
@@ -154,7 +159,7 @@ class TrainingLoop:
         """Return the training loss of a batch [B, T] in nats/token, and the state after its last tokens."""
         if self._mtp_head is None or not isinstance(self.model, RecurrentLM):
             return mean_nll(self.model, inputs, targets, state, self.precision)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == MIXED):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == MIXED):
             hidden, state = self.model.hidden(inputs, state)
             logits, second = self.model.head(hidden), self.model.head(self._mtp_head(hidden))
         weight = mtp_weight(self._mtp_loss_weight, self.step, self._total_steps)

@@ -21,6 +21,7 @@ from mmrec.bench.measurements import TIME_TO_TARGET
 from mmrec.bench.options import MEASURES, BenchOptions
 from mmrec.bench.plot import plot
 from mmrec.bench.tables import OURS, show_learning, show_reading, show_speed, show_time_to_target
+from mmrec.core.devices import find_device
 from mmrec.core.errors import UserError
 from mmrec.core.files import refuse_to_replace, refuse_to_replace_picture, write_file
 from mmrec.core.runtime import native_precision
@@ -30,6 +31,7 @@ from mmrec.data.store import open_tokens
 VOCABULARY = 65
 """Of speeds, which are measured on random tokens: Tiny Shakespeare's number of characters."""
 RESULTS, PICTURE = "results.json", "results.png"
+CPU_DEVICE = torch.device("cpu")
 STATEFUL = (OURS, "lstm", "gpt")
 """Models that can go on from what was read: with a state, or a cache."""
 
@@ -68,10 +70,11 @@ class Comparison:
     def __init__(self, options: BenchOptions) -> None:
         self._options = options
         self._names = [OURS, *(name for name in options.baselines if name != OURS)]
-        self._runner = Runner(options.threads)
-        self._precision = options.precision or native_precision("cpu")
+        device = find_device(options.device)
+        self._runner = Runner(options.threads, str(device))
+        self._precision = options.precision or native_precision(device.type)
         self.results: dict[str, Any] = {
-            "machine": machine(self._runner.threads),
+            "machine": machine(self._runner.threads, device),
             "precision": self._precision,
             "ops": check_ops(),
             "points": {"train": list(options.lengths), "decode": list(options.positions)},
@@ -120,7 +123,12 @@ class Comparison:
         length, cores = self._options.lengths[0], available_cores()
         request: dict[str, Any] = {"vocab_size": VOCABULARY, "seconds": self._options.seconds, "length": length}
         measure = partial(
-            self._runner.measure, measurement="train", baseline=OURS, precision=self._precision, **request
+            self._runner.measure,
+            measurement="train",
+            baseline=OURS,
+            precision=self._precision,
+            device="cpu",
+            **request,
         )
         found = measure_cores(measure, cores, self._options.rounds)
         self.results["cores"] = {"cores": cores, "length": length, "rows": found}
@@ -148,10 +156,15 @@ class Comparison:
 
 
 class Runner:
-    """Runs measurements, one after the other."""
+    """Runs measurements, one after the other.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    Args:
+        threads: of torch.
+        device: that they compute on, where a request names no other.
+    """
+
+    def __init__(self, threads: int, device: str = "cpu") -> None:
+        self.threads, self.device = threads, device
 
     def turns(self, names: Sequence[str], rounds: int, seeds: bool = False, **request: Any) -> dict[str, list[Any]]:
         """Return for each of ``names`` what was measured in each round; a failure is a result, too."""
@@ -166,7 +179,7 @@ class Runner:
 
     def measure(self, **request: Any) -> dict[str, Any]:
         """Return what one process measured, or why it could not."""
-        request = {"threads": self.threads, **request}
+        request = {"threads": self.threads, "device": self.device, **request}
         command = [sys.executable, "-m", "mmrec.bench.measurements", json.dumps(request)]
         environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"])}
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -180,7 +193,7 @@ class Runner:
         return result
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: torch.device = CPU_DEVICE) -> dict[str, Any]:
     """Return what the figures depend on."""
     packages = ("torch", "transformers", "minGRU-pytorch", "titans-pytorch", "xlstm")
     versions = {}
@@ -190,4 +203,10 @@ def machine(threads: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"threads": threads, "python": platform.python_version(), "cpu": capability, "versions": versions}
+    found = {"threads": threads, "python": platform.python_version(), "cpu": capability, "versions": versions}
+    if device.type == "cuda":
+        found["cuda"] = {
+            "name": torch.cuda.get_device_name(device),
+            "capability": torch.cuda.get_device_capability(device),
+        }
+    return found | {"device": str(device)}

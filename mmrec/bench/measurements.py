@@ -1,7 +1,7 @@
 """Measurements, each in a process of its own: ``python -m mmrec.bench.measurements '{"measurement": "train", ...}'``.
 
 A process prints one line of JSON. Times are of the monotonic clock in seconds, memory is the largest resident size
-of the process in bytes.
+of the process in bytes, or on a GPU the most that torch has had there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class LearningOptions:
         precision: of the matrix products in training, Lightning's name; scores are in full precision.
         time_to_target: whether to train as in :data:`TIME_TO_TARGET`.
         evaluations: how often to score.
+        device: that it is trained on.
     """
 
     baseline: str
@@ -47,10 +48,26 @@ class LearningOptions:
     precision: str = FULL
     time_to_target: bool = False
     evaluations: int = 8
+    device: str = "cpu"
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far; 0 where the system does not say."""
+def wait_for(device: str) -> None:
+    """Wait until all that was started on ``device`` is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Return the most bytes that this process has had on ``device`` so far; 0 where the system does not say.
+
+    On a CPU it is its largest resident size; on MPS, which keeps no maximum, what the driver holds now.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -59,7 +76,13 @@ def peak_memory() -> int:
 
 
 def train_speed(
-    baseline: str, length: int, vocab_size: int, seconds: float, precision: str, step_tokens: int = 4096
+    baseline: str,
+    length: int,
+    vocab_size: int,
+    seconds: float,
+    precision: str,
+    step_tokens: int = 4096,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train on random tokens for some seconds: forward, backward, clipping and update.
 
@@ -70,41 +93,46 @@ def train_speed(
         seconds: time to measure; at least one update is made.
         precision: of the matrix products, Lightning's name.
         step_tokens: tokens of an update, where a row is shorter.
+        device: that it is trained on.
     """
-    model = make_baseline(baseline, vocab_size, length)
+    model = make_baseline(baseline, vocab_size, length).to(device)
     constant_rate = Hyperparameters(learning_rate=1e-3, warmup_steps=0)
     loop = TrainingLoop(model, constant_rate, None, precision)
 
     def update(rows: int, length: int) -> None:
-        tokens = torch.randint(vocab_size, (rows, length + 1))
+        tokens = torch.randint(vocab_size, (rows, length + 1), device=device)
         loss, _ = loop.loss(tokens[:, :-1], tokens[:, 1:], initial_state(model, rows))
         loop.update(loss)
 
     rows = max(1, step_tokens // length)
     update(rows, min(length, 256))  # libraries set themselves up
-    times = repeat(lambda: update(rows, length), seconds)
+    times = repeat(lambda: update(rows, length), seconds, device)
     return {"tokens_per_second": rows * length * len(times) / sum(times), "updates": len(times), "size": size(model)}
 
 
-def repeat(action: Callable[[], None], seconds: float) -> list[float]:
-    """Do ``action`` until ``seconds`` are over, once at least; return the time of each."""
+def repeat(action: Callable[[], None], seconds: float, device: str = "cpu") -> list[float]:
+    """Do ``action`` on ``device`` until ``seconds`` are over, once at least; return the time of each."""
     times: list[float] = []
     while not times or sum(times) < seconds:
+        wait_for(device)
         started = time.monotonic()
         action()
+        wait_for(device)
         times.append(time.monotonic() - started)
     return times
 
 
 @torch.inference_mode()
-def decode_speed(baseline: str, position: int, vocab_size: int, seconds: float, tokens: int = 64) -> dict[str, Any]:
+def decode_speed(
+    baseline: str, position: int, vocab_size: int, seconds: float, tokens: int = 64, device: str = "cpu"
+) -> dict[str, Any]:
     """Generate text, a token at a time, after ``position`` tokens were read.
 
     The cache of attention is filled with random numbers instead of what it would have read: that takes time that
     grows with the square of the position, and what the numbers are makes no difference to the speed.
     """
     capacity = position + tokens
-    model = make_baseline(baseline, vocab_size, capacity).eval()
+    model = make_baseline(baseline, vocab_size, capacity).to(device).eval()
     if isinstance(model, GPT):
         state: Any = model.zero_state(1, capacity)
         state.memory[..., :position, :].normal_()
@@ -112,13 +140,13 @@ def decode_speed(baseline: str, position: int, vocab_size: int, seconds: float, 
     else:
         state = initial_state(model, 1)
         for first in range(0, position, 4096):
-            _, state = model(torch.randint(vocab_size, (1, min(4096, position - first))), state)
-    decoder = Decoder(model, state) if isinstance(model, RecurrentLM) else None
+            _, state = model(torch.randint(vocab_size, (1, min(4096, position - first)), device=device), state)
+    decoder = Decoder(model, state) if isinstance(model, RecurrentLM) and device == "cpu" else None
     read = state
 
     def generate() -> None:
         nonlocal state
-        state, token = read, torch.zeros(1, 1, dtype=torch.int64)
+        state, token = read, torch.zeros(1, 1, dtype=torch.int64, device=device)
         for _ in range(tokens):
             if decoder is not None:
                 token = decoder.step(int(token)).argmax()
@@ -127,7 +155,7 @@ def decode_speed(baseline: str, position: int, vocab_size: int, seconds: float, 
                 token = logits[:, -1:].argmax(-1)
 
     generate()
-    times = repeat(generate, seconds)
+    times = repeat(generate, seconds, device)
     return {"tokens_per_second": tokens * len(times) / sum(times), "state_bytes": state_bytes(state)}
 
 
@@ -141,27 +169,29 @@ def state_bytes(state: Any) -> int:
 
 
 @torch.inference_mode()
-def read_speed(baseline: str, total: int, vocab_size: int, block: int = 1024) -> dict[str, Any]:
+def read_speed(baseline: str, total: int, vocab_size: int, block: int = 1024, device: str = "cpu") -> dict[str, Any]:
     """Read ``total`` tokens, at least 8; return the seconds a token, and the memory, of every eighth.
 
     ``block`` tokens are read at a time, or an eighth of all if that is fewer.
     """
     block = min(block, total // 8)
-    model = make_baseline(baseline, vocab_size, block).eval()
+    model = make_baseline(baseline, vocab_size, block).to(device).eval()
     state = initial_state(model, 1)
     parts, memory = [], []
-    model(torch.randint(vocab_size, (1, block)), state)
+    model(torch.randint(vocab_size, (1, block), device=device), state)
     for _ in range(8):
         blocks = total // 8 // block
         times = []
         for _ in range(blocks):
-            tokens = torch.randint(vocab_size, (1, block))
+            tokens = torch.randint(vocab_size, (1, block), device=device)
+            wait_for(device)
             started = time.monotonic()
             _, state = model(tokens, state)
+            wait_for(device)
             times.append(time.monotonic() - started)
         # The fastest: on a shared machine the slower ones measure what else runs there.
         parts.append(min(times) / block)
-        memory.append(peak_memory())
+        memory.append(peak_memory(device))
     return {"seconds_per_token": parts, "peak_bytes": memory, "state_bytes": state_bytes(state)}
 
 
@@ -195,7 +225,7 @@ def learning(options: LearningOptions) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     data = open_tokens(Path(options.folder))
     chosen = hyperparameters_of(options.baseline, options.time_to_target)
-    model = make_baseline(options.baseline, data.tokenizer.vocab_size, chosen.seq_len)
+    model = make_baseline(options.baseline, data.tokenizer.vocab_size, chosen.seq_len).to(options.device)
     steps = chosen.steps(options.tokens)
     loop = TrainingLoop(model, chosen, steps, options.precision, clip_by_group=True)
     carries = carries_state(model)
@@ -203,8 +233,10 @@ def learning(options: LearningOptions) -> dict[str, Any]:
     batches = make_batches(model, data.train if carries else data.train[:-1], chosen, options.seed)
     seconds, curve = 0.0, []
     while loop.step < steps:
+        wait_for(options.device)
         started = time.monotonic()
         train_step(loop, batches)
+        wait_for(options.device)
         seconds += time.monotonic() - started
         if loop.step == steps or loop.step % max(1, steps // options.evaluations) == 0:
             loss = validation_loss(model, data, chosen.seq_len)
@@ -228,9 +260,10 @@ def main() -> None:
     torch.set_num_threads(request.pop("threads"))
     configure()
     torch.manual_seed(0)
-    before = peak_memory()
+    device = request["device"]
+    before = peak_memory(device)
     result = MEASUREMENTS[request.pop("measurement")](**request)
-    print(json.dumps({**result, "working_bytes": peak_memory() - before}))
+    print(json.dumps({**result, "working_bytes": peak_memory(device) - before}))
 
 
 if __name__ == "__main__":

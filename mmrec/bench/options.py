@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmrec.baselines.models import BASELINES
+from mmrec.core.devices import AUTO, check_device_name
 from mmrec.core.errors import UserError, nearest
 
 MEASURES = ("train", "decode", "read", "cores", "learn", "time_to_target")
@@ -33,6 +34,8 @@ class BenchOptions:
         threads: of torch.
         precision: of the matrix products of all models in training; the fastest that the processor has units for
             if left out.
+        device: compute on auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works. Cores are always the
+            CPU's.
         output_dir: folder for results.json and results.png.
 
     Raises:
@@ -49,9 +52,11 @@ class BenchOptions:
     seconds: float = 5.0
     threads: int = 1
     precision: Literal["32-true", "bf16-mixed"] | None = None
+    device: str = AUTO
     output_dir: Path = Path("bench")
 
     def __post_init__(self) -> None:
+        check_device_name(self.device)
         for kind, given, known in (("measure", self.measures, MEASURES), ("baseline", self.baselines, BASELINES)):
             for name in given:
                 if name not in known:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mmrec.checkpoints.learned import PART
 from mmrec.core.errors import UserError
-from mmrec.model import State
+from mmrec.model import State, state_to
 
 ORDERS = (2, 3, 4, 6, 8, 12, 20)
 """Lengths of the contexts after which tokens are counted."""
@@ -71,6 +71,13 @@ class CachedNgrams:
             curvature=DAMPING * torch.eye(members, dtype=torch.float64).repeat(sets, 1, 1),
             begin=begin,
         )
+
+    def to(self, device: torch.device) -> CachedNgrams:
+        """Return the same with what the model goes on from on ``device``; the counts stay on the CPU."""
+        if self.begin is None:
+            return self
+        state, logits = self.begin
+        return replace(self, begin=(state_to(state, device), logits.to(device)))
 
     @property
     def megabytes(self) -> int:

@@ -118,7 +118,7 @@ def _check_format(path: Path, file_format: FileFormat, metadata: dict[str, str])
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """Return the numbers of a tensor in little-endian order, on any machine."""
-    array = tensor.numpy()
+    array = tensor.cpu().numpy()
     return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
 
 

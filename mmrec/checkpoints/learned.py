@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mmrec.core.errors import UserError
-from mmrec.model import RecurrentLM, State
+from mmrec.model import RecurrentLM, State, state_to
 
 Form = Literal["full", "small"]
 """Which weights learn: all, or vectors, convolutions and embeddings."""
@@ -36,8 +36,9 @@ class LearnedWeights:
         untouched: of the model as it was trained, there.
         logits: [2, N] of the token after it: of the untouched model, and of the one that learned.
         tokens: [n], int64, n below :data:`PART`: those that were read since.
-        mix: [2], float64: weights of the two models' logits in what is predicted.
-        curvature: [2, 2], float64: second derivatives of the loss by ``mix``, summed over what was read lately.
+        mix: [2], float64, on the CPU: weights of the two models' logits in what is predicted.
+        curvature: [2, 2], float64, on the CPU: second derivatives of the loss by ``mix``, summed over what was read
+            lately.
     """
 
     form: Form
@@ -66,6 +67,18 @@ class LearnedWeights:
             tokens=torch.zeros(0, dtype=torch.int64, device=device),
             mix=torch.tensor(INITIAL_MIX, dtype=torch.float64),
             curvature=torch.zeros(2, 2, dtype=torch.float64),
+        )
+
+    def to(self, device: torch.device) -> LearnedWeights:
+        """Return the same with what the model computes with on ``device``; the mixture's numbers stay on the CPU."""
+        return replace(
+            self,
+            difference={name: x.to(device) for name, x in self.difference.items()},
+            squares={name: x.to(device) for name, x in self.squares.items()},
+            state=state_to(self.state, device),
+            untouched=state_to(self.untouched, device),
+            logits=self.logits.to(device),
+            tokens=self.tokens.to(device),
         )
 
     def tensors(self) -> dict[str, Tensor]:

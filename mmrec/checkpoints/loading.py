@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from mmrec.checkpoints.chat_template import ChatTemplate
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.checkpoints.contents import MODEL_KEY, described_chat, model_weights
+from mmrec.checkpoints.runs import CheckpointOptions
+from mmrec.core.devices import find_device
 from mmrec.core.errors import UserError, one_line
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.tokenizers import Tokenizer, load_tokenizer
@@ -43,6 +45,14 @@ def load_model(path: Path) -> LoadedModel:
         return LoadedModel(net.eval(), tokenizer, int(checkpoint["global_step"]), described_chat(description))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, UserError) as error:
         raise UserError(f"{path}: holds no model that can be used ({one_line(error)[:200]})") from error
+
+
+def load_chosen(checkpoint: CheckpointOptions) -> LoadedModel:
+    """Return the model of ``checkpoint`` on its device; UserError where there is no such checkpoint or device."""
+    device = find_device(checkpoint.device)
+    trained = load_model(checkpoint.path())
+    trained.net.to(device)
+    return trained
 
 
 ELEMENTWISE = {"exp", "expm1", "log", "div", "__rdiv__", "__truediv__", "mul_"}

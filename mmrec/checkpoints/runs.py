@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mmrec.core.devices import AUTO, check_device_name
 from mmrec.core.errors import UserError, nearest
 
 LOGS = "lightning_logs"
@@ -132,11 +133,19 @@ class CheckpointOptions:
         ckpt: best, last, or the path of a checkpoint or of a run's folder.
         run: name of the run that best and last mean; the latest if left out.
         root: folder that holds lightning_logs.
+        device: compute on auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works.
+
+    Raises:
+        UserError: the device is of no known kind.
     """
 
     ckpt: str = "best"
     run: str | None = None
     root: Path = Path()
+    device: str = AUTO
+
+    def __post_init__(self) -> None:
+        check_device_name(self.device)
 
     def path(self) -> Path:
         """Return its path; UserError where there is none."""

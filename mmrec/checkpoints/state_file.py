@@ -16,7 +16,7 @@ from mmrec.checkpoints.cached import LARGEST_VOCABULARY, CachedNgrams, megabytes
 from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, read_metadata, tensor_bytes, write_checksummed
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights, form_of
 from mmrec.core.errors import UserError
-from mmrec.model import RecurrentLM, State
+from mmrec.model import RecurrentLM, State, state_to
 from mmrec.tokenizers import Tokenizer
 
 FORMAT = FileFormat("mmrec-memory", "2", "memory", "read the text again", older=("1",))
@@ -49,6 +49,16 @@ class SavedState:
         """Return the memory of a model that has read nothing."""
         weight = net.head.weight
         return cls(net.zero_state(1), torch.zeros(weight.shape[0], device=weight.device), 0)
+
+    def to(self, device: torch.device) -> SavedState:
+        """Return this memory with what the model computes with on ``device``."""
+        return replace(
+            self,
+            state=state_to(self.state, device),
+            logits=self.logits.to(device),
+            learned=None if self.learned is None else self.learned.to(device),
+            cached=None if self.cached is None else self.cached.to(device),
+        )
 
     def learning(self, net: RecurrentLM, form: Form | None = None) -> SavedState:
         """Return this memory as one of which ``net`` learns from now on: "full" or "small", by default the first.
@@ -132,7 +142,7 @@ def check_memory_target(path: Path) -> None:
 
 
 def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = None) -> SavedState:
-    """Read a memory that ``net``, whose hash is ``model``, has saved.
+    """Read a memory that ``net``, whose hash is ``model``, has saved on whatever device, onto the device of ``net``.
 
     Args:
         path: of the file.
@@ -156,7 +166,9 @@ def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = N
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
-    return SavedState(state, tensors["logits"], _position(path, metadata), _pending(path, metadata), learned, cached)
+    position, pending = _position(path, metadata), _pending(path, metadata)
+    found = SavedState(state, tensors["logits"], position, pending, learned, cached)
+    return found.to(net.embedding.weight.device)
 
 
 def _check_tensors(tensors: dict[str, Tensor], empty: SavedState) -> None:

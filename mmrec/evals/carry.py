@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoints.loading import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
@@ -37,10 +37,10 @@ def carried(trained: LoadedModel, text: np.ndarray, learn: bool = False) -> Tens
 @torch.inference_mode()
 def windowed(trained: LoadedModel, text: np.ndarray, window: int) -> Tensor:
     """Return the same with the state reset after every ``window`` tokens."""
-    parts = []
+    parts, device = [], trained.net.embedding.weight.device
     for inputs, targets, *_ in WindowedEvalLoader(text, window, ROWS):
-        logits, _ = trained.net(inputs, trained.net.zero_state(len(inputs)))
-        parts.append(token_nll(logits, targets))
+        logits, _ = trained.net(inputs.to(device), trained.net.zero_state(len(inputs)))
+        parts.append(token_nll(logits, targets.to(device)).cpu())
     return torch.cat(parts).double()
 
 
@@ -106,7 +106,7 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
         UserError: a text is not longer than a window or has unknown characters.
     """
     refuse_to_replace_results(options.output_dir, "carry", b'{\n "window": ')
-    trained = load_model(checkpoint.path())
+    trained = load_chosen(checkpoint)
     use_threads(trained.net.config.dim, READ_CHUNK)
     texts = options.texts(trained)
     results = {name: compare(trained, text, options.window) for name, text in texts.items()}

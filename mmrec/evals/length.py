@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmrec.baselines.learning import RandomWindows, train_step
 from mmrec.baselines.models import GPT
 from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
-from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.loading import load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
@@ -29,6 +29,7 @@ from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.model import RecurrentLM
 
+CPU_DEVICE = torch.device("cpu")
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""
 CHUNK = 1024
@@ -52,14 +53,15 @@ def span_nll(net: nn.Module, text: np.ndarray, starts: np.ndarray, before: int, 
         state: what ``net`` starts from.
     """
     scored: list[Tensor] = []
+    device = next(net.parameters()).device
     for first in range(-before, length - 1, CHUNK):
         offsets = np.arange(first, min(first + CHUNK, length - 1) + 1)
-        rows = torch.from_numpy(text[(starts[:, None] + offsets) % len(text)].astype(np.int64))
+        rows = torch.from_numpy(text[(starts[:, None] + offsets) % len(text)].astype(np.int64)).to(device)
         logits, state = net(rows[:, :-1], state)
         wanted = max(0, -1 - first)  # what is predicted here lies before what is scored
         if wanted < logits.shape[1]:
             scored.append(token_nll(logits[:, wanted:], rows[:, 1 + wanted :]).view(len(rows), -1))
-    return torch.cat(scored, dim=1)
+    return torch.cat(scored, dim=1).cpu()
 
 
 def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], spans: int) -> np.ndarray:
@@ -105,12 +107,12 @@ def learned_by_position(net: RecurrentLM, text: np.ndarray, positions: Sequence[
     return found
 
 
-def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int) -> GPT:
-    """Return a GPT of 0.8 M parameters, trained by nanoGPT's CPU recipe on windows of ``window`` tokens."""
+def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int, device: torch.device = CPU_DEVICE) -> GPT:
+    """Return a GPT of 0.8 M parameters on ``device``, trained by nanoGPT's CPU recipe on windows of ``window``."""
     torch.manual_seed(seed)
     chosen = replace(HYPERPARAMETERS["gpt"], batch_size=max(1, 4096 // window), seq_len=window)
-    model, steps = GPT(data.tokenizer.vocab_size, window), chosen.steps(tokens)
-    loop = TrainingLoop(model, chosen, steps, native_precision("cpu"))
+    model, steps = GPT(data.tokenizer.vocab_size, window).to(device), chosen.steps(tokens)
+    loop = TrainingLoop(model, chosen, steps, native_precision(device.type))
     batches = RandomWindows(model, data.train, chosen, seed)
     for _ in tqdm(range(steps), desc="training the GPT", disable=not sys.stderr.isatty()):
         train_step(loop, batches)
@@ -178,7 +180,7 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
     refuse_to_replace_results(options.output_dir, "length", b'{\n "spans": ')
-    trained = load_model(checkpoint.path())
+    trained = load_chosen(checkpoint)
     use_threads(trained.net.config.dim, READ_CHUNK)
     data = open_tokens_for(options.data_dir, trained.tokenizer)
     options.check(data)
@@ -190,7 +192,7 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
     window = options.gpt_window if options.gpt_tokens else None
     if window is not None:
         within = [place for place in places if place + BLOCK <= window]
-        gpt = train_gpt(data, window, options.gpt_tokens, options.seed)
+        gpt = train_gpt(data, window, options.gpt_tokens, options.seed, trained.net.embedding.weight.device)
         curves[f"GPT, window {window}"] = (within, by_position(gpt, text, within, spans))
     show(curves)
     listed = {name: {"positions": at, "losses": values.tolist()} for name, (at, values) in curves.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.loading import load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.data.store import open_tokens_for
@@ -115,6 +115,7 @@ def nll_on_return(net: RecurrentLM, planted: Planted, lead: int, distances: Sequ
         [distances, B, L - 1] both: of all tokens of a phrase but its first.
     """
     rows, size = planted.phrases.shape
+    planted = Planted(*(part.to(net.embedding.weight.device) for part in planted))
     both = torch.cat([planted.text, planted.text])
     first = torch.cat([planted.phrases, planted.others])
     again = torch.cat([planted.phrases, planted.phrases])
@@ -126,7 +127,7 @@ def nll_on_return(net: RecurrentLM, planted: Planted, lead: int, distances: Sequ
         at = until
         logits, _ = net(again[:, :-1], state)
         found.append(token_nll(logits, again[:, 1:]).view(2, rows, -1))
-    known, unknown = torch.stack(found, dim=1).double()
+    known, unknown = torch.stack(found, dim=1).cpu().double()
     return known, unknown
 
 
@@ -143,7 +144,7 @@ def planted(checkpoint: CheckpointOptions, options: PlantedOptions) -> None:
     Raises:
         UserError: there is no such checkpoint, or the text is too short or of other tokens.
     """
-    trained = load_model(checkpoint.path())
+    trained = load_chosen(checkpoint)
     text = np.asarray(open_tokens_for(options.data_dir, trained.tokenizer).val)
     distances = sorted(set(options.distances))
     results = {}

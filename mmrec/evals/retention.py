@@ -39,7 +39,7 @@ def retention(net: RecurrentLM, tokens: Tensor, distances: Sequence[int]) -> dic
         gates = layer.gates(x)
         decay, beta = gates.log_decay[0].mT.exp(), layer.beta_max * gates.activations["write"][0].mT
         left, by_decay = _follow(keys, decay, beta, distances)
-        moment = torch.linalg.eigvalsh(keys.mT @ keys / keys.shape[1])
+        moment = torch.linalg.eigvalsh((keys.mT @ keys / keys.shape[1]).cpu())
         ratio = moment.sum(-1).square() / moment.square().sum(-1)
         for head in range(len(keys)):
             found[f"{number}.{head}"] = {
@@ -65,7 +65,7 @@ def _inputs(net: RecurrentLM, tokens: Tensor) -> dict[int, tuple[GatedDeltaNet, 
 
     hooks = [layer.register_forward_pre_hook(keep(number, layer)) for number, layer in layers.items()]
     try:
-        net(tokens[None], net.zero_state(1))
+        net(tokens[None].to(net.embedding.weight.device), net.zero_state(1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,7 +82,7 @@ def _follow(keys: Tensor, decay: Tensor, beta: Tensor, distances: Sequence[int])
         distances: rising.
     """
     last = keys.shape[1] - distances[-1]
-    starts = torch.linspace(0, last - 1, min(WRITES, last)).long()
+    starts = torch.linspace(0, last - 1, min(WRITES, last)).long().to(keys.device)
     written = keys[:, starts]
     now, kept = written.clone(), torch.ones_like(decay[:, starts])
     left, by_decay = [], []

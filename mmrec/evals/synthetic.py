@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrec.core.devices import AUTO, check_device_name, find_device
 from mmrec.core.errors import UserError
 from mmrec.core.files import refuse_to_replace_picture
 from mmrec.evals.models import check_model
@@ -28,6 +29,7 @@ class SyntheticOptions:
         size: of the recipe: small for two cores, full as published (mqar and passkey).
         steps: updates of every model; the recipe's if left out.
         output_dir: folder for TASK.json and TASK.png.
+        device: compute on auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works.
 
     Raises:
         UserError: a name is unknown, a package is missing, or a number is not positive.
@@ -38,8 +40,10 @@ class SyntheticOptions:
     size: Literal["small", "full"] = "small"
     steps: int | None = None
     output_dir: Path = Path("eval")
+    device: str = AUTO
 
     def __post_init__(self) -> None:
+        check_device_name(self.device)
         for name in self.models:
             check_model(name)
         if not self.models or not self.seeds or min(self.seeds) < 0:
@@ -60,7 +64,7 @@ def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
 
     Runs that output_dir already holds of the same recipe are kept: a second call adds models and seeds.
     """
-    recipe = options.recipe(task)
+    recipe, device = options.recipe(task), find_device(options.device)
     path = options.output_dir / f"{task}.json"
     refuse_to_replace_picture(options.output_dir / f"{task}.png", "--output_dir")
     results: dict[str, Any] = {"task": task, "recipe": described(recipe), "runs": {}}
@@ -73,7 +77,7 @@ def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
     for name in options.models:
         for seed in options.seeds:
             if str(seed) not in runs.setdefault(name, {}):
-                runs[name][str(seed)] = train(name, recipe, seed)
+                runs[name][str(seed)] = train(name, recipe, seed, device)
                 save(path, results)
     show(task, recipe, runs)
     save_plot(options.output_dir / f"{task}.png", lambda axes: _draw(axes, recipe.task(), recipe, runs))

@@ -20,6 +20,7 @@ from mmrec.evals.models import SelectiveLogits, layer_parameters, make_model
 from mmrec.evals.tasks import Task
 from mmrec.model import ModelConfig, RecurrentLM
 
+CPU_DEVICE = torch.device("cpu")
 CHUNK = 4096
 """Tokens of a row that are read at a time in a test; beyond that only models with a state go on."""
 TEST_TOKENS = 1 << 21
@@ -68,8 +69,8 @@ def sample_level(recipe: Recipe, step: int, random: np.random.Generator) -> int:
     return levels[reached if random.random() < 0.5 else int(random.integers(reached + 1))]
 
 
-def train(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Train the model ``name`` on the recipe's task, and test it.
+def train(name: str, recipe: Recipe, seed: int, device: torch.device = CPU_DEVICE) -> dict[str, Any]:
+    """Train the model ``name`` on the recipe's task, on ``device``, and test it.
 
     Returns:
         ``accuracy`` by level (None where the model cannot read so far), ``curve`` of losses, ``parameters``,
@@ -78,16 +79,16 @@ def train(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     random, task = np.random.default_rng(seed), recipe.task()
     longest = max(task.length(level) for level in recipe.train_levels)
-    model = make_model(name, recipe.config, task.vocab_size, longest)
+    model = make_model(name, recipe.config, task.vocab_size, longest).to(device)
     scorer = SelectiveLogits(model)
     loop = TrainingLoop(model, recipe.hyperparameters(model), recipe.steps)
-    mixed = native_precision("cpu") == MIXED
+    mixed = native_precision(device.type) == MIXED
     started, curve = time.monotonic(), []
     for _ in tqdm(range(recipe.steps), desc=f"{name}, seed {seed}", disable=not sys.stderr.isatty()):
         level = sample_level(recipe, loop.step, random)
         rows = max(1, recipe.tokens // task.length(level))
-        inputs, targets = task.batch(random, rows, level)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        inputs, targets = (part.to(device) for part in task.batch(random, rows, level))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             loss = scorer.loss(inputs, targets, initial_state(model, rows))
         loop.update(loss)
         if loop.step % max(1, recipe.steps // 20) == 0:
@@ -113,17 +114,17 @@ def test(scorer: SelectiveLogits, task: Task, level: int, recipe: Recipe, seed: 
     longest = model.positions.num_embeddings if isinstance(model, GPT) else CHUNK
     if not carries_state(model) and length > longest:
         return None
-    random = np.random.default_rng(TEST_SEED + seed)
+    random, device = np.random.default_rng(TEST_SEED + seed), next(model.parameters()).device
     batch_size = max(1, min(recipe.test_rows, 2 * recipe.tokens // min(length, CHUNK)))
     total = max(recipe.test_rows // 4, min(recipe.test_rows, TEST_TOKENS // length))
     scores = []
     for first in range(0, total, batch_size):
         rows = min(batch_size, total - first)
-        inputs, targets = task.batch(random, rows, level)
+        inputs, targets = (part.to(device) for part in task.batch(random, rows, level))
         state, correct = initial_state(model, rows), []
         for begin in range(0, length, CHUNK):
             part = slice(begin, begin + CHUNK)
             logits, answers, state = scorer(inputs[:, part], targets[:, part], state)
             correct.append((logits.argmax(-1) == answers).view(rows, -1))
-        scores.append((rows, task.accuracy(torch.cat(correct, dim=1))))
+        scores.append((rows, task.accuracy(torch.cat(correct, dim=1).cpu())))
     return sum(rows * score for rows, score in scores) / total

@@ -10,7 +10,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from mmrec.checkpoints.loading import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import load_memory, model_hash
 from mmrec.checkpoints.weights import save_weights
@@ -48,9 +48,10 @@ def export(
         UserError: something that was given is wrong; nothing has been changed.
     """
     _check_target(output_dir, force)
-    trained = load_model(checkpoint.path())
+    trained = load_chosen(checkpoint)
     if memory is not None:
         trained = learned_model(trained, memory)
+    trained.net.cpu()  # the formats are written from there
     with staged_folder(output_dir) as folder:
         _write(format, folder, trained)
     size = sum(path.stat().st_size for path in output_dir.iterdir())

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from mmrec.checkpoints.learned import Form
-from mmrec.checkpoints.loading import LoadedModel, load_model
-from mmrec.checkpoints.runs import find_checkpoint
+from mmrec.checkpoints.loading import LoadedModel, load_chosen
+from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
+from mmrec.core.devices import AUTO
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
@@ -37,9 +38,21 @@ class MemoryLM:
         self.memory = SavedState.empty(trained.net)
 
     @classmethod
-    def load(cls, checkpoint: str = "best", run: str | None = None, root: Path | str = ".") -> MemoryLM:
-        """Load a checkpoint: best, last, or the path of one or of a run's folder. UserError where there is none."""
-        return cls(load_model(find_checkpoint(Path(root), run, str(checkpoint))))
+    def load(
+        cls, checkpoint: str = "best", run: str | None = None, root: Path | str = ".", device: str = AUTO
+    ) -> MemoryLM:
+        """Load a checkpoint onto a device.
+
+        Args:
+            checkpoint: best, last, or the path of one or of a run's folder.
+            run: name of the run that best and last mean; the latest if None.
+            root: folder that holds lightning_logs.
+            device: auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works.
+
+        Raises:
+            UserError: there is no such checkpoint, or no such device here.
+        """
+        return cls(load_chosen(CheckpointOptions(str(checkpoint), run, Path(root), device)))
 
     def read(self, text: str, learn: bool = False, form: Form | None = None, cache: int | None = None) -> float:
         """Read ``text`` on from the memory, which then includes it; return its mean loss, in nats/token.

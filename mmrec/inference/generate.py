@@ -36,7 +36,8 @@ def generate_with_logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield ``options.length`` tokens that continue ``prompt`` [T]; the same seed gives the same tokens.
 
-    With each come the logits [N] that it was drawn from, in a buffer that the next token overwrites.
+    With each come the logits [N] that it was drawn from, on the CPU, in a buffer that the next token may overwrite.
+    Whatever computes the logits, the CPU draws: a seed gives the same numbers on every device.
 
     Args:
         net: the model.
@@ -44,22 +45,23 @@ def generate_with_logits(
         options: how many, and how each is drawn.
         memory: what was read before the prompt; nothing if None.
     """
-    random = torch.Generator(device=prompt.device).manual_seed(options.seed)
+    random = torch.Generator().manual_seed(options.seed)
     reader = Reader(net, memory or SavedState.empty(net))
     for _ in reader.read(prompt):
         pass
     decoder: TokenDecoder | None = None
-    logits = reader.memory.logits[None]
+    logits = reader.memory.logits
     if options.verbatim:
         decoder = cached = reader.cached_decoder(options.verbatim)
-        logits = cached.logits[None]
+        logits = cached.logits
     elif options.length > 1:
         decoder = reader.decoder()
     for remaining in range(options.length, 0, -1):
-        token = int(sample_token(logits, options, random))
-        yield token, logits[0]
+        logits = logits.cpu()
+        token = int(sample_token(logits[None], options, random))
+        yield token, logits
         if remaining > 1 and decoder is not None:
-            logits = decoder.step(token)[None]
+            logits = decoder.step(token)
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:

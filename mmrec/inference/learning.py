@@ -139,9 +139,10 @@ def _newton_step(mix: Tensor, curvature: Tensor, scores: Tensor, targets: Tensor
     """Return the mixture's weights and curvature after a block of log-probabilities ``scores`` [2, T, N]."""
     probabilities = mixed(scores, mix).softmax(-1)
     mean = (probabilities * scores).sum(-1)
-    gradient = (scores[:, torch.arange(len(targets)), targets] - mean).sum(-1).double().cpu()
+    own = scores.gather(-1, targets.expand(len(scores), -1).unsqueeze(-1)).squeeze(-1)
+    gradient = (own - mean).sum(-1).cpu().double()
     apart = scores - mean.unsqueeze(-1)
-    bend = torch.einsum("tn,itn,jtn->ij", probabilities, apart, apart).double().cpu()
+    bend = torch.einsum("tn,itn,jtn->ij", probabilities, apart, apart).cpu().double()
     curvature = FORGETTING * curvature + bend
     step = torch.linalg.solve(curvature + RIDGE * torch.eye(2, dtype=torch.float64), gradient)
     moved = (mix + step).clamp(*MIX_RANGE)
@@ -155,4 +156,4 @@ def mixed(logits: Tensor, mix: Tensor) -> Tensor:
         logits: [2, ..., N].
         mix: [2], the powers.
     """
-    return torch.einsum("k,k...->...", mix.to(logits), logits)
+    return torch.einsum("k,k...->...", mix.to(logits.dtype).to(logits.device), logits)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmrec.core.devices import has_float64
 from mmrec.data.batches import IGNORE_INDEX
 
 
@@ -27,8 +28,9 @@ def token_nll(logits: Tensor, targets: Tensor, reduction: str = "none") -> Tenso
 class TextMetrics:
     """Loss, perplexity and bits per byte of a text; in any number of updates the figures are the same.
 
-    Sums are float64, so that a text of 10^9 tokens loses nothing. The figures are of the scored tokens alone, and of
-    this process alone: where several score a text, each reads the whole of it.
+    Sums are float64, so that a text of 10^9 tokens loses nothing, and on the CPU where a device has none.
+    The figures are of the scored tokens alone, and of this process alone: where several score a text, each reads the
+    whole of it.
 
     Attributes:
         nll: sum of the negative log-likelihoods in nats, a scalar, as the others are.
@@ -47,6 +49,8 @@ class TextMetrics:
             nll: [M], the negative log-likelihood of each token, in nats.
             lengths: [M, 2], the bytes and the characters that each token stands for; on the same device.
         """
+        if not has_float64(nll.device):
+            nll, lengths = nll.cpu(), lengths.cpu()
         self.nll = self.nll.to(nll.device) + nll.sum(dtype=torch.float64)
         self.tokens = self.tokens + len(nll)
         self.bytes = self.bytes.to(nll.device) + lengths[:, 0].sum()

@@ -49,7 +49,7 @@ def mix(weights: Tensor, weighed: Tensor, sets: Tensor) -> Tensor:
         weighed: [M, T, N], of :func:`features`.
         sets: [T], the weights that each position takes.
     """
-    return torch.einsum("tm,mtn->tn", weights[sets].to(weighed), weighed).log_softmax(-1)
+    return torch.einsum("tm,mtn->tn", weights[sets].to(weighed.dtype), weighed).log_softmax(-1)
 
 
 def updated_weights(

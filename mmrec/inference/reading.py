@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmrec.checkpoints.cached import CachedNgrams
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
-from mmrec.checkpoints.loading import LoadedModel, load_model
+from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
@@ -74,7 +74,7 @@ class CacheOptions:
 
 def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
     """Return a model, its hash, and what it has read: the memory in the file ``memory``, or an empty one if None."""
-    trained = load_model(checkpoint.path())
+    trained = load_chosen(checkpoint)
     digest = model_hash(trained.net, trained.tokenizer)
     empty = SavedState.empty(trained.net)
     return trained, digest, empty if memory is None else load_memory(memory, trained.net, digest)
@@ -93,8 +93,9 @@ class ReadPart:
     """Some tokens that were read, what the model gave them before, and the memory after them.
 
     Attributes:
-        tokens: [n], int64.
-        logits: [n, N], float32, that predict each of them (of no meaning before the very first token of a text).
+        tokens: [n], int64, on the CPU.
+        logits: [n, N], float32, on the model's device, that predict each of them (of no meaning before the very
+            first token of a text).
         memory: after the last of them.
     """
 
@@ -104,8 +105,11 @@ class ReadPart:
 
     @property
     def nll(self) -> Tensor:
-        """Negative log-likelihood of each token given all before it, [n], in nats; 0 for the first of a text."""
-        nll = token_nll(self.logits, self.tokens)
+        """Negative log-likelihood of each token given all before it, [n], in nats; 0 for the first of a text.
+
+        On the CPU, as the tokens are.
+        """
+        nll = token_nll(self.logits, self.tokens.to(self.logits.device)).cpu()
         nll[: self.scored.start] = 0
         return nll
 
@@ -135,19 +139,18 @@ class Reader:
     def read(self, tokens: np.ndarray | Tensor) -> Iterator[ReadPart]:
         """Read tokens [T] on from the memory, a part at a time; :attr:`memory` is what was read until then."""
         given = torch.as_tensor(np.asarray(tokens, dtype=np.int64) if isinstance(tokens, np.ndarray) else tokens)
-        given = given.to(self._net.embedding.weight.device)
-        begin = 0
+        given, device, begin = given.cpu(), self._net.embedding.weight.device, 0
         while begin < len(given):
             learned, cached = self.memory.learned, self.memory.cached
             if learned is not None:
                 chunk = given[begin : begin + PART - len(learned.tokens)]
-                logits = self._read_learning(chunk, learned)
+                logits = self._read_learning(chunk.to(device), learned)
             elif cached is not None:
                 chunk = given[begin : begin + PART - len(cached.tokens)]
-                logits = self._read_counting(chunk, cached)
+                logits = self._read_counting(chunk.to(device), cached)
             else:
                 chunk = given[begin : begin + READ_CHUNK]
-                logits = self._read(chunk)
+                logits = self._read(chunk.to(device))
             begin += len(chunk)
             yield ReadPart(chunk, logits, self.memory)
 

@@ -25,7 +25,7 @@ from mmrec.model.layers import CausalConv, FeedForward, RMSNorm
 from mmrec.model.lm import INITIAL_SCALE, Block, RecurrentLM
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
 from mmrec.model.rg_lru import RGLRU
-from mmrec.model.state import LayerState, State, detach_state, reset_state_rows
+from mmrec.model.state import LayerState, State, detach_state, reset_state_rows, state_to
 
 __all__ = [
     "INITIAL_SCALE",
@@ -45,4 +45,5 @@ __all__ = [
     "apply_reset",
     "detach_state",
     "reset_state_rows",
+    "state_to",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 LayerState = tuple[Tensor, Tensor]
@@ -13,6 +14,11 @@ State = list[LayerState]
 def detach_state(state: State) -> State:
     """Return the state cut off from the graph that made it: the truncation of back-propagation in time."""
     return [(past.detach(), memory.detach()) for past, memory in state]
+
+
+def state_to(state: State, device: torch.device) -> State:
+    """Return the state on ``device``."""
+    return [(past.to(device), memory.to(device)) for past, memory in state]
 
 
 def reset_state_rows(state: State, reset_mask: Tensor) -> State:

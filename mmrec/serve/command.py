@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 
 from mmrec.checkpoints.chat_template import PLAIN, ChatOptions, ChatTemplate
-from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.loading import load_chosen
 from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
@@ -137,7 +137,7 @@ def serve(
     with listening:
         access = options.access(loopback)
         path = checkpoint.path()
-        trained = load_model(path)
+        trained = load_chosen(checkpoint)
         use_threads(trained.net.config.dim, processes=limits.running)
         template = chat.change(trained.chat) or PLAIN
         name = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem

@@ -39,7 +39,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogp
     found = []
     for some, of in zip(logits.split(ROWS), tokens.split(ROWS), strict=True):
         logprobs = some.float().log_softmax(-1)
-        own = logprobs.gather(1, of[:, None])[:, 0]
+        own = logprobs.gather(1, of[:, None].to(logprobs.device))[:, 0]
         best = logprobs.topk(min(count, logprobs.shape[1]))
         for token, logprob, ids, values in zip(
             of.tolist(), own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True

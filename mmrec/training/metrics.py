@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
+from mmrec.core.devices import has_float64
 from mmrec.inference.metrics import TextMetrics
 
 
@@ -22,3 +26,9 @@ class TextScore(TextMetrics, Metric):
         Metric.__init__(self, sync_on_compute=False)
         for name in ("nll", "tokens", "bytes", "characters"):
             self.add_state(name, torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> TextScore:
+        """Move to where ``fn`` moves tensors, but for a device that cannot hold such numbers."""
+        if has_float64(fn(torch.zeros(0)).device):
+            super()._apply(fn, exclude_state)
+        return self

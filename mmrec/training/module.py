@@ -259,7 +259,7 @@ class RecurrentLMModule(LightningModule):
         if reader.memory.position == 0:
             tokens = torch.cat([batch.inputs[0, :1], tokens])
         with torch.autocast(self.device.type, enabled=False):
-            nll = torch.cat([part.nll for part in reader.read(tokens)])
+            nll = torch.cat([part.nll for part in reader.read(tokens)]).to(self.device)
         return nll[-batch.targets.numel() :]
 
     def on_validation_epoch_end(self) -> None:
