@@ -14,7 +14,7 @@ from mmrec.core.options import shipped_configs
 from mmrec.model import ModelConfig, RecurrentLM
 
 CONFIGS = shipped_configs()
-VOCABULARY = {"quickstart": 65, "tiny": 65, "mini": 65}
+VOCABULARY = {"quickstart": 65, "tiny": 65, "mini": 65, "portable-tiny": 65}
 LARGE = 50_257
 """Vocabularies that the configs' sizes are said for: Tiny Shakespeare's characters, GPT-2's tokens for the larger."""
 

@@ -35,6 +35,8 @@ def count(name: str, vocab_size: int) -> int:
         ("tiny", 65, 1.5e6, 2e6),
         ("quickstart", 65, 0.5e6, 0.85e6),
         ("mini", 65, 9e6, 12e6),
+        ("portable-tiny", 65, 1.5e6, 2e6),
+        ("portable-small", 50_257, 110e6, 140e6),
         ("small", 50_257, 110e6, 140e6),
         ("base", 50_257, 330e6, 400e6),
         ("1b", 50_257, 1.0e9, 1.5e9),
@@ -76,7 +78,7 @@ def assert_was_stepped(name: str, prepared: Path) -> None:
     assert all(value.isfinite().all() for value in trained.net.state_dict().values())
 
 
-@pytest.mark.parametrize("name", ["tiny", "quickstart", "mini"])
+@pytest.mark.parametrize("name", ["tiny", "quickstart", "mini", "portable-tiny"])
 def test_what_fits_is_stepped(name: str, mmrec: Command, prepared: Path) -> None:
     short = ["--data.seq_len=32", "--data.batch_size=2", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
     quiet = ["--trainer.enable_progress_bar=false", "--run=a", "--config=trainer/cpu"]

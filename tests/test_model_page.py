@@ -20,7 +20,7 @@ PAGE = "docs/model.md"
 
 
 def test_the_table_of_sizes() -> None:
-    row = r"^\| `(\w+)` \| ([^|]*) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,.]+) \|$"
+    row = r"^\| `([\w-]+)` \| ([^|]*) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,.]+) \|$"
     rows = re.findall(row, page(PAGE), re.M)
     assert {row[0] for row in rows} == {name for name in CONFIGS if "/" not in name}
     for config, layers, vocab_size, parameters, numbers, of_convolutions, kilobytes in rows:
@@ -37,7 +37,7 @@ def test_the_table_of_sizes() -> None:
         assert same(kilobytes, 4 * net.state_size() / 1000), config
 
 
-@pytest.mark.parametrize("config", ["quickstart", "tiny", "1b"])
+@pytest.mark.parametrize("config", ["quickstart", "tiny", "1b", "portable-tiny"])
 def test_sizes_by_layer(config: str) -> None:
     net = model(config, 65)
     shape = net.config
@@ -48,8 +48,12 @@ def test_sizes_by_layer(config: str) -> None:
         assert re.fullmatch(r"[\dDHFK+*/ ]+", python)
         return float(eval(python, {}, letters))
 
-    said = dict(re.findall(r"^\| (`short`|`long`|feed-forward|two norms of a block) \| ([^|]*) \|", page(PAGE), re.M))
-    states = dict(re.findall(r"^\| `(short|long)` \| [^|]* \| ([^|]*) \|$", page(PAGE), re.M))
+    said = dict(
+        re.findall(
+            r"^\| (`short`|`long`|`portable`|feed-forward|two norms of a block) \| ([^|]*) \|", page(PAGE), re.M
+        )
+    )
+    states = dict(re.findall(r"^\| `(short|long|portable)` \| [^|]* \| ([^|]*) \|$", page(PAGE), re.M))
     assert int(find(r"By layer, with C = (\d+)", PAGE)[1]) == shape.conv_width
     for kind, block, state in zip(
         net.layer_types(), net.blocks, net.zero_state(1, torch.device("meta")), strict=True
@@ -105,8 +109,11 @@ def test_weights_of_the_objective() -> None:
     weights = r"\$\\lambda = ([\d.]+)\$ and \$\\gamma = ([\d.]+)\$"
     written = [float(one) for one in find(rf"`quickstart` has {weights}, `tiny` {weights}", PAGE).groups()]
     settings = [content(config)["model"] for config in ("quickstart", "tiny")]
+    portable = content("portable-tiny")["model"]
+    assert portable | {"config": None} == settings[1] | {"config": None}
     assert written == [model[name] for model in settings for name in ("mtp_loss_weight", "confidence_penalty")]
-    others = [content(name)["model"] for name in CONFIGS if "/" not in name and name not in ("quickstart", "tiny")]
+    named = ("quickstart", "tiny", "portable-tiny")
+    others = [content(name)["model"] for name in CONFIGS if "/" not in name and name not in named]
     assert not any({"mtp_loss_weight", "confidence_penalty"} & model.keys() for model in others)
 
 

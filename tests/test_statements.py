@@ -110,7 +110,7 @@ def test_the_readmes_sizes(name: str) -> None:
 
 
 def test_the_table_of_sizes_in_training() -> None:
-    row = r"^\| `(\w+)` \| (\d+) \| (\d+) \| ([\d,.]+) M \| ([\d,]+) \|"
+    row = r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| ([\d,.]+) M \| ([\d,]+) \|"
     rows = re.findall(row, page("docs/training.md"), re.M)
     assert {row[0] for row in rows} == {name for name in CONFIGS if "/" not in name}
     for config, layers, width, written, vocab_size in rows:
@@ -119,7 +119,7 @@ def test_the_table_of_sizes_in_training() -> None:
         assert same(written, net.parameter_count() / 1e6), config
 
 
-@pytest.mark.parametrize("config", ["quickstart", "tiny", "mini"])
+@pytest.mark.parametrize("config", ["quickstart", "tiny", "mini", "portable-tiny"])
 def test_sizes_in_the_comments_of_configs(config: str) -> None:
     found = re.search(r"([\d.]+)M parameters", comment(config))
     assert found

@@ -23,6 +23,7 @@ from mmrec.model.config import LAYER_TYPES, ModelConfig
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import CausalConv, FeedForward, RMSNorm
 from mmrec.model.lm import INITIAL_SCALE, Block, RecurrentLM
+from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState, State, detach_state, reset_state_rows, state_to
@@ -38,6 +39,7 @@ __all__ = [
     "Gates",
     "LayerState",
     "ModelConfig",
+    "PortableGatedDeltaNet",
     "RMSNorm",
     "RecurrentLM",
     "RecurrentLayer",

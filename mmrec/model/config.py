@@ -8,6 +8,7 @@ from typing import Any
 
 from mmrec.core.errors import UserError, nearest
 from mmrec.model.gated_deltanet import GatedDeltaNet
+from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import RecurrentLayer
 from mmrec.model.rg_lru import RGLRU
 
@@ -19,9 +20,9 @@ class ModelConfig:
     Args:
         dim: width of the model, D.
         layers: number of layers.
-        layer_types: the recurrent layer of each block, "short" (RG-LRU) or "long" (gated delta rule), repeated until
-            there are ``layers``.
-        heads: heads of a long layer, H; each holds a matrix of (dim / heads) squared numbers.
+        layer_types: the recurrent layer of each block, "short" (RG-LRU), "long" (gated delta rule) or "portable" (the
+            long one in the form that can be exported as GGUF), repeated until there are ``layers``.
+        heads: heads of a long or portable layer, H; each holds a matrix of (dim / heads) squared numbers.
         ffn_dim: inner width of the feed-forward network, F.
         conv_width: tokens that the causal convolution sees, C; 1 leaves it without a past.
         tie_embeddings: read the input embedding also as the output layer.
@@ -76,5 +77,6 @@ class ModelConfig:
 LAYER_TYPES: dict[str, Callable[[ModelConfig], RecurrentLayer]] = {
     "short": lambda c: RGLRU(c.dim, c.conv_width),
     "long": lambda c: GatedDeltaNet(c.dim, c.heads, c.conv_width, c.negative_eigenvalues),
+    "portable": lambda c: PortableGatedDeltaNet(c.dim, c.heads, c.conv_width, c.negative_eigenvalues),
 }
 """The recurrent layers by the names that ``layer_types`` knows: how each is made from a config."""

@@ -20,6 +20,7 @@ from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import RMSNorm
 from mmrec.model.lm import RecurrentLM
 from mmrec.model.ops.reference import LRU_EPSILON
+from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import RecurrentLayer
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState, State
@@ -193,19 +194,17 @@ class GatedDeltaNetStep(RecurrentStep):
         assert isinstance(layer, GatedDeltaNet)
         self.norm = norm
         self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
-        self.gate = layer.gate.weight.detach()
         heads, self.beta_max = layer.heads, layer.beta_max
         width, size = len(self.output), len(self.output) // heads
         self.bias = torch.zeros(len(self.project))
         bias = layer.split(self.bias)
         bias.decay.copy_(layer.decay_bias.detach())
-        bias.beta.copy_(layer.beta_bias.detach())
         self.neg_rate = -layer.log_rate.detach().exp().numpy()
         self.conv = ConvolutionRing(layer.conv.weight, state[0])
         self.state_tensor = state[1][0]
         self.projected = torch.empty(len(self.project))
         parts = layer.split(self.projected)
-        self.qkv, self.pre_decay, self.beta, self.low_rank_gate = parts.qkv.numpy(), *parts[1:]
+        self.qkv, self.pre_decay, self.beta, self.pre_gate = parts.qkv.numpy(), *parts[1:]
         self.q, self.k, self.v = self.conv.sum.view(3, heads, 1, size)
         self.qk = self.conv.out[: 2 * width].reshape(2 * heads, size)
         self.squares, self.ones = np.empty_like(self.qk), np.ones(size, dtype=np.float32)
@@ -221,6 +220,17 @@ class GatedDeltaNetStep(RecurrentStep):
         self.k_columns, self.beta_rows = self.k.mT, self.beta.numpy().reshape(-1, 1)
         self.correction_rows, self.o_rows = self.correction.numpy()[:, 0], self.o.numpy()[:, 0]
         self.gated_rows = self.gated.numpy().reshape(heads, size)
+        self._take_gate_weights(layer, bias.beta)
+
+    def _take_gate_weights(self, layer: GatedDeltaNet, beta_bias: Tensor) -> None:
+        """Take the weights of the output gate, and set the bias of the writing strength [H], which is zero."""
+        self.gate = layer.gate.weight.detach()
+        beta_bias.copy_(layer.beta_bias.detach())
+
+    def _open_gate(self) -> None:
+        """Write the output gate [D], which ``pre_gate`` says, to ``gated``."""
+        torch.mv(self.gate, self.pre_gate, out=self.gated)
+        self.gated.sigmoid_()
 
     def __call__(self, x: Tensor) -> None:
         normal, scale = self.norm()
@@ -242,8 +252,7 @@ class GatedDeltaNetStep(RecurrentStep):
         np.dot(self.correction_rows, self.ones, out=self.o_lengths)
         self._normalize(self.o_rows, self.o_lengths, self.epsilon)
         np.multiply(self.o_rows, self.norm_weight, out=self.o_rows)
-        torch.mv(self.gate, self.low_rank_gate, out=self.gated)
-        self.gated.sigmoid_()
+        self._open_gate()
         np.multiply(self.gated_rows, self.o_rows, out=self.gated_rows)
         x.addmv_(self.output, self.gated)
 
@@ -256,6 +265,20 @@ class GatedDeltaNetStep(RecurrentStep):
 
     def state(self) -> LayerState:
         return self.conv.past(), self.state_tensor.unsqueeze(0)
+
+
+class PortableStep(GatedDeltaNetStep):
+    """:class:`mmrec.model.PortableGatedDeltaNet`."""
+
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+        super().__init__(layer, norm, state)
+        self.epsilon *= len(self.ones)  # in the place of the scale of the queries
+
+    def _take_gate_weights(self, layer: GatedDeltaNet, beta_bias: Tensor) -> None:
+        pass
+
+    def _open_gate(self) -> None:
+        self.gated.copy_(F.silu(self.pre_gate, inplace=True))
 
 
 class FeedForwardStep:
@@ -277,5 +300,9 @@ class FeedForwardStep:
         x.addmv_(self.output, self.value)
 
 
-STEPS: dict[type[RecurrentLayer], type[RecurrentStep]] = {RGLRU: RGLRUStep, GatedDeltaNet: GatedDeltaNetStep}
+STEPS: dict[type[RecurrentLayer], type[RecurrentStep]] = {
+    RGLRU: RGLRUStep,
+    GatedDeltaNet: GatedDeltaNetStep,
+    PortableGatedDeltaNet: PortableStep,
+}
 """The recurrent layers that have a step here; the others take :class:`ModuleStep`."""
