@@ -45,6 +45,8 @@ def _score_arguments(parser: Parser) -> None:
 
 
 def _export_arguments(parser: Parser) -> None:
+    about = "write README.md, a model card: data, split, figures and curve of the run, intended use, licence (for hf)"
+    parser.add_argument("--card", action="store_true", help=about)
     parser.add_argument("--force", action="store_true", help="replace another export at output_dir")
 
 
@@ -96,7 +98,7 @@ COMMANDS = {
         _score_arguments,
     ),
     "export": Command(
-        "write a trained model for transformers, onnxruntime, or as one safetensors file",
+        "write a trained model for transformers, llama.cpp, onnxruntime, or as one safetensors file",
         "mmrec.export.command:export",
         _export_arguments,
     ),

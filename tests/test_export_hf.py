@@ -4,16 +4,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from models import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
@@ -245,31 +240,3 @@ def test_in_bfloat16_the_state_stays_exact(bytewise: tuple[LoadedModel, Any, Any
     apart = (read.logits.float().softmax(-1) - model(ids).logits.softmax(-1)).abs().sum(-1).mean()
     assert apart < 0.1
     assert coarse.generate(ids, max_new_tokens=4).shape == (1, 44)
-
-
-@pytest.mark.slow
-def test_a_new_process_needs_the_folder_and_nothing_else(tmp_path: Path) -> None:
-    """Nothing of mmrec is imported before: the folder says where its classes are."""
-    from mmrec.export import hf
-
-    trained = made(ByteTokenizer())
-    hf.save(tmp_path / "out", trained)
-    program = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-fast = AutoTokenizer.from_pretrained("out", trust_remote_code=True)
-assert fast.encode("ılık") == list("ılık".encode())
-model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
-print(model.generate(**fast("ılık", return_tensors="pt"), max_new_tokens=9, do_sample=False)[0].tolist())
-"""
-    own = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        cwd=tmp_path,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    prompt = list("ılık".encode())
-    assert json.loads(done.stdout) == prompt + ours(trained, torch.tensor(prompt), 9)

@@ -11,10 +11,10 @@ import pytest
 from conftest import Command
 from helpers import fit
 
+from mmrec.checkpoints.run_log import read_run
 from mmrec.core.errors import UserError
 from mmrec.report.charts import Line, line_chart, spread_chart, ticks
 from mmrec.report.page import render
-from mmrec.report.run import read_run
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from mmrec.checkpoints.hub import EXPORTED, download_model, is_on_hub
 from mmrec.core.devices import AUTO, check_device_name
 from mmrec.core.errors import UserError, nearest
 
@@ -75,8 +76,10 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
     Args:
         root: folder that holds ``lightning_logs``.
         run: name of the run; the latest if None.
-        which: "best", "last", or the path of a file or of a run's folder.
+        which: "best", "last", the path of a file or of a run's folder, or hf:OWNER/NAME, which is downloaded.
     """
+    if is_on_hub(which):
+        return download_model(which)
     if which in (BEST, LAST):
         folder = checkpoint_folder(root, find_run(root, run))
         path = folder / f"{which}.ckpt"
@@ -94,6 +97,7 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
             path / "best.ckpt",
             path / CHECKPOINTS / "last.ckpt",
             path / "last.ckpt",
+            path / EXPORTED,
         ):
             if inside.exists():
                 return inside
@@ -130,7 +134,8 @@ class CheckpointOptions:
     """The checkpoint to take.
 
     Args:
-        ckpt: best, last, or the path of a checkpoint or of a run's folder.
+        ckpt: best, last, the path of a checkpoint or of a run's folder, or hf:OWNER/NAME, a model of the Hugging Face
+            Hub.
         run: name of the run that best and last mean; the latest if left out.
         root: folder that holds lightning_logs.
         device: compute on auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works.

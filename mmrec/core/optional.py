@@ -7,7 +7,7 @@ from typing import Any
 
 from mmrec.core.errors import UserError
 
-EXTRAS = {"ray": "ray", "s3fs": "cloud", "gcsfs": "cloud", "pyppmd": "compressors"}
+EXTRAS = {"ray": "ray", "s3fs": "cloud", "gcsfs": "cloud", "pyppmd": "compressors", "huggingface_hub": "export"}
 """The extra that brings a module, where it is not "prepare"."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
 
+from mmrec.checkpoints.hub import check_repository, push_folder
 from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import load_memory, model_hash
@@ -18,18 +19,39 @@ from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.inference.learning import LearningNet
 
-Format = Literal["hf", "safetensors", "onnx"]
+Format = Literal["hf", "safetensors", "onnx", "gguf"]
+Weights = Literal["f32", "f16", "q8_0"]
+WEIGHTS = {"hf": ("f32",), "safetensors": ("f32",), "onnx": ("f32",), "gguf": ("f32", "f16", "q8_0")}
+"""The numbers that each format can store the weights as."""
 EXPORTED_FILES = re.compile(
-    r"(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
-    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|chat_template\.jinja"
+    r"README\.md|mmrec\.json|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
+    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.gguf|chat_template\.jinja"
 )
 """Files of an export: a folder that holds others is never replaced."""
 
 
+@dataclass(frozen=True)
+class ShareOptions:
+    """How an export is shared.
+
+    Args:
+        card: write README.md beside the model, the card that the Hugging Face Hub shows: data, split, figures with
+            their protocol and curve from the run, intended use, licence, how to load it. For hf.
+        license: of the model, as the Hub spells it (mit, apache-2.0, cc-by-4.0, ...), for the card.
+        push: OWNER/NAME, a repository of the Hub to send the folder to; it is made, private, if there is none.
+    """
+
+    card: bool = False
+    license: str = "unknown"
+    push: str | None = None
+
+
 def export(
     checkpoint: CheckpointOptions,
+    share: ShareOptions,
     format: Format,
     output_dir: Path,
+    weights: Weights = "f32",
     memory: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -37,9 +59,12 @@ def export(
 
     Args:
         format: hf, a folder for transformers; safetensors, one file with weights, config and tokenizer, which every
-            --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime.
+            --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime; gguf, one file for
+            llama.cpp, of a model of portable layers.
         output_dir: folder to write; it must be new or empty.
+        weights: numbers that the weights are stored as: f32, or for gguf f16 and q8_0 (8 bits, in blocks).
         checkpoint: of the model.
+        share: how it is shared.
         memory: export the model with what it learned from what it read, a file of mmrec read --learn, as a model of
             its own: its weights, not its state.
         force: replace another export that stands at output_dir.
@@ -47,15 +72,32 @@ def export(
     Raises:
         UserError: something that was given is wrong; nothing has been changed.
     """
+    if weights not in WEIGHTS[format]:
+        raise UserError(f"--weights {weights}: --format {format} takes {', '.join(WEIGHTS[format])}")
+    _check_share(format, share)
     _check_target(output_dir, force)
     trained = load_chosen(checkpoint)
     if memory is not None:
         trained = learned_model(trained, memory)
     trained.net.cpu()  # the formats are written from there
     with staged_folder(output_dir) as folder:
-        _write(format, folder, trained)
+        _write(format, folder, trained, weights)
+        if share.card:
+            card = import_module("mmrec.export.card")
+            card.write_card(folder, trained, checkpoint.path(), share.license, share.push)
     size = sum(path.stat().st_size for path in output_dir.iterdir())
     print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
+    if share.push is not None:
+        print(f"pushed to {push_folder(output_dir, share.push)}")
+
+
+def _check_share(format: Format, share: ShareOptions) -> None:
+    if share.card and format != "hf":
+        raise UserError(f"--card: it says how to load a model in transformers; --format {format} has none")
+    if share.license != ShareOptions.license and not share.card:
+        raise UserError("--license: it stands in the card; add --card")
+    if share.push is not None:
+        check_repository(share.push)
 
 
 def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
@@ -68,7 +110,7 @@ def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
     return replace(trained, net=weights.net.requires_grad_(True))
 
 
-def _write(format: Format, folder: Path, trained: LoadedModel) -> None:
+def _write(format: Format, folder: Path, trained: LoadedModel, weights: Weights) -> None:
     if format == "safetensors":
         save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step, trained.chat)
         return
@@ -77,7 +119,7 @@ def _write(format: Format, folder: Path, trained: LoadedModel) -> None:
     except ImportError as error:
         raise UserError(f"--format {format} needs {error.name}: pip install 'mmrec[export]'") from None
     try:
-        module.save(folder, trained)
+        module.save(folder, trained, **({} if len(WEIGHTS[format]) == 1 else {"weights": weights}))
     except SafetensorError as error:  # of a full disk, too
         raise UserError(f"the export cannot be written: {error}") from None
 

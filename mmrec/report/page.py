@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmrec import __version__
+from mmrec.checkpoints.run_log import Curve, Run, read_run
 from mmrec.checkpoints.runs import find_folder
 from mmrec.core.files import refuse_to_replace, write_file
 from mmrec.report.charts import Line, line_chart, spread_chart
-from mmrec.report.run import Curve, Run, read_run
 
 Rows = list[tuple[str, str]]
 

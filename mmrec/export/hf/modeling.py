@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,23 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmrec.data.batches import IGNORE_INDEX
 from mmrec.export.hf.cache import StateCache
 from mmrec.export.hf.configuration import MODULE, MmrecConfig
 from mmrec.export.hf.padding import Outputs, Reader
 from mmrec.model import ModelConfig, RecurrentLM
 
 NOTHING_TO_READ = "there is no token to read (B = {}, T = {}): an empty text predicts nothing"
-MODULE_TEXT = '''\
-"""A model of mmrec, which has to be installed: its classes are there."""
+IGNORE_INDEX = -100
+"""The label that is not scored: torch's."""
 
-from mmrec.export.hf import MmrecConfig, MmrecForCausalLM, MmrecTokenizer
 
-__all__ = ["MmrecConfig", "MmrecForCausalLM", "MmrecTokenizer"]
-'''
+def code() -> str:
+    """Return the text of the module with these classes that stands in an exported folder."""
+    here = Path(__file__)
+    if here.name == f"{MODULE}.py":  # it is that module
+        return here.read_text(encoding="utf-8")
+    text: str = import_module("mmrec.export.hf.bundle").bundled_code()
+    return text
 
 
 class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
@@ -62,9 +66,9 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
         self.net.head = new_embeddings
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as the library does, with the file that it loads the classes from."""
+        """Save as the library does, with the code of its classes."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / f"{MODULE}.py").write_text(MODULE_TEXT, encoding="utf-8")
+        (Path(save_directory) / f"{MODULE}.py").write_text(code(), encoding="utf-8")
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the library does; ValueError where there is no token to go on from."""
@@ -195,10 +199,10 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _check_cache(self, given: StateCache | None, real: Tensor) -> StateCache:
         rows, length = real.shape
-        if given is not None and not isinstance(given, StateCache):
+        if given is not None and type(given).__name__ != StateCache.__name__:  # mmrec's own, or an exported folder's
             raise TypeError(
                 f"past_key_values is a {type(given).__name__}; this model keeps a state of constant size: give none "
-                "at first and then what the model returned, or a mmrec.export.hf.StateCache"
+                "at first and then what the model returned, or a StateCache"
             )
         if not rows or not length:
             raise ValueError(NOTHING_TO_READ.format(rows, length))

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmrec.inference.reading import READ_CHUNK
 from mmrec.model import RecurrentLM, State
+
+READ_CHUNK = 2048
+"""Tokens that are read at once."""
 
 
 @dataclass

@@ -8,9 +8,27 @@ import torch
 from transformers.utils import logging
 
 from mmrec.checkpoints.loading import LoadedModel
+from mmrec.checkpoints.weights import describe_exported
 from mmrec.export.hf.configuration import MmrecConfig
 from mmrec.export.hf.modeling import MmrecForCausalLM
-from mmrec.export.hf.tokenization import hf_tokenizer
+from mmrec.export.hf.tokenization import MmrecTokenizer
+from mmrec.export.tokenizer import fast_tokenizer
+from mmrec.tokenizers import Tokenizer
+
+PAD = "<|pad|>"
+"""A token that the model does not have, and that no text is cut into."""
+
+
+def hf_tokenizer(tokenizer: Tokenizer) -> MmrecTokenizer:
+    """Return the tokenizer of transformers that gives the ids of ``tokenizer``, and the text back."""
+    return MmrecTokenizer(
+        tokenizer_object=fast_tokenizer(tokenizer),
+        pad_token=PAD,
+        padding_side="left",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def save(folder: Path, trained: LoadedModel) -> None:
@@ -31,3 +49,4 @@ def save(folder: Path, trained: LoadedModel) -> None:
         if shown:
             logging.enable_progress_bar()
     fast.save_pretrained(folder)
+    describe_exported(folder, net, tokenizer, trained.step, trained.chat)

@@ -9,11 +9,6 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from mmrec.export.hf.configuration import MODULE
-from mmrec.export.tokenizer import fast_tokenizer
-from mmrec.tokenizers import Tokenizer
-
-PAD = "<|pad|>"
-"""A token that the model does not have, and that no text is cut into."""
 
 
 class MmrecTokenizer(PreTrainedTokenizerFast):
@@ -50,15 +45,3 @@ class MmrecTokenizer(PreTrainedTokenizerFast):
 def _strings(text: Any) -> list[str]:
     """Return the strings in a text, or in lists of texts of any depth."""
     return [text] if isinstance(text, str) else [part for one in text for part in _strings(one)]
-
-
-def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of transformers that gives the ids of ``tokenizer``, and the text back."""
-    return MmrecTokenizer(
-        tokenizer_object=fast_tokenizer(tokenizer),
-        pad_token=PAD,
-        padding_side="left",
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
