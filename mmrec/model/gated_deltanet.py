@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.model.layers import CausalConv, RMSNorm, l2_normalize
-from mmrec.model.ops import chunked
+from mmrec.model.ops import dispatch
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
 from mmrec.model.state import LayerState
 
@@ -77,7 +77,7 @@ class GatedDeltaNet(RecurrentLayer):
         q, k, v = self.heads_of(qkv, dtype)
         log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
         beta = self.beta_max * self._write_gate(parts, dtype)
-        o, memory = chunked.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1])
+        o, memory = dispatch.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1])
         o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
         return self.output(o * self._output_gate(parts)), (past, memory)
 

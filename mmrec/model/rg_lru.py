@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.model.layers import CausalConv
-from mmrec.model.ops import chunked
+from mmrec.model.ops import dispatch
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer
 from mmrec.model.state import LayerState
 
@@ -68,16 +68,13 @@ class RGLRU(RecurrentLayer):
         parts = self.split(self.project(x))
         values, past = self.conv(parts.values, state[0], reset_mask)
         rate = self.decay_rate()
-        r, i = self._with_biases(parts, state[1].dtype)
-        h, memory = chunked.rg_lru(r, i, values, rate, state[1], reset_mask)
+        gates, biases = (parts.recurrence_gate, parts.input_gate), (self.r_bias, self.i_bias)
+        h, memory = dispatch.rg_lru(*gates, values, rate, state[1], reset_mask, biases)
         return self.output(h.to(x.dtype) * parts.output_gate.sigmoid()), (past, memory)
 
     def gates(self, x: Tensor) -> Gates:
         parts = self.split(self.project(x))
-        r, i = (gate.sigmoid() for gate in self._with_biases(parts, torch.float32))
+        r = (parts.recurrence_gate.float() + self.r_bias).sigmoid()
+        i = (parts.input_gate.float() + self.i_bias).sigmoid()
         activations = {"recurrence": r, "input": i, "output": parts.output_gate.float().sigmoid()}
         return Gates(-self.decay_rate() * r, activations)
-
-    def _with_biases(self, parts: RGLRUProjection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the recurrence gate and the input gate before their sigmoids, which the recurrence applies."""
-        return parts.recurrence_gate.to(dtype) + self.r_bias, parts.input_gate.to(dtype) + self.i_bias
