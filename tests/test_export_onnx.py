@@ -181,3 +181,32 @@ def test_without_a_convolution_and_quantized(tmp_path: Path) -> None:
     assert all(part.dtype == np.float32 for part in states[1].values())
     apart = [np.abs(one - other).mean() for one, other in zip(logits[::2], logits[1::2], strict=True)]
     assert np.mean(apart) < 0.1 * np.std(logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "share", "most"), [("f16", 0.75, 0.002), ("int8", 0.65, 0.05)])
+def test_matrices_of_fewer_bits(
+    exported: tuple[LoadedModel, Path], weights: str, share: float, most: float, tmp_path: Path
+) -> None:
+    """The file is smaller, the state stays float32, and the logits are ours nearly."""
+    from mmrec.export import onnx
+
+    _, folder = exported
+    config = ModelConfig(dim=64, layers=2, heads=2, ffn_dim=128)
+    trained = made(CharacterTokenizer(make_text()), config)
+    onnx.save(tmp_path, trained, weights)
+    session = opened(tmp_path)
+    assert session.get_modelmeta().custom_metadata_map["model"] == model_hash(trained.net, trained.tokenizer)
+    numbers = 4 * trained.net.parameter_count()
+    assert (tmp_path / "model.onnx").stat().st_size < share * numbers + (folder / "model.onnx").stat().st_size
+    state, tokens = zero_state(session, 1), torch.randint(trained.tokenizer.vocab_size, (1, 60))
+    with torch.no_grad():
+        whole, _ = trained.net(tokens, trained.net.zero_state(1))
+    found = []
+    for place in range(60):
+        logits, *after = session.run(None, {"tokens": tokens[:, place : place + 1].numpy(), **state})
+        state = dict(zip(state, after, strict=True))
+        found.append(logits)
+    assert all(part.dtype == np.float32 for part in state.values())
+    apart = np.abs(np.stack(found, axis=1) - whole.numpy()).mean() / float(whole.std())
+    assert 0 < apart < most

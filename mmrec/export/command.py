@@ -19,13 +19,19 @@ from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.inference.learning import LearningNet
 
-Format = Literal["hf", "safetensors", "onnx", "gguf"]
-Weights = Literal["f32", "f16", "q8_0"]
-WEIGHTS = {"hf": ("f32",), "safetensors": ("f32",), "onnx": ("f32",), "gguf": ("f32", "f16", "q8_0")}
+Format = Literal["hf", "safetensors", "onnx", "gguf", "web"]
+Weights = Literal["f32", "f16", "int8", "q8_0"]
+WEIGHTS = {
+    "hf": ("f32",),
+    "safetensors": ("f32",),
+    "onnx": ("f32", "f16", "int8"),
+    "gguf": ("f32", "f16", "q8_0"),
+    "web": ("f32", "f16", "int8"),
+}
 """The numbers that each format can store the weights as."""
 EXPORTED_FILES = re.compile(
     r"README\.md|mmrec\.json|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
-    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.gguf|chat_template\.jinja"
+    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.gguf|model\.js|index\.html|chat_template\.jinja"
 )
 """Files of an export: a folder that holds others is never replaced."""
 
@@ -53,6 +59,7 @@ def export(
     output_dir: Path,
     weights: Weights = "f32",
     memory: Path | None = None,
+    runtime: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write a trained model as a folder that other programs read.
@@ -60,13 +67,16 @@ def export(
     Args:
         format: hf, a folder for transformers; safetensors, one file with weights, config and tokenizer, which every
             --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime; gguf, one file for
-            llama.cpp, of a model of portable layers.
+            llama.cpp, of a model of portable layers; web, a page that writes in a browser.
         output_dir: folder to write; it must be new or empty.
-        weights: numbers that the weights are stored as: f32, or for gguf f16 and q8_0 (8 bits, in blocks).
+        weights: numbers that the matrices are stored as: f32; f16, for onnx, web and gguf; int8, for onnx and web;
+            q8_0, 8 bits in blocks, for gguf.
         checkpoint: of the model.
         share: how it is shared.
         memory: export the model with what it learned from what it read, a file of mmrec read --learn, as a model of
             its own: its weights, not its state.
+        runtime: of the page, for web: the folder of the npm package onnxruntime-web; node_modules here or above if
+            left out.
         force: replace another export that stands at output_dir.
 
     Raises:
@@ -74,6 +84,8 @@ def export(
     """
     if weights not in WEIGHTS[format]:
         raise UserError(f"--weights {weights}: --format {format} takes {', '.join(WEIGHTS[format])}")
+    if runtime is not None and format != "web":
+        raise UserError(f"--runtime: it is of the page; --format {format} has none")
     _check_share(format, share)
     _check_target(output_dir, force)
     trained = load_chosen(checkpoint)
@@ -81,7 +93,7 @@ def export(
         trained = learned_model(trained, memory)
     trained.net.cpu()  # the formats are written from there
     with staged_folder(output_dir) as folder:
-        _write(format, folder, trained, weights)
+        _write(format, folder, trained, weights, runtime)
         if share.card:
             card = import_module("mmrec.export.card")
             card.write_card(folder, trained, checkpoint.path(), share.license, share.push)
@@ -110,7 +122,7 @@ def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
     return replace(trained, net=weights.net.requires_grad_(True))
 
 
-def _write(format: Format, folder: Path, trained: LoadedModel, weights: Weights) -> None:
+def _write(format: Format, folder: Path, trained: LoadedModel, weights: Weights, runtime: Path | None) -> None:
     if format == "safetensors":
         save_weights(folder / "model.safetensors", trained.net, trained.tokenizer, trained.step, trained.chat)
         return
@@ -119,7 +131,8 @@ def _write(format: Format, folder: Path, trained: LoadedModel, weights: Weights)
     except ImportError as error:
         raise UserError(f"--format {format} needs {error.name}: pip install 'mmrec[export]'") from None
     try:
-        module.save(folder, trained, **({} if len(WEIGHTS[format]) == 1 else {"weights": weights}))
+        options: dict[str, object] = {"weights": weights} if len(WEIGHTS[format]) > 1 else {}
+        module.save(folder, trained, **options | ({"runtime": runtime} if format == "web" else {}))
     except SafetensorError as error:  # of a full disk, too
         raise UserError(f"the export cannot be written: {error}") from None
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from mmrec.core.errors import UserError
+from mmrec.export.tokenizer import plain_bpe
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer, byte_alphabet
 
 NO_TEXT = 0xFF
 """A byte that no UTF-8 text has: its token is the end of a text, which llama.cpp wants to know one for."""
-PLAIN_BPE = {
-    "type": ("BPE",),
-    "dropout": (None,),
-    "unk_token": (None,),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "fuse_unk": (False,),
-    "byte_fallback": (False,),
-    "ignore_merges": (False,),
-}
-"""What a BPE has to be for llama.cpp's to be the same, by the names of a tokenizer.json."""
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
@@ -36,7 +25,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
         ids, merges = {letters[byte]: byte for byte in range(256)}, [f"{letters[NO_TEXT]} {letters[NO_TEXT]}"]
         pre = "qwen2"  # where it cuts is all one without merges, and its decoding leaves spaces alone
     elif isinstance(tokenizer, BPETokenizer):
-        ids, merges = _plain_bpe(tokenizer)
+        ids, merges = plain_bpe(tokenizer, "llama.cpp")
         pre = "gpt-2"
     else:
         raise UserError(f"--format gguf: the tokenizer {tokenizer.name} has no form in GGUF")
@@ -76,18 +65,3 @@ def _add_characters(writer: GGUFWriter, alphabet: str) -> None:
 def _escaped(character: str) -> str:
     plain = character.isprintable() and character != "\\"
     return character if plain else f"\\x{ord(character):02x}"
-
-
-def _plain_bpe(tokenizer: BPETokenizer) -> tuple[dict[str, int], list[str]]:
-    """Return the ids of the tokens and the merges of a BPE that cuts a text as GPT-2's does."""
-    described = json.loads(tokenizer.state()["model"])
-    model, cut = described["model"], described["pre_tokenizer"] or {}
-    as_ours = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    plain = all(model.get(name, allowed[0]) in allowed for name, allowed in PLAIN_BPE.items())
-    if not plain or described["normalizer"] or described["added_tokens"] or as_ours.items() - cut.items():
-        raise UserError(
-            "--format gguf: the tokenizer does not cut a text as GPT-2's does; llama.cpp has none like it"
-        )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    ids: dict[str, int] = model["vocab"]
-    return ids, merges

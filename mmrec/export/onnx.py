@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
@@ -59,8 +63,10 @@ class DecodeStep(nn.Module):
         return logits[:, -1], state
 
 
-def save(folder: Path, trained: LoadedModel) -> None:
+def save(folder: Path, trained: LoadedModel, weights: str = "f32") -> None:
     """Write ``model.onnx``, and beside it ``tokenizer.json`` of the library tokenizers.
+
+    ``weights`` is what matrices are stored as: f32, f16 or int8. All is computed in float32.
 
     The state has the names of a file of ``mmrec read``: 0.past, 0.memory, 1.past, and so on; the state that comes
     out is next.0.past, and so on.
@@ -85,7 +91,42 @@ def save(folder: Path, trained: LoadedModel) -> None:
     program.model.metadata_props.update(metadata)
     size = sum(weight.nbytes for weight in net.parameters())
     program.save(folder / "model.onnx", external_data=size > MAX_EMBEDDED_BYTES)
+    if weights != "f32":
+        _store_smaller(folder / "model.onnx", weights)
     fast_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+
+
+def _store_smaller(path: Path, weights: str) -> None:
+    """Store the matrices of the model at ``path`` as float16, or as int8 with a scale a channel."""
+    model = onnx.load(path)
+    graph = model.graph
+    reader = {name: node.op_type for node in graph.node for name in node.input}
+    back: list[onnx.NodeProto] = []
+    stored: list[onnx.TensorProto] = []
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
+            stored.append(tensor)
+            continue
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        if weights == "f16":
+            stored.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.f16"))
+            back.append(helper.make_node("Cast", [f"{name}.f16"], [name], to=TensorProto.FLOAT))
+            continue
+        axis = int(reader[name] == "MatMul")  # a channel of the output is a column there, and a row of the embedding
+        scale = np.maximum(np.abs(values).max(axis=1 - axis), np.finfo(np.float32).tiny) / 127
+        whole = np.rint(values / np.expand_dims(scale, 1 - axis)).astype(np.int8)
+        stored.append(numpy_helper.from_array(whole, f"{name}.int8"))
+        stored.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"))
+        back.append(helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], axis=axis))
+    nodes = [*back, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(stored)
+    graph.node.extend(nodes)
+    size = sum(math.prod(tensor.dims) * (1 if tensor.data_type == TensorProto.INT8 else 4) for tensor in stored)
+    path.unlink()
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=size > MAX_EMBEDDED_BYTES, location=beside.name)
 
 
 @contextmanager

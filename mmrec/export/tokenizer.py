@@ -18,6 +18,18 @@ from mmrec.tokenizers import (
 )
 from mmrec.tokenizers.huggingface import SPACE, form_of
 
+PLAIN_BPE = {
+    "type": ("BPE",),
+    "dropout": (None,),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (False,),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
+"""What GPT-2's BPE is, by the names of a tokenizer.json."""
+
 
 def fast_tokenizer(tokenizer: Tokenizer) -> HFTokenizer:
     """Return a tokenizer of the library that gives the ids of ``tokenizer``, and decodes them to the same text."""
@@ -62,3 +74,20 @@ def _separator(tokenizer: Tokenizer) -> dict[str, int]:
     are what the name is decoded to.
     """
     return {} if tokenizer.separator is None else {SEPARATOR_BYTES.decode(): tokenizer.separator}
+
+
+def plain_bpe(tokenizer: BPETokenizer, program: str) -> tuple[dict[str, int], list[str]]:
+    """Return the ids of the tokens, in letters that stand for bytes, and the merges of a BPE of GPT-2's kind.
+
+    Raises:
+        UserError: it cuts otherwise, and ``program`` has no other.
+    """
+    described = json.loads(tokenizer.state()["model"])
+    model, cut = described["model"], described["pre_tokenizer"] or {}
+    as_ours = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    plain = all(model.get(name, allowed[0]) in allowed for name, allowed in PLAIN_BPE.items())
+    if not plain or described["normalizer"] or described["added_tokens"] or as_ours.items() - cut.items():
+        raise UserError(f"the tokenizer does not cut a text as GPT-2's does; {program} has none like it")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ids: dict[str, int] = model["vocab"]
+    return ids, merges

@@ -44,7 +44,7 @@ class MemoryLM:
         """Load a checkpoint onto a device.
 
         Args:
-            checkpoint: best, last, or the path of one or of a run's folder.
+            checkpoint: best, last, the path of one or of a run's folder, or hf:OWNER/NAME.
             run: name of the run that best and last mean; the latest if None.
             root: folder that holds lightning_logs.
             device: auto, cpu, cuda, mps or cuda:NUMBER; auto takes a GPU where one works.

@@ -137,8 +137,8 @@ class TrainingCLI(SubcommandCLI):
             "--init_from",
             type=str | None,
             default=None,
-            help="for fit: initialize with the weights of a trained model: best, last, or the path of a checkpoint, "
-            "a run's folder or a safetensors file; the text has to be prepared with its tokenizer",
+            help="for fit: initialize with the weights of a trained model: best, last, the path of a checkpoint, a "
+            "run's folder or a safetensors file, or hf:OWNER/NAME; the text has to be prepared with its tokenizer",
         )
         parser.add_class_arguments(ChatOptions, "chat")
         parser.add_lightning_class_args(BestCheckpoint, "best")
