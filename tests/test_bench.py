@@ -69,6 +69,8 @@ def test_reading_in_parts_is_reading_at_once(make: Callable[[], GPT | LSTM]) -> 
         torch.testing.assert_close(model(tokens)[0], read(40), atol=1e-5, rtol=1e-4)
 
 
+# Where Triton is installed, xlstm imports torch's compiler, which warns of itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_are_of_equal_size_and_predict_from_the_past(name: str) -> None:
     baseline = BASELINES[name]

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from mmrec.core.errors import UserError
-from mmrec.model.ops import chunked, reference
+from mmrec.model.ops import dispatch, reference
 
 TOLERANCE = 1e-3
 """Of float32, relative to the largest number of each result."""
 
 
-def check_ops(length: int = 200) -> dict[str, float]:
+def check_ops(length: int = 200, device: str = "cpu") -> dict[str, float]:
     """Compare outputs, final state and all gradients of every op, on ``length`` tokens from a state that is not zero.
+
+    What is compared is what the model computes with on ``device``: kernels, where there are such.
 
     Returns:
         The largest relative difference of each op.
@@ -39,8 +41,8 @@ def check_ops(length: int = 200) -> dict[str, float]:
         normal(rows, heads, size, size),
     )
     found = {
-        "rg_lru": _difference(chunked.rg_lru, reference.rg_lru, lru),
-        "gated_delta_rule": _difference(chunked.gated_delta_rule, reference.gated_delta_rule, rule),
+        "rg_lru": _difference(_rg_lru, reference.rg_lru, lru, device),
+        "gated_delta_rule": _difference(dispatch.gated_delta_rule, reference.gated_delta_rule, rule, device),
     }
     for name, difference in found.items():
         if not difference < TOLERANCE:
@@ -51,14 +53,20 @@ def check_ops(length: int = 200) -> dict[str, float]:
     return found
 
 
+def _rg_lru(r: Tensor, i: Tensor, z: Tensor, rate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(rate)
+    return dispatch.rg_lru(r, i, z, rate, state, None, (zero, zero))
+
+
 def _difference(
     fast: Callable[..., tuple[Tensor, Tensor]],
     plain: Callable[..., tuple[Tensor, Tensor]],
     inputs: tuple[Tensor, ...],
+    device: str,
 ) -> float:
     results = []
     for op in (fast, plain):
-        leaves = [x.clone().requires_grad_() for x in inputs]
+        leaves = [x.to(device, copy=True).requires_grad_() for x in inputs]
         output, state = op(*leaves)
         gradients = torch.autograd.grad((output * output.detach().cos()).sum() + (state * 0.5).sum(), leaves)
         results.append((output.detach(), state.detach(), *gradients))

@@ -76,7 +76,7 @@ class Comparison:
         self.results: dict[str, Any] = {
             "machine": machine(self._runner.threads, device),
             "precision": self._precision,
-            "ops": check_ops(),
+            "ops": check_ops(device=str(device)),
             "points": {"train": list(options.lengths), "decode": list(options.positions)},
         }
 

@@ -102,14 +102,16 @@ def catch_launches(found: list[dict[str, Any]]) -> None:
 
 
 def launch_rg_lru(dtype: torch.dtype) -> None:
-    """Launch every kernel of the RG-LRU once, forward and backward."""
+    """Launch every kernel of the RG-LRU, forward and backward: on a long row with resets, and on one token."""
     from mmrec.model.ops import triton_rg_lru
 
-    r, i, z = (torch.randn(1, 300, 96, dtype=dtype).requires_grad_() for _ in range(3))
-    vectors = [torch.randn(96).requires_grad_() for _ in range(3)]
-    state, reset = torch.randn(1, 96).requires_grad_(), torch.zeros(1, 300, dtype=torch.bool)
-    outputs, after = triton_rg_lru.rg_lru(r, i, z, vectors[0], state, reset, (vectors[1], vectors[2]))
-    torch.autograd.grad(outputs.sum() + after.sum(), [r, i, z, state, *vectors])
+    for length in (300, 1):
+        r, i, z = (torch.randn(1, length, 96, dtype=dtype).requires_grad_() for _ in range(3))
+        rate, *biases = (torch.randn(96).requires_grad_() for _ in range(3))
+        state, reset = torch.randn(1, 96).requires_grad_(), torch.zeros(1, length, dtype=torch.bool)
+        given = (r, i, z, rate, state, reset if length > 1 else None, (biases[0], biases[1]))
+        outputs, after = triton_rg_lru.rg_lru(*given)
+        torch.autograd.grad(outputs.sum() + after.sum(), [r, i, z, state, rate, *biases])
 
 
 def launch_delta_rule(dtype: torch.dtype, size: int) -> None:

@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from mmrec.model.ops.reference import LRU_EPSILON
 
-CHUNK, BLOCK = 32, 64
-"""Tokens and channels that a program holds at a time."""
+CHUNK, BLOCK = 32, 32
+"""Tokens and channels that a program holds at a time: with twice as many the backward pass runs out of registers."""
 PROGRAMS, LEAST_SEGMENT = 528, 128
 """Programs that keep a GPU busy, four for each multiprocessor of a large one; tokens of a segment, at least."""
 EPSILON = tl.constexpr(LRU_EPSILON)
@@ -182,7 +182,7 @@ def _later(  # of a kernel
     """
     r = _tile(r_p, row, t + 1, d, stride_b, stride_t, length, width) + r_bias[None, :]
     _, _, decay = _decay(r, rate, _resets(reset_p, row, t + 1, length, HAS_RESET))
-    grad = _tile(grad_p, row, t, d, length.to(tl.int64) * width, width, length, width)
+    grad = _tile(grad_p, row * length, t, d, width, width, length, width)
     return tl.where((t + 1 < length)[:, None], decay, 1.0), grad
 
 
@@ -243,7 +243,7 @@ def _backward(  # of a kernel
         z = _tile(z_p, row, t, d, zb, zt, length, width)
         opened, kept, decay = _decay(r, rate, _resets(reset_p, row, t, length, HAS_RESET))
         root = _root(opened, rate, kept)
-        before = _tile(out_p, row, t - 1, d, length.to(tl.int64) * width, width, length, width)
+        before = _tile(out_p, row * length, t - 1, d, width, width, length, width)
         before = tl.where((t == 0)[:, None], initial[None, :], before)
 
         entering = flows * root
