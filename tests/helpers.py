@@ -32,7 +32,7 @@ def checkpoints(run: str, root: Path = Path()) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return checkpoint
 
 

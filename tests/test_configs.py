@@ -100,7 +100,8 @@ def test_configs_stack(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> No
     assert mmrec("fit", *stacked, "--print_config") == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["config"]["dim"] == 768
-    assert shown["model"]["optimizer"] == "adamw"
+    assert shown["model"]["optimizer"] == "muon"
+    assert (shown["trainer"]["strategy"], shown["trainer"]["precision"]) == ("sharded", None)
     assert shown["trainer"]["strategy"] == "sharded"
     assert shown["data"]["corpus"] == "sample"
     assert shown["data"]["batch_size"] == 3

@@ -28,7 +28,7 @@ def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("optimizer", "options", "ways"),
     [
-        ("muon", [], {"ddp": DDP}),
+        ("muon", [], {"ddp": DDP, "sharded": FSDP}),
         ("adamw", ["--trainer.gradient_clip_val=1.0", *LOSSES], {"ddp": DDP, "sharded": FSDP}),
     ],
     ids=["muon", "adamw"],
@@ -83,11 +83,3 @@ def test_averages_of_weights_need_a_model_that_is_whole(prepared: Path, tmp_path
     assert "leave it out by --trainer.callbacks null" in said
     assert "Traceback" not in said
     assert not (tmp_path / "lightning_logs" / "a").exists()
-
-
-def test_muon_needs_matrices_that_are_whole(
-    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert mmrec(*fit(prepared, "--trainer.devices=1", "--trainer.strategy=sharded", "--run=a")) == 2
-    assert "give --model.optimizer adamw" in capsys.readouterr().err
-    assert not Path("lightning_logs/a").exists()

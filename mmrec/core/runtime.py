@@ -26,10 +26,18 @@ QUIET_WARNINGS = (
     "You're using the WeightAveraging",  # it shards only where asked to
     "`ModelCheckpoint\\(monitor=",  # no validation yet since the run was resumed
     r"`?\.fit\(ckpt_path=",  # Lightning looks for one by itself where an OnExceptionCheckpoint is added
+    "GPU available but not used",  # by one who asked for the CPU
     "Be aware that when using `ckpt_path`, callbacks",  # those of fit alone
 )
 """Warnings of libraries that a user can do nothing about, as regular expressions of how they begin."""
-QUIET_MESSAGES = ("Tip:", "TPU available", "Restoring states from", "`weights_only` was not set", "Seed set to")
+QUIET_MESSAGES = (
+    "Tip:",
+    "TPU available",
+    "Restoring states from",
+    "`weights_only` was not set",
+    "Seed set to",
+    "has Tensor Cores",
+)
 """Parts of such messages in the loggers of :data:`TALKERS`."""
 TALKERS = (
     "lightning.pytorch.utilities.rank_zero",

@@ -39,6 +39,7 @@ from mmrec.training.compat import (
     SubcommandCLI,
     instantiation_error,
     is_first_process,
+    is_left_to_lightning,
     raised_by_lightning,
     refuse_too_many_processes,
 )
@@ -179,6 +180,8 @@ class TrainingCLI(SubcommandCLI):
         else:  # of a run that may have been trained under another name, or elsewhere
             config.run = self.plan.run if self.plan.is_named else None
             config.trainer.default_root_dir = None if self.plan.root == Path() else str(self.plan.root)
+        if is_left_to_lightning(config.trainer):
+            config.trainer.devices = 1  # not all GPUs, each of which would add data.batch_size rows to an update
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
         self.evaluation = Evaluation(config.get("window"), bool(config.get("learn")))
@@ -235,11 +238,12 @@ class TrainingCLI(SubcommandCLI):
         limit = self.component(self.config_init, "time_limit")
         if fit and config["max_time"] is not None and limit.minutes is None:
             limit.minutes = (Timer(duration=config["max_time"]).time_remaining() or 0) / 60
-        added: list[Callback] = []
+        throughput = Throughput()
+        added: list[Callback] = [throughput] if fit else []
         if config["enable_progress_bar"] is not False:
-            added.append(ProgressBar())
+            added.append(ProgressBar(throughput))
         if fit:
-            added += [Summary(), LearningRate(), Throughput(), Charts()]
+            added += [Summary(), LearningRate(), Charts()]
             added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
             added.append(RunLog(self.plan.folder, self.typed))
         chosen = _listed(config["callbacks"])

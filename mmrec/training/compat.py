@@ -8,17 +8,21 @@ kept from the screen in ``mmrec/core/runtime.py``.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -115,6 +119,45 @@ def count_epoch_in_progress(trainer: Trainer) -> None:
         progress.ready = progress.started = progress.processed + 1
 
 
+def average_without_waiting(trainer: Trainer) -> None:
+    """Make moving averages of weights update without waiting for the device.
+
+    torch reads the number of updates that were averaged from the device, twice at each; Lightning has no way to give
+    another ``AveragedModel`` (no issue known).
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, EMAWeightAveraging) or callback._average_model is None:
+            continue
+        average, begun = callback._average_model, bool(callback._average_model.n_averaged)
+        if callback._use_buffers and average.avg_fn is not None:
+            average.update_parameters = _AverageUpdate(average, average.avg_fn, begun)  # type: ignore[method-assign]
+
+
+class _AverageUpdate:
+    """``AveragedModel.update_parameters`` with buffers and without a wait for the device.
+
+    Args:
+        average: the averaged model.
+        mean_of: the mean after a value, of the mean before, the value, and the number of values before.
+        begun: whether it has averaged anything.
+    """
+
+    def __init__(self, average: AveragedModel, mean_of: Callable[..., Any], begun: bool) -> None:
+        self.average = average
+        self.mean_of = mean_of
+        self.begun = begun
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> None:
+        own, count = self.average.module, self.average.n_averaged
+        averages = itertools.chain(own.parameters(), own.buffers())
+        for mean, value in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=False):
+            value = value.detach().to(mean.device)
+            mean.detach().copy_(self.mean_of(mean.detach(), value, count) if self.begun else value)
+        count += 1
+        self.begun = True
+
+
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Return whether the trainer only tries a few batches; the attribute is made by ``setattr``, unknown to mypy."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
@@ -130,6 +173,15 @@ def is_first_process() -> bool:
     """
     machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
     return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
+def is_left_to_lightning(trainer: Any) -> bool:
+    """Return whether the options of a trainer leave to Lightning how many devices train, and nobody else has said it.
+
+    Others are torchrun and Slurm, which have started a process for each device.
+    """
+    started = any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    return trainer.devices == "auto" and trainer.strategy == "auto" and trainer.num_nodes == 1 and not started
 
 
 def refuse_too_many_processes(trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.carried_state import CarriedState, gather, join_states
-from mmrec.training.compat import updates_to_come
+from mmrec.training.compat import average_without_waiting, updates_to_come
 from mmrec.training.losses import confidence, confidence_weight
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
@@ -66,6 +66,7 @@ class RecurrentLMModule(LightningModule):
         self._is_sharded = False
         self._carried = CarriedState()
         self._random: dict[str, Tensor] = {}
+        self._begins = True
         self._planned_steps: int | None = None
         self._steps_by_options: int | None = None
         self._steps_in_time: int | None = None
@@ -115,12 +116,17 @@ class RecurrentLMModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.restore_training_state()
+        average_without_waiting(self.trainer)
 
     def restore_training_state(self) -> None:
         """Set the schedule and the rates, and restore the random numbers of a resumed run, after all that draws some.
 
-        A second call leaves the random numbers as they are.
+        A second call leaves the random numbers as they are. A process that begins draws others than the first one,
+        so that dropout leaves out other activations in each.
         """
+        if self._begins and self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        self._begins = False
         if "cpu" in self._random:
             torch.set_rng_state(self._random["cpu"].cpu())
         if "cuda" in self._random and torch.cuda.is_available():
@@ -167,7 +173,7 @@ class RecurrentLMModule(LightningModule):
         hidden, state = self._read(batch, self._carried.get(batch.stream))
         self._carried.update(batch.stream, state)
         loss, learned = self._losses(hidden, batch.targets)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)  # not for the bar: Lightning would wait for the device at every update
         if self.mtp_head is None:
             return learned
         weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
@@ -248,8 +254,8 @@ class RecurrentLMModule(LightningModule):
         return each
 
     def _nats(self, batch: Batch) -> Tensor:
-        # On a CPU scores are in full precision, so that one machine's compare with another's.
-        with torch.autocast("cpu", enabled=False):
+        # Scores are in full precision, so that one machine's compare with another's.
+        with torch.autocast(self.device.type, enabled=False):
             hidden, self._reading = self._read(batch, self._reading)
             logits = self.net.head(hidden)
         return token_nll(logits, batch.targets, "none")
@@ -360,6 +366,7 @@ class RecurrentLMModule(LightningModule):
         self._carried.load_state_dict(states, self.global_rank, self.trainer.world_size, self.device)
         # A process that was not there before begins its random numbers anew, from the seed.
         self._random = dict(enumerate(progress["random"])).get(self.global_rank, {})
+        self._begins = not self._random
 
     def _compare_options(self, before: dict[str, Any]) -> None:
         """Say what has changed since the checkpoint; UserError where training cannot be resumed with it."""

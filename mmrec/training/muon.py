@@ -61,22 +61,55 @@ class BatchedMuon(Muon):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Update ``parameters``, which are of one shape."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        averages = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        sharded, parameters = parameters[0], [_local(parameter) for parameter in parameters]
         momentum = group["momentum"]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, averages, momentum) if group["nesterov"] else averages
         matrices = torch.stack(list(directions)).to(_dtype(parameters[0].device))
-        updates = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        def orthogonal(whole: Tensor) -> Tensor:
+            return orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        updates = orthogonal(matrices) if sharded is parameters[0] else _by_matrices(matrices, sharded, orthogonal)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         # Scaled to the size of AdamW's (Liu et al. 2025).
-        scale = 0.2 * max(parameters[0].shape) ** 0.5
+        scale = 0.2 * max(sharded.shape) ** 0.5
         torch._foreach_add_(parameters, updates.to(parameters[0].dtype).unbind(), alpha=-group["lr"] * scale)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process has, in the same memory; another is returned itself."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _by_matrices(parts: Tensor, sharded: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return this process's part of what ``function`` makes of whole matrices, of which each process takes some.
+
+    Args:
+        parts: [M, rows here, columns]: of each of M matrices the rows of this process.
+        sharded: one of the parameters, whose rows are shared out over the processes in the same way.
+        function: of [m, rows, columns].
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    rows, columns = sharded.shape
+    shape = torch.Size((len(parts), rows, columns))
+    stride = (rows * columns, columns, 1)
+    mesh = sharded.device_mesh
+    by_rows = DTensor.from_local(parts, mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
+    own = function(by_rows.redistribute(placements=[Shard(0)]).to_local())
+    by_matrix = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    result: Tensor = by_matrix.redistribute(placements=[Shard(1)]).to_local()
+    return result
 
 
 def _dtype(device: torch.device) -> torch.dtype:
     """Return what matrices on ``device`` are orthogonalized in."""
-    return torch.float32 if device.type == "cpu" and native_precision("cpu") != MIXED else torch.bfloat16
+    accelerator = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    return torch.float32 if accelerator and native_precision(accelerator) != MIXED else torch.bfloat16

@@ -44,7 +44,16 @@ class CombinedOptimizer(Optimizer):
         """Load what :meth:`state_dict` returned."""
         for member, state in zip(self.members, state_dict["members"], strict=True):
             member.load_state_dict(state)
+        self.adopt_groups()
+
+    def adopt_groups(self) -> None:
+        """Make the members' groups those of this optimizer again: a member that loads a state gets new ones."""
         self.param_groups = [group for member in self.members for group in member.param_groups]
+
+
+def member_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the members of a :class:`CombinedOptimizer`, or the optimizer itself."""
+    return list(optimizer.members) if isinstance(optimizer, CombinedOptimizer) else [optimizer]
 
 
 def split_parameters(

@@ -155,11 +155,18 @@ class Arguments {
   std::vector<std::pair<Tensor, Tensor>> pairs;  // the host's and the device's
 };
 
+// Of those that training could call; torch's CUDA kernels refuse them under torch.use_deterministic_algorithms.
+bool is_nondeterministic(const std::string& name, const torch::jit::Stack& stack, size_t begin) {
+  return (name == "aten::cumsum" || name == "aten::cumsum_") && stack[begin].isTensor() &&
+      stack[begin].toTensor().is_floating_point();
+}
+
 void fallback(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string name = schema.name();
   Arguments arguments(name);
   const auto begin = stack->size() - schema.arguments().size();
+  if (is_nondeterministic(name, *stack, begin)) at::globalContext().alertNotDeterministic(name);
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     IValue& value = (*stack)[begin + i];
     value = arguments.turn(value, schema.arguments()[i].name() == "generator");
@@ -208,15 +215,15 @@ Tensor empty_strided(
   return at::detail::empty_strided_generic(size, stride, &allocator, DispatchKeySet(DispatchKey::CUDA), type);
 }
 
-// CUDA waits for the device where it copies down, and where it copies up from memory that is not pinned, unless told
-// not to.
+// The host waits for the device where it copies down, and where it copies up, unless told not to.
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   if (on_device(source) && !on_device(self)) {
     tell(WAIT, "copy to host");
   } else if (on_device(self) && !on_device(source)) {
-    if (non_blocking) tell(UPLOAD, "copy to device");
-    else if (source.dim() > 0) tell(WAIT, "blocking copy to device");
-    else tell(UPLOAD, "number to device");
+    if (non_blocking)
+      tell(UPLOAD, "copy to device");
+    else
+      tell(WAIT, "blocking copy to device");
   } else {
     launch("aten::copy_");
   }
@@ -252,7 +259,16 @@ Tensor& set_empty(Tensor& self) {
   return at::native::set_storage_cpu_(self, nothing, 0, {0}, {});
 }
 
+// CUDA's kernels for lists of tensors, which torch would otherwise take apart before they come to the fallback.
+const char* const FOREACH[] = {
+    "_foreach_add.List", "_foreach_add.Scalar", "_foreach_add_.List", "_foreach_add_.Scalar", "_foreach_addcdiv_.Scalar",
+    "_foreach_addcdiv_.ScalarList", "_foreach_addcmul_.Scalar", "_foreach_copy_", "_foreach_div.ScalarList",
+    "_foreach_div_.List", "_foreach_div_.Scalar", "_foreach_div_.ScalarList", "_foreach_lerp.Scalar",
+    "_foreach_lerp_.Scalar", "_foreach_mul.Scalar", "_foreach_mul_.List", "_foreach_mul_.Scalar", "_foreach_mul_.Tensor",
+    "_foreach_neg", "_foreach_norm.Scalar", "_foreach_sqrt", "_foreach_sub_.List"};
+
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  for (const char* name : FOREACH) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
   library.impl("empty.memory_format", empty_memory_format);
   library.impl("empty_strided", empty_strided);
   library.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));

@@ -48,7 +48,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        # Lightning brings old checkpoints to its present form, by their version; a model alone has nothing of it.
+        # On the CPU, whatever device it was saved from: each process moves what it needs to a device of its own.
         verify = Path(path) != self.verified
-        content = read_checkpoint(Path(path), map_location, verify=verify)
+        content = read_checkpoint(Path(path), "cpu", verify=verify)
+        # Lightning brings old checkpoints to its present form, by their version; a model alone has nothing of it.
         return {"pytorch-lightning_version": lightning.__version__} | content

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from mmrec.core.errors import UserError
+from mmrec.training.compat import is_logging_step
 from mmrec.training.module import RecurrentLMModule
 
 
@@ -29,7 +30,7 @@ class GradientGuard(Callback):
         assert isinstance(pl_module, RecurrentLMModule)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm):
+        if torch.isfinite(norm):  # the one place where an update waits for the device
             pl_module.log("train/grad_norm", norm)
         elif getattr(trainer.precision_plugin, "scaler", None) is not None:
             pass  # float16's loss scaling meets overflows as a matter of course, and skips them itself
@@ -48,7 +49,7 @@ class GradientGuard(Callback):
             for parameter in pl_module.parameters():
                 parameter.grad = None
             pl_module.reset_carried_state()
-        if self.if_not_finite == "skip":
+        if self.if_not_finite == "skip" and is_logging_step(trainer):
             pl_module.log("train/skipped_updates", float(self.skipped))
 
     def state_dict(self) -> dict[str, Any]:

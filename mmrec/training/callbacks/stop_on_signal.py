@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import distributed
 
 from mmrec.training.callbacks.checkpointing import LastCheckpoint
 from mmrec.training.compat import is_accumulating
@@ -49,6 +50,7 @@ class StopOnSignal(Callback):
         self.last = last
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._group: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = None
@@ -82,9 +84,15 @@ class StopOnSignal(Callback):
         mine = self._signal or 0
         if trainer.world_size == 1:
             return mine
-        return int(trainer.strategy.reduce(torch.tensor(mine, device=trainer.strategy.root_device), reduce_op="max"))
+        if self._group is None:
+            # On the CPUs: to agree by the devices would be to wait for them at every update.
+            self._group = distributed.new_group(backend="gloo")
+        agreed = torch.tensor(mine)
+        distributed.all_reduce(agreed, distributed.ReduceOp.MAX, self._group)
+        return int(agreed)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        self._group = None

@@ -12,22 +12,42 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.model import RecurrentLM
+from mmrec.training.callbacks.throughput import Throughput
+from mmrec.training.compat import is_logging_step
 from mmrec.training.module import RecurrentLMModule
 
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with the time that is left of the whole training, where its end is planned.
 
-    It goes by what updates and validations have taken since training started. The number of the version, which here
-    is a name, is left out.
+    It goes by what updates and validations have taken since training started. The loss and the tokens per second are
+    those that are logged: to read one at every update would be to wait for the device at every update. The number of
+    the version, which here is a name, is left out.
+
+    Args:
+        throughput: measures the tokens per second.
     """
+
+    def __init__(self, throughput: Throughput | None = None) -> None:
+        super().__init__()
+        self._throughput = throughput
+        self._logged: dict[str, Any] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if is_logging_step(trainer) and "train/loss" in trainer.callback_metrics:
+            self._logged = {"train/loss": float(trainer.callback_metrics["train/loss"])}
+            if self._throughput is not None and self._throughput.latest is not None:
+                self._logged["train/tokens_per_second"] = self._throughput.latest
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start, self._first_step = time.monotonic(), trainer.global_step
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"} | self._logged
         assert isinstance(pl_module, RecurrentLMModule)
         planned, step = pl_module.planned_steps, trainer.global_step
         if trainer.training and planned is not None and step > self._first_step:

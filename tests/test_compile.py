@@ -1,0 +1,32 @@
+"""torch.compile takes the whole model as one graph: what breaks it would cost a GPU its launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmrec.inference.metrics import token_nll
+from mmrec.model import ModelConfig, RecurrentLM
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's compiler
+def test_forward_and_backward_are_one_graph() -> None:
+    net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24), 7)
+    tokens = torch.randint(7, (2, 70))
+    reset = torch.zeros(2, 70, dtype=torch.bool)
+    reset[0, 5] = True
+
+    def loss(net: RecurrentLM, reset_mask: torch.Tensor | None) -> torch.Tensor:
+        hidden, _ = net.hidden(tokens, net.zero_state(2), reset_mask)
+        return token_nll(net.head(hidden), tokens, "mean")
+
+    def gradients(compute: object, reset_mask: torch.Tensor | None) -> list[torch.Tensor]:
+        assert callable(compute)
+        value = compute(net, reset_mask)
+        return [value.detach(), *torch.autograd.grad(value, list(net.parameters()))]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for mask in (None, reset):
+        for ours, theirs in zip(gradients(loss, mask), gradients(compiled, mask), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
