@@ -6,7 +6,6 @@ import json
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,25 +186,6 @@ def test_the_card_says_what_the_run_knows(mmrec: Command, small_root: Path) -> N
     ):
         assert expected in body
     assert "\n\n\n" not in body
-
-
-def test_a_card_says_which_weights_its_figures_are_of(mmrec: Command, small_root: Path) -> None:
-    from mmrec.checkpoints.run_log import read_run
-    from mmrec.export.card import write_card
-
-    best, last = load_model(small_root / BEST), replace(load_model(small_root / BEST), step=7)
-    losses = read_run(small_root / "lightning_logs/a").curve("val/loss")
-    assert best.step in losses
-    cards = []
-    for number, (trained, learned) in enumerate(((best, False), (last, False), (best, True))):
-        Path(str(number)).mkdir()
-        write_card(Path(str(number)), trained, small_root / BEST, "mit", None, learned)
-        cards.append(Path(f"{number}/README.md").read_text(encoding="utf-8"))
-    assert f"| loss | {losses[best.step]:.4f} nats/token, after {best.step:,} updates |" in cards[0]
-    assert "| lowest loss of the run, not of these weights | " in cards[1]
-    assert "before it learned from what it read" in cards[2]
-    assert "before it learned from what it read" not in cards[0] + cards[1]
-    assert not any("\n\n\n" in card for card in cards)
 
 
 def test_the_code_of_a_card_runs(mmrec: Command, small_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,7 @@ HYPERPARAMETERS = ("optimizer", "learning_rate", "weight_decay", "dropout", "bat
 ENVIRONMENT = ("mmrec", "commit", "torch", "processor", "devices", "precision")
 
 
-def write_card(
-    folder: Path, trained: LoadedModel, checkpoint: Path, license: str, repository: str | None, has_learned: bool
-) -> None:
+def write_card(folder: Path, trained: LoadedModel, checkpoint: Path, license: str, repository: str | None) -> None:
     """Write the card of ``trained`` into ``folder``.
 
     Args:
@@ -32,7 +30,6 @@ def write_card(
         checkpoint: where it was taken from: what stands in the folder of its run goes into the card.
         license: as the Hub spells it.
         repository: OWNER/NAME, where it is known.
-        has_learned: the weights went on from the checkpoint's, which the figures are of.
     """
     environment = Environment(loader=PackageLoader("mmrec.export", "."), undefined=StrictUndefined, trim_blocks=True)
     text = environment.get_template("card.md").render(
@@ -42,8 +39,7 @@ def write_card(
         path=repository or "FOLDER",
         version=__version__,
         model=_model_rows(trained),
-        run=_run_facts(checkpoint, trained.step),
-        has_learned=has_learned,
+        run=_run_facts(checkpoint),
         license=license,
         has_chat=trained.chat is not None,
     )
@@ -68,7 +64,7 @@ def _model_rows(trained: LoadedModel) -> list[tuple[str, str]]:
     ]
 
 
-def _run_facts(checkpoint: Path, step: int) -> dict[str, Any] | None:
+def _run_facts(checkpoint: Path) -> dict[str, Any] | None:
     """Return what the folder of the run says, by the parts of the card; None where there is none."""
     folder = checkpoint.resolve().parent.parent
     if not (folder / CONFIG).is_file():
@@ -78,7 +74,7 @@ def _run_facts(checkpoint: Path, step: int) -> dict[str, Any] | None:
     return {
         "name": run.name,
         "data": _data_rows(run, folder),
-        "figures": _figures(run, step),
+        "figures": _figures(run),
         "curve": _curve(run),
         "settings": _chosen(start.get("hyperparameters"), HYPERPARAMETERS),
         "environment": _chosen(start.get("environment"), ENVIRONMENT),
@@ -117,14 +113,11 @@ def _data_rows(run: Run, folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _figures(run: Run, step: int) -> list[tuple[str, str]]:
-    """Return the figures after ``step`` updates, or, where it was not validated there, the run's best ones."""
+def _figures(run: Run) -> list[tuple[str, str]]:
     if run.best is None:
         return []
-    losses = run.curve("val/loss")
-    updates, loss = (step, losses[step]) if step in losses else run.best
-    name = "loss" if updates == step else "lowest loss of the run, not of these weights"
-    rows = [(name, f"{loss:.4f} nats/token, after {updates:,} updates")]
+    updates, loss = run.best
+    rows = [("loss", f"{loss:.4f} nats/token, after {updates:,} updates")]
     for tag, name in (("val/bits_per_byte", "bits per byte"), ("val/nats_per_char", "nats per character")):
         if updates in run.curve(tag):
             rows.append((name, f"{run.curve(tag)[updates]:.4f}"))

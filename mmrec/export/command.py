@@ -96,7 +96,7 @@ def export(
         _write(format, folder, trained, weights, runtime)
         if share.card:
             card = import_module("mmrec.export.card")
-            card.write_card(folder, trained, checkpoint.path(), share.license, share.push, memory is not None)
+            card.write_card(folder, trained, checkpoint.path(), share.license, share.push)
     size = sum(path.stat().st_size for path in output_dir.iterdir())
     print(f"{output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))} ({size:,} bytes)")
     if share.push is not None:

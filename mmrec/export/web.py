@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,8 @@ def save(folder: Path, trained: LoadedModel, weights: str = "f32", runtime: Path
     (folder / "model.js").write_text(f"window.mmrec = {text};\n", encoding="utf-8")
     page = (Path(__file__).parent / "web.html").read_text(encoding="utf-8")
     for name, file in (("SCRIPT", SCRIPT), ("BINARY", BINARY)):
-        page = page.replace(f"{{{{ {name} }}}}", _packed_file(from_package / file))
+        page = page.replace(f"{{{{ {name} }}}}", _packed((from_package / file).read_bytes()))
     (folder / "index.html").write_text(page, encoding="utf-8")
-
-
-@cache
-def _packed_file(path: Path) -> str:
-    return _packed(path.read_bytes())
 
 
 def _packed(data: bytes) -> str:
