@@ -16,7 +16,8 @@ from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import token_nll
 from mmrec.model import reset_state_rows
-from mmrec.training.losses import confidence, confidence_weight
+from mmrec.training import losses as training_losses
+from mmrec.training.losses import confidence, confidence_weight, nll_in_parts, summed_losses
 
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
@@ -27,6 +28,37 @@ def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:
     assert confidence(logits.bfloat16(), targets).dtype == torch.float32
     sure = torch.tensor([[[200.0, -200.0]]])
     assert float(confidence(sure, targets[:1, :1])) == 0.0
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_few_logits_at_a_time_give_the_same_losses_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, penalized: bool
+) -> None:
+    rows, length, width, vocab_size = 3, 7, 8, 50
+    head = torch.nn.Linear(width, vocab_size, bias=False).double()
+    hidden = torch.randn(rows, length, width, dtype=torch.double, requires_grad=True)
+    targets = torch.randint(vocab_size, (rows, length))
+    targets[1, :4] = IGNORE_INDEX
+
+    def measured() -> tuple[list[torch.Tensor], int]:
+        kept: list[int] = []
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            nll, confident = summed_losses(head, hidden, targets, penalized)
+        gradients = torch.autograd.grad(nll + 0.3 * confident, [hidden, head.weight])
+        return [nll, confident, *gradients, nll_in_parts(head, hidden, targets)], max(kept)
+
+    expected, most = measured()
+    assert most >= targets.numel() * vocab_size
+    monkeypatch.setattr(training_losses, "MOST_LOGITS", 4 * vocab_size + 3)
+    found, most = measured()
+    torch.testing.assert_close(found, expected)
+    assert bool(expected[1]) == penalized
+    assert most <= max(hidden.numel(), head.weight.numel())
 
 
 def test_its_weight_rises_to_the_end_of_the_plan() -> None:

@@ -223,3 +223,31 @@ def test_a_layer_of_one_s_own_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPa
     statistics = layer_statistics(net, x[0])[0]
     assert statistics.half_lives.tolist() == pytest.approx(16 * [1.0])
     assert statistics.gates == pytest.approx({"decay": 0.5})
+
+
+def test_activation_checkpointing_keeps_little_and_changes_no_bit() -> None:
+    net = RecurrentLM(SMALL, VOCABULARY, dropout=0.3)
+    x, state = tokens(2, 64), net.zero_state(2)
+    reset_mask = torch.rand(2, 64) < 0.1
+
+    def measured(on: bool) -> tuple[list[Tensor], int]:
+        net.set_activation_checkpointing(on)
+        kept = 0
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden, after = net.hidden(x, state, reset_mask)
+        loss = hidden.square().sum() + after[1][1].sum()
+        return [loss, *torch.autograd.grad(loss, list(net.parameters())[:-1])], kept
+
+    expected, whole = measured(on=False)
+    found, little = measured(on=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert little < whole / 5
+    with torch.no_grad():
+        net.eval()(x, state)

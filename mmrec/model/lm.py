@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmrec.model.config import LAYER_TYPES, ModelConfig
 from mmrec.model.layers import FeedForward, RMSNorm
@@ -15,7 +16,14 @@ INITIAL_SCALE = 0.25
 
 
 class Block(nn.Module):
-    """A recurrent layer and a feed-forward network, each pre-normalized and added to the residual stream."""
+    """A recurrent layer and a feed-forward network, each pre-normalized and added to the residual stream.
+
+    Attributes:
+        activation_checkpointing: keep the inputs alone for the backward pass, which computes the block once more
+            (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+
+    activation_checkpointing = False
 
     def __init__(self, config: ModelConfig, kind: str, dropout: float) -> None:
         super().__init__()
@@ -26,6 +34,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            after: tuple[Tensor, LayerState] = checkpoint(self._compute, x, state, reset_mask, use_reentrant=False)
+            return after
+        return self._compute(x, state, reset_mask)
+
+    def _compute(self, x: Tensor, state: LayerState, reset_mask: Tensor | None) -> tuple[Tensor, LayerState]:
         y, state = self.memory(self.memory_norm(x), state, reset_mask)
         x = x + self.dropout(y)
         return x + self.dropout(self.ffn(self.ffn_norm(x))), state
@@ -50,6 +64,11 @@ class RecurrentLM(nn.Module):
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
         self.tie()
         self._initialize()
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Choose whether the blocks are computed once more in the backward pass, instead of keeping what it needs."""
+        for block in self.blocks:
+            block.activation_checkpointing = on  # type: ignore[assignment]
 
     def tie(self) -> None:
         """Make the output layer read the input embedding, where the config says so."""

@@ -1,12 +1,60 @@
-"""The confidence penalty of training; the loss of the tokens is :func:`mmrec.inference.metrics.token_nll`."""
+"""The objective of training: the loss of the tokens and the confidence penalty, in bounded memory."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmrec.data.batches import IGNORE_INDEX
+from mmrec.inference.metrics import token_nll
+
+MOST_LOGITS = 1 << 25
+"""Logits that are held at a time, 128 MiB of float32: those of more are computed again for the gradients."""
+
+
+def summed_losses(head: nn.Module, hidden: Tensor, targets: Tensor, penalized: bool) -> tuple[Tensor, Tensor]:
+    """Return the negative log-likelihood of the targets and :func:`confidence`, in nats, both summed.
+
+    Where there would be more than :data:`MOST_LOGITS` logits, they are computed for some places after the other, and
+    none is kept for the gradients: for them they are computed once more, as much work as a third of the head's.
+
+    Args:
+        head: the output layer, from [..., D] to logits [..., N].
+        hidden: [B, T, D].
+        targets: [B, T], int64: a token or :data:`mmrec.data.batches.IGNORE_INDEX`.
+        penalized: whether the confidence is wanted; it is 0 else.
+    """
+
+    def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        nll = token_nll(logits, targets, "sum")
+        return nll, confidence(logits, targets) if penalized else torch.zeros_like(nll)
+
+    places = places_at_a_time(head)
+    if targets.numel() <= places:
+        return of(hidden, targets)
+    parts = zip(hidden.flatten(0, 1)[None].split(places, 1), targets.flatten()[None].split(places, 1), strict=True)
+    sums = [checkpoint(of, *part, use_reentrant=False) for part in parts]
+    nll, confident = (torch.stack(each).sum() for each in zip(*sums, strict=True))
+    return nll, confident
+
+
+def nll_in_parts(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each target [B * T], in nats, with as few logits at a time; no gradients.
+
+    The arguments are those of :func:`summed_losses`.
+    """
+    places = places_at_a_time(head)
+    parts = zip(hidden.flatten(0, 1).split(places), targets.flatten().split(places), strict=True)
+    return torch.cat([token_nll(head(some), their, "none") for some, their in parts])
+
+
+def places_at_a_time(head: nn.Module) -> int:
+    """Return for how many places the logits are held."""
+    vocab_size = int(head.weight.shape[0])  # type: ignore[index]
+    return max(1, MOST_LOGITS // vocab_size)
 
 
 def confidence(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.data.batches import IGNORE_INDEX, Batch
-from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.carried_state import CarriedState, gather, join_states
 from mmrec.training.compat import average_without_waiting, updates_to_come
-from mmrec.training.losses import confidence, confidence_weight
+from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import learning_rate_share, make_optimizer
@@ -55,6 +54,7 @@ class RecurrentLMModule(LightningModule):
             raise UserError("model.reset_at_documents needs text that is cut into documents, as a large corpus is")
         self.tokenizer = tokenizer
         self.net = RecurrentLM(config, self.tokenizer.vocab_size, self.options.dropout)
+        self.net.set_activation_checkpointing(self.options.activation_checkpointing)
         self.mtp_head = MTPHead(config.dim) if self.options.mtp_loss_weight else None
         self.chat_options = ChatOptions()
         self._chat: ChatTemplate | None = None
@@ -194,12 +194,12 @@ class RecurrentLMModule(LightningModule):
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
-        logits = self.net.head(hidden)
-        loss = self._mean_over_processes(targets, token_nll(logits, targets, "sum"))
+        nll, confident = summed_losses(self.net.head, hidden, targets, self.options.confidence_penalty > 0)
+        loss = self._mean_over_processes(targets, nll)
         if not self.options.confidence_penalty:
             return loss, loss
         weight = confidence_weight(self.options.confidence_penalty, self.global_step, self._planned_steps)
-        return loss, loss + weight * self._mean_over_processes(targets, confidence(logits, targets))
+        return loss, loss + weight * self._mean_over_processes(targets, confident)
 
     def _mean_over_processes(self, targets: Tensor, total: Tensor) -> Tensor:
         """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
@@ -257,8 +257,7 @@ class RecurrentLMModule(LightningModule):
         # Scores are in full precision, so that one machine's compare with another's.
         with torch.autocast(self.device.type, enabled=False):
             hidden, self._reading = self._read(batch, self._reading)
-            logits = self.net.head(hidden)
-        return token_nll(logits, batch.targets, "none")
+            return nll_in_parts(self.net.head, hidden, batch.targets)
 
     def _learned_nats(self, batch: Batch, reader: Reader) -> Tensor:
         tokens = batch.targets[0]

@@ -99,12 +99,15 @@ class TrainingOptions(OptimizerOptions):
             leaves it out.
         reset_at_documents: reset the state at the start of each document, where the text is cut into documents; else
             it is carried on from one to the next.
+        activation_checkpointing: keep what goes into each block alone, and compute the block once more for the
+            gradients: a third more work, and a fraction of the memory. The bits are the same.
     """
 
     dropout: float = 0.0
     mtp_loss_weight: float = 0.0
     confidence_penalty: float = 0.0
     reset_at_documents: bool = False
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
