@@ -54,7 +54,7 @@ def test_every_stage_is_rehearsed(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_a_stage_has_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["ops", "--toy", "--device=cpu", f"--output_dir={tmp_path / 'out'}"]
+    options = ["ops", "--toy", "--device=cpu", "--limit=600", f"--output_dir={tmp_path / 'out'}"]
     gpu_day.gpu_day(options)
     assert capsys.readouterr().out.strip().endswith("6 rows")
     rows = json.loads((tmp_path / "out/ops.json").read_text())["rows"]

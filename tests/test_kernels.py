@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from phantom import build
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.model.ops import chunked, dispatch
+from mmrec.model.ops import chunked, dispatch, reference
 
 ARCHITECTURES = (80, 89, 90, 100)
 KERNELS = {"rg_lru": ["triton"], "gated_delta_rule": ["triton", "fla"]}
@@ -172,9 +172,10 @@ def test_on_cuda_the_kernels_are_given_what_the_layer_has(monkeypatch: pytest.Mo
         RECURRENT_TOKENS = 16
 
         @staticmethod
-        def gated_delta_rule(*inputs: Any, products: torch.dtype) -> Any:
+        def gated_delta_rule(q: Any, k: Any, *inputs: Any, products: torch.dtype) -> Any:
             calls.append(f"gated_delta_rule {products}")
-            return chunked.gated_delta_rule(*inputs)
+            q, k = (reference.l2_normalize(x.float()) for x in (q, k))
+            return chunked.gated_delta_rule(q * inputs[-1], k, *inputs[:-1])
 
     net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=16), 7)
     tokens = torch.arange(40)[None] % 7

@@ -138,7 +138,8 @@ def _results(
 
 def _plain(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if op == "gated_delta_rule":
-        return reference.gated_delta_rule
+        unit = reference.l2_normalize
+        return lambda q, k, *others: reference.gated_delta_rule(unit(q), unit(k), *others)
     return lambda r, i, z, rate, state, r_bias, i_bias: reference.rg_lru(r + r_bias, i + i_bias, z, rate, state)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model.layers import CausalConv, RMSNorm, l2_normalize
+from mmrec.model.layers import CausalConv, RMSNorm
 from mmrec.model.ops import dispatch
+from mmrec.model.ops.reference import l2_normalize
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
 from mmrec.model.state import LayerState
 
@@ -48,6 +49,7 @@ class GatedDeltaNet(RecurrentLayer):
     def __init__(self, dim: int, heads: int, conv_width: int, negative_eigenvalues: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.query_scale: float | None = None
         self.beta_max = 2.0 if negative_eigenvalues else 1.0
         self.sizes = [3 * dim, heads, heads, self.GATE_RANK]  # of the parts of GatedDeltaNetProjection
         self.project = nn.Linear(dim, sum(self.sizes), bias=False)
@@ -74,18 +76,24 @@ class GatedDeltaNet(RecurrentLayer):
         dtype = state[1].dtype
         parts = self.split(self.project(x))
         qkv, past = self.conv(parts.qkv, state[0], reset_mask)
-        q, k, v = self.heads_of(qkv, dtype)
+        q, k, v = self._split_heads(qkv)
         log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
         beta = self.beta_max * self._write_gate(parts, dtype)
-        o, memory = dispatch.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1])
+        o, memory = dispatch.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1], self.query_scale)
         o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
         return self.output(o * self._output_gate(parts)), (past, memory)
 
     def heads_of(self, qkv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, in ``dtype``, and values, [B, H, T, K] each, of the convolution's ``qkv``."""
+        q, k, v = self._split_heads(qkv)
+        q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
+        return (q if self.query_scale is None else q * self.query_scale), k, v
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys of any length, and values."""
         rows, length, _ = qkv.shape
         q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype)), v
+        return q, k, v
 
     def gates(self, x: Tensor) -> Gates:
         parts = self.split(self.project(x))

@@ -40,12 +40,6 @@ class RMSNorm(nn.Module):
         return fused.rms_norm(x, self.weight, self.EPSILON)
 
 
-def l2_normalize(x: Tensor) -> Tensor:
-    """Return ``x`` with its last dimension brought to length 1."""
-    # The epsilon stands inside the root: a zero vector then has a finite gradient.
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): [B, T, D] to the same.
 

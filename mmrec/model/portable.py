@@ -21,12 +21,9 @@ class PortableGatedDeltaNet(GatedDeltaNet):
     def __init__(self, dim: int, heads: int, conv_width: int, negative_eigenvalues: bool = False) -> None:
         super().__init__(dim, heads, conv_width, negative_eigenvalues)
         del self.gate, self.beta_bias
+        self.query_scale = (dim // heads) ** -0.5
         self.sizes = [3 * dim, heads, heads, dim]
         self.project = nn.Linear(dim, sum(self.sizes), bias=False)
-
-    def heads_of(self, qkv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads_of(qkv, dtype)
-        return q * q.shape[-1] ** -0.5, k, v
 
     def gates(self, x: Tensor) -> Gates:
         found = super().gates(x)

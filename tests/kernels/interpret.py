@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from triton.runtime import interpreter
 
 from mmrec.model.ops import reference
@@ -121,16 +120,20 @@ def gated_delta_rule(case: Case) -> tuple[Op, Op, list[Tensor]]:
 
     teach_loops()
     size = 16
-    q, k = (normalize(torch.randn(1, 2, case.length, size), dim=-1) for _ in range(2))
+    q, k = torch.randn(2, 1, 2, case.length, size)
     decay, beta = -torch.rand(1, 2, case.length), torch.rand(1, 2, case.length) * (2 if case.negative else 1)
     if case.resets:
         decay[:, :, [0, case.length // 2, case.length - 1]] = -30.0
 
-    def kernels(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return fla_delta_rule.gated_delta_rule(*inputs, products=case.dtype)
+    def plain(q: Tensor, k: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = reference.l2_normalize(q) / 2, reference.l2_normalize(k)
+        return reference.gated_delta_rule(q, k, *others)
+
+    def kernels(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Any:
+        return fla_delta_rule.gated_delta_rule(q, k, v, decay, beta, state, 0.5, products=case.dtype)
 
     inputs = [q, k, torch.randn(1, 2, case.length, size), decay, beta, torch.randn(1, 2, size, size)]
-    return reference.gated_delta_rule, kernels, inputs
+    return plain, kernels, inputs
 
 
 def apart(found: Tensor, expected: Tensor) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmrec.core.errors import one_line
-from mmrec.model.ops import chunked
+from mmrec.model.ops import chunked, reference
 
 BROKEN_ON_HOPPER = ((3, 4), (3, 7, 1))
 """Versions of Triton, from the first to below the second, whose gradients of the gated delta rule are wrong there."""
@@ -48,9 +48,17 @@ def rg_lru(
 
 
 def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    query_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.reference.gated_delta_rule`, in the dtype of ``state``.
+    """:func:`mmrec.model.ops.reference.gated_delta_rule` in the dtype of ``state``, of vectors of any length.
+
+    Queries and keys are brought to length 1 here, and queries then multiplied by ``query_scale``, where there is one.
 
     The kernels multiply in autocast's dtype, or, without autocast, as TF32 where torch may do so, which is
     ``torch.set_float32_matmul_precision("high")``. Where products must be float32, as in scoring and generating by
@@ -61,9 +69,11 @@ def gated_delta_rule(
         kernels = delta_rule_kernels(q.device)
         if kernels is not None and (products is not None or _reads_one_by_one(kernels, q)):
             found: tuple[Tensor, Tensor] = kernels.gated_delta_rule(
-                q, k, v, log_decay, beta, state, products=products or torch.float32
+                q, k, v, log_decay, beta, state, query_scale or 1.0, products=products or torch.float32
             )
             return found
+    q, k = (reference.l2_normalize(x.to(state.dtype)) for x in (q, k))
+    q = q if query_scale is None else q * query_scale
     return chunked.gated_delta_rule(q, k, v, log_decay, beta, state)
 
 

@@ -1,6 +1,6 @@
 """The gated delta rule by the kernels of flash-linear-attention (Yang and Zhang 2024), with their choices pinned.
 
-The arguments and results are those of :func:`mmrec.model.ops.reference.gated_delta_rule`. Queries, keys and values
+The arguments and results are those of :func:`mmrec.model.ops.dispatch.gated_delta_rule`. Queries, keys and values
 are multiplied in 16 bits, or, where they are float32, as TF32; the state, the decays and the writing strengths are
 float32. A reset is a decay that leaves nothing, as in every other form.
 """
@@ -16,7 +16,7 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gat
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner, Config
 
-MODULES = "fla.ops."
+MODULES = "fla."
 RECURRENT_TOKENS = 16
 """Up to so many tokens are read one by one where no gradient is wanted: exactly, in a single kernel."""
 
@@ -28,10 +28,11 @@ def gated_delta_rule(
     log_decay: Tensor,
     beta: Tensor,
     state: Tensor,
+    query_scale: float = 1.0,
     *,
     products: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.reference.gated_delta_rule` with q, k and v multiplied in the dtype ``products``.
+    """:func:`mmrec.model.ops.dispatch.gated_delta_rule` with q, k and v multiplied in the dtype ``products``.
 
     Results have the dtype of ``state``.
     """
@@ -47,7 +48,8 @@ def gated_delta_rule(
             *(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)),
             g=log_decay.float().transpose(1, 2).contiguous(),
             beta=beta.float().transpose(1, 2).contiguous(),
-            scale=1.0,
+            scale=query_scale,
+            use_qk_l2norm_in_kernel=True,
             initial_state=state.float().contiguous(),
             output_final_state=True,
         )

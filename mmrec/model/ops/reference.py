@@ -74,6 +74,12 @@ def gated_delta_rule(
     return torch.stack(outputs, dim=2), state
 
 
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return ``x`` with its last dimension brought to length 1."""
+    # The epsilon stands inside the root: a zero vector then has a finite gradient.
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
 def causal_conv(x: Tensor, past: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Depth-wise convolution over the last C tokens: ``y_t = sum_i weight_i * x_{t - C + 1 + i}``.
 
