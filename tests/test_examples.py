@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 NOTEBOOK = json.loads((EXAMPLES / "what_the_state_remembers.ipynb").read_text(encoding="utf-8"))
 
 
@@ -52,10 +53,30 @@ def test_your_own_layer(tmp_path: Path) -> None:
     assert loss < 0.5
 
 
-def test_the_notebook_is_stored_without_results() -> None:
-    for cell in NOTEBOOK["cells"]:
-        assert cell.get("outputs", []) == []
-        assert cell.get("execution_count") is None
+def test_the_page_on_sweeps_shows_the_program() -> None:
+    program = (EXAMPLES / "sweep.py").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert program.endswith(shown)
+    assert len(shown.split("def train")[1].splitlines()) <= 24
+
+
+@pytest.mark.slow
+def test_a_sweep(tmp_path: Path, prepared: Path) -> None:
+    pytest.importorskip("optuna")
+    small = ["--model.config={dim: 16, layers: 2, heads: 2, ffn_dim: 24}", "--data.seq_len=64", "--data.batch_size=2"]
+    steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
+    output = run(tmp_path, str(EXAMPLES / "sweep.py"), f"--data.data_dir={prepared}", *small, *steps)
+    (loss,) = figures(r"lowest loss: ([\d.]+) with", output)
+    assert 0 < loss < 6
+    assert (tmp_path / "lightning_logs" / "sweep-1").is_dir()
+
+
+def test_notebooks_are_stored_without_results() -> None:
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            assert cell.get("outputs", []) == []
+            assert cell.get("execution_count") is None
 
 
 @pytest.mark.slow
@@ -71,3 +92,17 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert carried < reset
     one, all_pages = figures(r"bytes after one page and after all: (\d+) (\d+)", output)
     assert abs(one - all_pages) <= 8  # the count of tokens has more digits
+
+
+@pytest.mark.slow
+def test_the_notebook_for_colab_runs(tmp_path: Path, text: str) -> None:
+    """Its cells as they are, with a short text and little time, where there is no Colab."""
+    notebook = json.loads((EXAMPLES / "train_in_colab.ipynb").read_text(encoding="utf-8"))
+    program = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert program.count("MINUTES = 5") == 1
+    (tmp_path / "novel.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "cells.py").write_text(program.replace("MINUTES = 5", "MINUTES = 0.1"), encoding="utf-8")
+    output = run(tmp_path, "cells.py")
+    assert "It writes:" in output
+    assert "tokens read" in output
+    assert "model.safetensors" in output.splitlines()[-1]

@@ -86,7 +86,7 @@ def test_a_full_disk_names_the_target_and_leaves_what_stood_there(
     target = tmp_path / "a"
     write(target, "before")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_exchange", lambda *paths: False)  # as where the system has none
+        patch.setattr(files, "exchange_names", lambda *paths: False)  # as where the system has none
         patch.setattr(os, call, no_space)
         with pytest.raises(OSError, match="cannot be written: No space left on device") as caught:
             write(target, "after")
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_between_two_renames(tmp_path: Path, monkeypatch: p
         replace(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_exchange", lambda *paths: False)
+        patch.setattr(files, "exchange_names", lambda *paths: False)
         patch.setattr(os, "replace", fail_once)
         with pytest.raises(OSError, match="No space left"):
             write_folder(tmp_path / "a", "after")
@@ -270,7 +270,7 @@ def test_a_file_is_kept_under_another_name(tmp_path: Path, links: bool, monkeypa
 @pytest.mark.parametrize("exchange", [True, False])
 def test_files_and_folders_are_kept_alike(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *paths: False)
+        monkeypatch.setattr(files, "exchange_names", lambda *paths: False)
     last, previous = tmp_path / "last", tmp_path / "previous"
     kept = None
     for content, kind in zip(
@@ -301,7 +301,7 @@ def _die(path: Path, kind: str, where: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if where == "between the renames":
-        files._exchange = lambda *paths: False
+        files.exchange_names = lambda *paths: False  # type: ignore[attr-defined]
         replace, calls = os.replace, []
 
         def second(*paths: Any) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import Command
+import pytest
+from conftest import REPOSITORY, Command
 from helpers import fit, losses
 from lightning.pytorch.loggers import Logger
 
@@ -53,6 +59,45 @@ class TableLogger(NotesLogger):
         self, key: str, columns: list[str], data: list[list[str]], dataframe: Any = None, step: int | None = None
     ) -> None:
         self.write(key, [columns, *data], step)
+
+
+def train(folder: Path, prepared: Path, *options: str) -> None:
+    """Train in a process of its own: these packages leave threads and processes behind."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    command = [sys.executable, "-m", "mmrec", *fit(prepared, "--trainer.max_epochs=2", "--run=a", *options)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_has_all_figures_settings_and_texts(tmp_path: Path, prepared: Path) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    train(tmp_path, prepared, "--trainer.logger=MLFlowLogger", "--trainer.logger.tracking_uri=sqlite:///mlflow.db")
+    tables = sqlite3.connect(tmp_path / "mlflow.db")
+    steps: dict[str, list[int]] = {}
+    for name, step in tables.execute("select key, step from metrics order by step"):
+        steps.setdefault(name, []).append(step)
+    settings = {name for (name,) in tables.execute("select key from params")}
+    tables.close()
+    assert all(steps[name] == [20, 41] for name in MEASURED)
+    assert "train/loss" in steps
+    assert any(name.endswith("learning_rate") for name in settings)
+    texts = sorted(path.name for path in tmp_path.rglob("artifacts/sample/*.txt"))
+    assert texts == ["20.txt", "41.txt"]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_has_all_figures(tmp_path: Path, prepared: Path) -> None:
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("wandb is not installed")
+    train(tmp_path, prepared, "--trainer.logger=WandbLogger", "--trainer.logger.offline=true")
+    (written,) = tmp_path.rglob("run-*.wandb")
+    content = written.read_bytes()
+    for name in (*MEASURED, "train/loss", "learning_rate", "sample"):
+        assert name.encode() in content, name
 
 
 def read(folder: str) -> list[list[Any]]:

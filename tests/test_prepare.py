@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mmrec.core.files._exchange", lambda *paths: False)
+        patch.setattr("mmrec.core.files.exchange_names", lambda *paths: False)
         patch.setattr(os, broken, full)
         assert mmrec(*command, "--val_split=0.4", "--force") == 2
     assert capsys.readouterr().err == "mmrec: error: out: cannot be written: No space left on device\n"

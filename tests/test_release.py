@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from configparser import ConfigParser
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_release_is_refused_where_something_is_missing(clone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_release_builds_and_tags(clone: Path) -> None:
+def test_a_release_builds_and_tags(clone: Path, tmp_path: Path) -> None:
     pytest.importorskip("build", reason="the extra test is not installed")
     done = release(clone)
     assert done.returncode == 0, done.stderr
@@ -128,3 +129,42 @@ def test_a_release_builds_and_tags(clone: Path) -> None:
         inside = {name.partition("/")[2] for name in source.getnames()}
     assert {"CHANGELOG.md", "tests/conftest.py", "docs/index.md", "constraints.txt"} <= inside
     assert f"the tag v{__version__} exists already" in release(clone).stderr
+    try_wheel(clone / "dist" / f"mmrec-{__version__}-py3-none-any.whl", tmp_path)
+
+
+def try_wheel(wheel: Path, folder: Path) -> None:
+    """Install the wheel alone into an empty environment, outside of the repository, and train there.
+
+    The packages that it needs are those of this test, by their path: CI's job "wheel" downloads them.
+    """
+    empty = folder / "empty"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True, timeout=60)
+    python, program = str(empty / "bin" / "python"), str(empty / "bin" / "mmrec")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    ]
+    subprocess.run(install, check=True, timeout=60)
+    (packages,) = (empty / "lib").glob("python*/site-packages")
+    (packages / "others.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n", encoding="utf-8")
+    metadata = message_from_string(next(packages.glob("mmrec-*/METADATA")).read_text(encoding="utf-8"))
+    assert metadata["License-Expression"] == "MIT"
+    assert "language model" in metadata["Keywords"]
+    assert any(line.startswith("Programming Language :: Python :: 3.1") for line in metadata.get_all("Classifier", []))
+    (folder / "novel.txt").write_text("It was a dark and stormy night. The rain fell in torrents.\n" * 60)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    line = [program, "train", "novel.txt", "--minutes=0.1", "--trainer.enable_progress_bar=false"]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "It writes:" in done.stdout
+    where = [python, "-c", "import mmrec; print(mmrec.__file__)"]
+    found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    assert Path(found.stdout).is_relative_to(empty)

@@ -236,7 +236,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     )  # never over another
 
 
-@pytest.mark.parametrize("name", ["env", "quickstart", "test"])
+@pytest.mark.parametrize("name", ["env", "quickstart", "test", "from_wheel", "smoke", "release", "docs"])
 def test_shell_scripts_are_well_formed(name: str) -> None:
     path = REPOSITORY / "scripts" / name
     assert os.access(path, os.X_OK)

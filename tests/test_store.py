@@ -104,7 +104,7 @@ def test_a_full_disk_changes_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr("mmrec.core.files._exchange", lambda *paths: False)  # as where folders cannot be swapped
+    monkeypatch.setattr("mmrec.core.files.exchange_names", lambda *paths: False)  # as where folders cannot be swapped
     monkeypatch.setattr(os, call, fail_once)
     with pytest.raises(OSError, match="No space left") as caught:
         write(folder, {"train": "new text", "val": "text"})

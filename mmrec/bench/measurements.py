@@ -69,7 +69,7 @@ def peak_memory(device: str = "cpu") -> int:
     if device == "mps":
         return torch.mps.driver_allocated_memory()
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -8,6 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
+SIGPIPE = 13
+"""The number of the signal, also where there is none (Windows)."""
+
 
 class UserError(Exception):
     """Something the user gave is wrong. The message says what it is and what to do, in one line."""
@@ -43,7 +46,7 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         _close_output()
-        return 128 + signal.SIGPIPE
+        return 128 + SIGPIPE
     except UserError as error:
         message = one_line(error)
     except OSError as error:

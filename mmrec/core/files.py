@@ -7,25 +7,27 @@ after a full disk, ``kill -9`` or a power cut.
 One naming scheme: ``.NAME.part``, and ``.NAME.1.part``, ``.NAME.2.part`` where others write the same file at this
 moment. A staged file is locked (flock) for as long as its process lives. So two processes never write into one
 staged file, and what a killed process left is taken over by the next that writes there: leftovers do not pile up.
+
+Where the system has no such locks (Windows), staged names are random, as on a file system without locks: what is
+written is still whole or absent, and what a killed process left stays there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from mmrec.core import file_system
 from mmrec.core.errors import UserError
+from mmrec.core.file_system import exchange_names, is_same, lock, open_folder, open_locked, open_or_make, synchronize
 
 __all__ = [
     "refuse_to_replace",
@@ -42,7 +44,6 @@ SLOTS = 100
 """So many may write the same file at once before one of them is refused."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 """What a file system without locks says (NFS says EBADF of a folder); its staged names are random."""
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_file(path: Path, data: bytes | str, parents: bool = False) -> None:
@@ -114,7 +115,7 @@ def staged_file(path: Path, keep: Path | None = None, parents: bool = False) -> 
                 yield file
                 if not file.closed:
                     file.flush()
-            _synchronize(staging)
+            synchronize(staging)
             _replace(staging, target, keep)
 
 
@@ -149,8 +150,8 @@ def staged_folder(path: Path, keep: Path | None = None, parents: bool = True) ->
             for folder, _, names in os.walk(staging, topdown=False):
                 for name in names:
                     if not (file := Path(folder, name)).is_symlink():
-                        _synchronize(file)
-                _synchronize(Path(folder))
+                        synchronize(file)
+                synchronize(Path(folder))
             _replace(staging, target, keep)
 
 
@@ -203,78 +204,39 @@ def _reserved(target: Path, folder: bool) -> Iterator[Path]:
         yield staging
     finally:
         with contextlib.suppress(OSError):
-            if _is_same(staging, descriptor):  # not another's, who took the name after a good end
+            # Not another's, who took the name after a good end.
+            if descriptor is None or is_same(staging, descriptor):
                 _remove(staging)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _reserve(target: Path, folder: bool) -> tuple[Path, int]:
-    """Return the first staged name that no living process holds, and the descriptor that holds it now."""
+def _random_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+
+
+def _reserve(target: Path, folder: bool) -> tuple[Path, int | None]:
+    """Return the first staged name that no living process holds, and the descriptor that holds it now.
+
+    Without locks the name is random, and there is no descriptor: Windows renames no file that is open.
+    """
+    if not file_system.HAS_LOCKS:
+        staging = _random_name(target)
+        staging.mkdir() if folder else staging.touch(exist_ok=False)
+        return staging, None
     for slot in range(SLOTS):
         staging = target.with_name(f".{target.name}.{slot}.part" if slot else f".{target.name}.part")
         try:
-            descriptor = _locked(staging, folder)
+            descriptor = open_locked(staging, folder)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            staging = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
-            descriptor = _opened(staging, folder)
+            staging = _random_name(target)
+            descriptor = open_or_make(staging, folder)
         if descriptor is not None:
             _empty(staging, descriptor, target, folder)
             return staging, descriptor
     raise OSError(errno.EBUSY, f"{SLOTS} others are writing it", str(target))
-
-
-def _locked(staging: Path, folder: bool) -> int | None:
-    """Return a descriptor of ``staging``, locked, or None where another process or user has it."""
-    while True:
-        try:
-            descriptor = _opened(staging, folder)
-        except PermissionError:
-            if not os.path.lexists(staging):
-                raise  # the folder around it cannot be written
-            return None
-        if descriptor is None:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_same(staging, descriptor):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # it took its place, or was deleted, between the opening and the lock
-
-
-def _opened(staging: Path, folder: bool) -> int | None:
-    """Return a descriptor of ``staging``, made where it is missing, or None where it is of another kind."""
-    try:
-        if folder:
-            while True:
-                with contextlib.suppress(FileExistsError):
-                    staging.mkdir()
-                with contextlib.suppress(FileNotFoundError):  # it took its place in between
-                    return os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        descriptor = os.open(staging, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO) and os.path.lexists(staging):
-            return None
-        raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _is_same(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` still is what was opened as ``descriptor``."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _empty(staging: Path, descriptor: int, target: Path, folder: bool) -> None:
@@ -304,14 +266,14 @@ def _replace(staging: Path, target: Path, keep: Path | None) -> None:
         if keep is not None and target.exists():
             _link(target, keep, staging.with_name(f"{staging.name}.keep"))
         os.replace(staging, target)
-        _synchronize(target.parent)
+        synchronize(target.parent)
         return
     with _alone(target):
         old = _swap(staging, target)
         if old is not None and keep is not None:
             _remove(keep)
             os.replace(old, keep)
-        _synchronize(target.parent)
+        synchronize(target.parent)
         if old is not None:
             _remove(old)
 
@@ -331,16 +293,19 @@ def _link(target: Path, keep: Path, link: Path) -> None:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Lock the folder ``target``: two that replace it do so one after the other. Nothing where there is none."""
+    if not file_system.HAS_LOCKS:
+        yield
+        return
     while True:
         try:
-            descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = open_folder(target)
         except (FileNotFoundError, NotADirectoryError):
             yield
             return
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_same(target, descriptor):
+                lock(descriptor)
+            if is_same(target, descriptor):
                 yield
                 return
         finally:
@@ -352,7 +317,7 @@ def _swap(staging: Path, target: Path) -> Path | None:
     if not target.exists():
         os.replace(staging, target)
         return None
-    if _exchange(staging, target):
+    if exchange_names(staging, target):
         return staging
     old = staging.with_name(f"{staging.name}.keep")
     _remove(old)
@@ -363,27 +328,3 @@ def _swap(staging: Path, target: Path) -> Path | None:
         os.replace(old, target)
         raise
     return old
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (renameat2(2) of Linux); return whether the system can."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):
-        return False
-    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
-
-
-def _synchronize(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk, where the file system can (some network ones cannot)."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written and not listed
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)

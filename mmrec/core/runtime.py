@@ -120,7 +120,7 @@ def keep_freed_pages() -> bool:
         return False
     try:
         set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError, TypeError):  # another C library
         return False
     return all(set_option(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))
 

@@ -30,11 +30,16 @@ def is_set_by_user() -> bool:
     return CHOSEN_VARIABLE not in os.environ and any(name in os.environ for name in NUMBER_VARIABLES)
 
 
+def cores_by_affinity() -> int:
+    """Return the number of cores that this process may run on; all of them where a system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_cores(cpu_max: Path = CPU_MAX) -> int:
     """Return the number of cores that this process may keep busy: by its affinity and its container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_by_affinity()
     try:
-        quota, period = cpu_max.read_text().split()
+        quota, period = cpu_max.read_text(encoding="utf-8").split()
         cores = min(cores, int(quota) // int(period))
     except (OSError, ValueError):  # no such file, or no quota: "max"
         pass

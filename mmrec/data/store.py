@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmrec.core.errors import UserError
+from mmrec.core.file_system import write_at
 from mmrec.core.files import staged_folder
 from mmrec.data.provenance import SOURCES, Provenance
 from mmrec.tokenizers import Tokenizer, load_tokenizer
@@ -83,10 +84,7 @@ class HashedFile:
 
     def put(self, place: int, data: bytes | memoryview) -> None:
         """Write ``data`` at byte ``place``."""
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(self._file.fileno(), left, place)
-            left, place = left[written:], place + written
+        write_at(self._file, place, data)
 
     def update(self, data: bytes | memoryview) -> None:
         """Count ``data``, which follows what was counted before, into the hash."""

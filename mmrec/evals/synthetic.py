@@ -85,7 +85,7 @@ def evaluate_synthetic(task: str, options: SyntheticOptions) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not a file of results; give another --output_dir") from error
     if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):

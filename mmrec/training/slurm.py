@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-REQUEUE_SIGNAL = signal.SIGUSR1
-"""Sent before the time is up by ``#SBATCH --signal=USR1@90``."""
+REQUEUE_SIGNAL: int = getattr(signal, "SIGUSR1", 0)
+"""Sent before the time is up by ``#SBATCH --signal=USR1@90``; 0 where there is no such signal (Windows)."""
 
 
 @dataclass(frozen=True)

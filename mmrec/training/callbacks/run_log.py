@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from mmrec import __version__
 from mmrec.checkpoints.runs import HISTORY
 from mmrec.core.errors import one_line
+from mmrec.core.threads import cores_by_affinity
 from mmrec.training.module import RecurrentLMModule
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor("model name") or platform.processor() or platform.machine(),
         "cpu_features": [name for name in FEATURES if name in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores_by_affinity(),
         "threads": torch.get_num_threads(),
     }
 

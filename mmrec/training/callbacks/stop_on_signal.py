@@ -54,7 +54,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = None
-        numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if current_job() else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if REQUEUE_SIGNAL and current_job() else [])]
         try:
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
         except ValueError:  # not in the main thread, which alone may handle signals
