@@ -25,12 +25,14 @@ FOREIGN = {
     "CONTRIBUTING.md": {"cov", "cov-branch", "cov-report", "cov-fail-under", "dist", "check"},
     "docs/cluster.md": {"address", "head", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"},
     "docs/export.md": {"device", "include_path", "model_args", "output_path", "tasks"},
+    "docs/platforms.md": {"from"},
+    "docs/sweeps.md": {f"trainer.logger.{name}" for name in ("save_dir", "tracking_uri", "offline")},
     "docs/serve.md": {"batch_size", "include_path", "model_args", "output_path", "tasks"},
     "docs/training.md": {"logdir"},
     "README.md": {"logdir"},
     "README.tr.md": {"logdir"},
 }
-"""Options of other programs that a page names: ray, torchrun, lm_eval, tensorboard, pytest, scripts in bash."""
+"""Options of other programs that a page names: ray, torchrun, lm_eval, tensorboard, pytest, uv, loggers, scripts."""
 PAGES = [
     str(path.relative_to(REPOSITORY)) for part in ("*.md", "docs/*.md") for path in sorted(REPOSITORY.glob(part))
 ]

@@ -158,7 +158,7 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     metadata = message_from_string(next(packages.glob("mmrec-*/METADATA")).read_text(encoding="utf-8"))
     assert metadata["License-Expression"] == "MIT"
     assert "language model" in metadata["Keywords"]
-    assert any(line.startswith("Programming Language :: Python :: 3.1") for line in metadata.get_all("Classifier", []))
+    assert "Operating System :: MacOS" in metadata.get_all("Classifier", [])
     (folder / "novel.txt").write_text("It was a dark and stormy night. The rain fell in torrents.\n" * 60)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [program, "train", "novel.txt", "--minutes=0.1", "--trainer.enable_progress_bar=false"]
