@@ -138,21 +138,10 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     The packages that it needs are those of this test, by their path: CI's job "wheel" downloads them.
     """
     empty = folder / "empty"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", empty], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(empty)], check=True, timeout=60)
     python, program = str(empty / "bin" / "python"), str(empty / "bin" / "mmrec")
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    ]
-    subprocess.run(install, check=True, timeout=60)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, timeout=60)
     (packages,) = (empty / "lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n", encoding="utf-8")
     metadata = message_from_string(next(packages.glob("mmrec-*/METADATA")).read_text(encoding="utf-8"))

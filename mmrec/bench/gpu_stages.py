@@ -65,7 +65,9 @@ class Day:
         """Return the models by the name of their config."""
         if self.toy:
             return {"toy": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24)}
-        named = {name: yaml.safe_load(find_config(name).read_text()) for name in ("mini", "small", "base")}
+        named = {
+            name: yaml.safe_load(find_config(name).read_text(encoding="utf-8")) for name in ("mini", "small", "base")
+        }
         return {name: ModelConfig(**read["model"]["config"]) for name, read in named.items()}
 
     @property
