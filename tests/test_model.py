@@ -15,6 +15,7 @@ from mmrec.model import (
     Gates,
     LayerState,
     ModelConfig,
+    PortableGatedDeltaNet,
     RecurrentLayer,
     RecurrentLM,
     State,
@@ -251,3 +252,36 @@ def test_activation_checkpointing_keeps_little_and_changes_no_bit() -> None:
     assert little < whole / 5
     with torch.no_grad():
         net.eval()(x, state)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_a_portable_layer_is_its_equations(scale: float) -> None:
+    """As docs/model.md writes them; with small inputs the epsilon of the norm shows, and so the scale of q."""
+    heads, size, width, length = 2, 4, 3, 9
+    layer = PortableGatedDeltaNet(heads * size, heads, width).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = scale * torch.randn(1, length, heads * size, dtype=torch.float64)
+    found, (past, memory) = layer(x, layer.zero_state(1, x.device, x.dtype))
+    with torch.no_grad():
+        qkv, decay, beta, gate = (x[0] @ layer.project.weight.T).split(
+            [3 * heads * size, heads, heads, heads * size], -1
+        )
+        padded = torch.cat([torch.zeros(width - 1, qkv.shape[1], dtype=x.dtype), qkv])
+        kept = torch.zeros(heads, size, size, dtype=x.dtype)
+        for t in range(length):
+            mixed = nn.functional.silu((padded[t : t + width] * layer.conv.weight.T).sum(0)).view(3, heads, size)
+            q = mixed[0] / (size * (mixed[0].square().sum(-1, keepdim=True) + 1e-6)).sqrt()
+            k = mixed[1] / (mixed[1].square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            alpha = (-layer.log_rate.exp() * nn.functional.softplus(decay[t] + layer.decay_bias)).exp().view(-1, 1, 1)
+            strength = beta[t].sigmoid().view(-1, 1)
+            kept = alpha * kept
+            held = torch.einsum("hkv,hk->hv", kept, k)
+            kept = kept + torch.einsum("hk,hv->hkv", k, strength * (mixed[2] - held))
+            o = torch.einsum("hkv,hk->hv", kept, q)
+            o = layer.norm.weight * o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            y = layer.output.weight @ (o.flatten() * nn.functional.silu(gate[t]))
+            torch.testing.assert_close(found[0, t], y, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(memory[0], kept, rtol=1e-9, atol=1e-11)
+    assert torch.equal(past[0], qkv[-(width - 1) :])
