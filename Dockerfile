@@ -1,6 +1,7 @@
 # mmrec on a CPU, the default, or on a GPU of NVIDIA:
 #   docker build -t mmrec .
 #   docker build -t mmrec:cuda --target cuda .
+# The first is smaller where the address of PyTorch's own CPU builds is given: --build-arg PIP_EXTRA_INDEX_URL=ADDRESS
 #   docker run --rm -v "$PWD:/work" mmrec train novel.txt
 # Runs and data lie in the folder that is mounted at /work. The images have not been built where this was written.
 
@@ -9,12 +10,11 @@ RUN python -m pip install --no-cache-dir build==1.6.1
 COPY . /source
 RUN python -m build --wheel --outdir /wheels /source
 
-# torch without CUDA, from its own index.
 FROM python:3.13-slim AS cpu
+ARG PIP_EXTRA_INDEX_URL
 COPY --from=wheel /wheels /wheels
 COPY constraints.txt /wheels/
-RUN python -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
-    && python -m pip install --no-cache-dir --constraint /wheels/constraints.txt /wheels/*.whl \
+RUN python -m pip install --no-cache-dir --constraint /wheels/constraints.txt torch==2.13.0 /wheels/*.whl \
     && useradd --create-home mmrec \
     && mkdir /work && chown mmrec /work
 USER mmrec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whatever is installed
 
 from mmrec import __version__
+
+# The modules of kernels are read here and not run: a GPU is not missed.
+warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
 project, author = "mmrec", "the mmrec authors"
 project_copyright = f"2026, {author}"
