@@ -9,7 +9,7 @@ import argparse
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -29,12 +29,14 @@ def main() -> None:
     with open(parser.parse_args().table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = sorted({row["text"] for row in rows})
+    squares = []
     for left_out in texts:
         law = fit([row for row in rows if row["text"] != left_out])
         misses = [abs(error(law, row)) for row in rows if row["text"] == left_out]
         mean = sum(misses) / len(misses)
         print(f"{left_out:<16} left out of the fit: {len(misses)} rows, off by {mean:.1%} in the mean")
-    print(fit(rows))
+        squares += [miss**2 for miss in misses]
+    print(replace(fit(rows), spread=round(math.sqrt(sum(squares) / len(squares)), 4)))
 
 
 def error(law: Law, row: dict[str, str]) -> float:
@@ -44,7 +46,10 @@ def error(law: Law, row: dict[str, str]) -> float:
 
 
 def fit(rows: Sequence[dict[str, str]]) -> Law:
-    """Return the law with the least squared error of the logarithms, its coefficients kept positive."""
+    """Return the law with the least squared error of the logarithms, its coefficients kept positive; its spread is 0.
+
+    What it is off by on texts that it was fitted to says too little of others: the spread is that of texts left out.
+    """
     start = torch.tensor(START).log()
     logs = start.clone().requires_grad_()
     columns = {
@@ -58,10 +63,9 @@ def fit(rows: Sequence[dict[str, str]]) -> Law:
         loss = misses.square().mean() + PULL * (logs - start).square().mean()
         loss.backward()
         optimizer.step()
-    spread = float(_errors(logs.detach().exp(), columns).square().mean().sqrt())
     names = [field.name for field in fields(Law)][:7]
     values = {name: round(value, 4) for name, value in zip(names, logs.exp().tolist(), strict=True)}
-    return Law(**values, spread=round(spread, 4))
+    return Law(**values, spread=0.0)
 
 
 def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
