@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, Command
-from helpers import fit, last
+from helpers import BATCH, fit, last
 
 from mmrec import __version__
 from mmrec.checkpoints.loading import load_model
@@ -48,6 +49,11 @@ def test_fit_validate_and_generate(
         logits, _ = best.net(tokens[:, :-1], best.net.zero_state(1))
     expected = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:])
     assert reported == pytest.approx(float(expected), abs=1e-4)
+    assert f"(carried, {prepared})" in line
+    assert mmrec("validate", "--ckpt_path", "best", "--trainer.limit_val_batches=1") == 0
+    begin = f"(carried, the first {math.prod(BATCH)} of {tokens.numel():,} tokens of {prepared}): "
+    of_part = torch.nn.functional.cross_entropy(logits[0, : math.prod(BATCH)], tokens[0, 1 : 1 + math.prod(BATCH)])
+    assert f"validation {begin}{float(of_part):.3f}" in capsys.readouterr().out
 
     assert mmrec("generate", "--prompt", "to be", "--length", "50", "--seed", "3") == 0
     written = capsys.readouterr().out

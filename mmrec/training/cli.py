@@ -307,9 +307,11 @@ class TrainingCLI(SubcommandCLI):
             raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
         if not self.trainer.is_global_zero:
             return  # every process has read the whole text
+        scored, tokens = int(self.model.score.tokens), len(self.datamodule.tokens.val)
+        part = "" if scored >= tokens - 1 else f"the first {scored:,} of {tokens:,} tokens of "  # as a limit has it
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
-            f"{name} ({self.evaluation}, {self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
+            f"{name} ({self.evaluation}, {part}{self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
             f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "
             f"perplexity {score['perplexity']:.3f}"
         )
