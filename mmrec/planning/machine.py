@@ -9,10 +9,11 @@ import torch
 
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
-from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import SHAPES, Batches, Text, choose_batches, layer_parameters
+from mmrec.planning.plan import SHAPES, Batches, Text, choose_batches, has_second_token, layer_parameters
+from mmrec.training.losses import summed_losses
+from mmrec.training.mtp import MTPHead, mtp_targets
 from mmrec.training.optim import make_optimizer
 from mmrec.training.options import OptimizerOptions
 
@@ -30,6 +31,8 @@ def seconds_per_update(
 ) -> float:
     """Return the seconds that an update takes: forward, backward and optimizer, the median of a few.
 
+    The objective is the one that a plan has: with the confidence penalty, and the second token where it has that.
+
     Args:
         config: of the model.
         text: gives the size of the vocabulary and of the batches.
@@ -44,18 +47,23 @@ def seconds_per_update(
     random = torch.random.get_rng_state()
     try:
         net = RecurrentLM(config, text.vocab_size).to(device)
+        second = MTPHead(config.dim).to(device) if has_second_token(text) else None
         tokens = torch.randint(text.vocab_size, (batches.rows, batches.seq_len + 1)).to(device)
     finally:
         torch.random.set_rng_state(random)
-    optimizer, state = make_optimizer(net, OptimizerOptions()), net.zero_state(batches.rows)
+    optimizer, state = make_optimizer(net, OptimizerOptions(), second), net.zero_state(batches.rows)
+    targets = tokens[:, 1:]
     mixed = native_precision(accelerator) == MIXED
     taken: list[float] = []
     begin = time.perf_counter()
     while len(taken) < WARM_UP + 3 or time.perf_counter() - begin < seconds:
         start = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            logits, _ = net(tokens[:, :-1], state)
-            loss = token_nll(logits, tokens[:, 1:], "mean")
+            hidden, _ = net.hidden(tokens[:, :-1], state)
+            losses = [*summed_losses(net.head, hidden, targets, penalized=True)]
+            if second is not None:
+                losses += summed_losses(net.head, second(hidden), mtp_targets(targets), penalized=True)
+            loss = torch.stack(losses).sum() / targets.numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

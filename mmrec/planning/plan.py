@@ -157,15 +157,19 @@ def regularization(epochs: float) -> dict[str, float]:
     return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 2 else 0.5, "confidence_penalty": 0.1}
 
 
+def has_second_token(text: Text) -> bool:
+    """Whether a model of ``text`` learns the token after the next one, too: where the vocabulary is small."""
+    return text.vocab_size <= 1024
+
+
 def fit_options(plan: TrainingPlan) -> list[str]:
     """Return the options of ``mmrec fit`` that carry a plan out, but for the text and for where it ends."""
     config, batches, steps = plan.config, plan.batches, plan.steps
     rate = 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
-    small = plan.text.vocab_size <= 1024
     model = regularization(plan.epochs) | {
         "learning_rate": rate,
         "warmup_steps": max(1, min(100, steps // 20)),
-        "mtp_loss_weight": 0.3 if small else 0.0,
+        "mtp_loss_weight": 0.3 if has_second_token(plan.text) else 0.0,
         "schedule": "wsd",
         "config": json.dumps(asdict(config)),
     }
