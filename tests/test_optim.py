@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import multiprocessing
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from torch import distributed
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.training.muon import BatchedMuon, orthogonalize
+from mmrec.training.muon import BatchedMuon, orthogonalize, shared_out
 from mmrec.training.optim import CombinedOptimizer, learning_rate_share, make_optimizer, split_parameters
 from mmrec.training.options import OptimizerOptions
 
@@ -92,6 +95,36 @@ def test_matrices_of_one_shape_are_orthogonalized_as_each_alone(shape: tuple[int
         of_torch = _zeropower_via_newtonschulz(matrix.clone(), COEFFICIENTS, steps, 1e-7)
         error, error_of_torch = (float((found - expected).norm() / expected.norm()) for found in (one, of_torch))
         assert error < error_of_torch + 0.02
+
+
+def _share(rank: int, rendezvous: Path, results: Any) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    counts = []
+
+    def counted(matrices: torch.Tensor) -> torch.Tensor:
+        counts.append(len(matrices))
+        return orthogonalize(matrices, COEFFICIENTS, 5, 1e-7)
+
+    same = []
+    for count in (1, 2, 5):
+        matrices = torch.randn(count, 24, 16).bfloat16()
+        found = shared_out(matrices, counted)
+        same.append(torch.equal(found, orthogonalize(matrices, COEFFICIENTS, 5, 1e-7)))
+    results.put((rank, counts, same))
+    distributed.destroy_process_group()
+
+
+def test_each_process_orthogonalizes_a_share_to_the_same_bits(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    results = context.Queue()
+    processes = [context.Process(target=_share, args=(rank, tmp_path / "meet", results)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert found == [(0, [1, 1, 3], [True] * 3), (1, [1, 2], [True] * 3)]
 
 
 def test_matrices_of_low_rank_stay_finite() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Muon
 
 from mmrec.core.runtime import MIXED, native_precision
@@ -40,7 +40,7 @@ class BatchedMuon(Muon):
     """torch's Muon with its options and its state, so that either continues what the other began.
 
     It orthogonalizes in bfloat16, as torch's, but on processors without units for it in float32: there bfloat16 is
-    emulated, and slower.
+    emulated, and slower. Of several processes each orthogonalizes a share of the matrices, and all get the results.
     """
 
     @torch.no_grad()
@@ -75,7 +75,12 @@ class BatchedMuon(Muon):
         def orthogonal(whole: Tensor) -> Tensor:
             return orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
-        updates = orthogonal(matrices) if sharded is parameters[0] else _by_matrices(matrices, sharded, orthogonal)
+        if sharded is not parameters[0]:
+            updates = _by_matrices(matrices, sharded, orthogonal)
+        elif distributed.is_initialized() and distributed.get_world_size() > 1:
+            updates = shared_out(matrices, orthogonal)
+        else:
+            updates = orthogonal(matrices)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         # Scaled to the size of AdamW's (Liu et al. 2025).
         scale = 0.2 * max(sharded.shape) ** 0.5
@@ -86,6 +91,18 @@ def _local(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process has, in the same memory; another is returned itself."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def shared_out(matrices: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return what ``function`` makes of matrices [M, rows, columns] that all processes hold, a share in each."""
+    share = -(-len(matrices) // distributed.get_world_size())
+    mine = matrices[share * distributed.get_rank() :][:share]
+    own = matrices.new_zeros(share, *matrices.shape[1:])
+    gathered = matrices.new_empty(share * distributed.get_world_size(), *matrices.shape[1:])
+    if len(mine):
+        own[: len(mine)] = function(mine)
+    distributed.all_gather_into_tensor(gathered, own)
+    return gathered[: len(matrices)]
 
 
 def _by_matrices(parts: Tensor, sharded: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
