@@ -19,13 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planning_study import append, bits_per_byte, rows
+from planning_study import append, bits_per_byte, digest, is_there, row_of, rows
 
 from mmrec.data.store import open_tokens
 from mmrec.planning.machine import seconds_per_update
-from mmrec.planning.plan import SHAPES, Batches, TrainingPlan, choose_batches, layer_parameters, make_plan
+from mmrec.planning.plan import SHAPES, VALIDATION_SHARE, Batches, TrainingPlan, choose_batches, make_plan
 from mmrec.planning.text import describe_text
-from mmrec.training.callbacks.run_log import commit, environment
 
 COLUMNS = (
     "text",
@@ -99,7 +98,6 @@ def main() -> None:
 def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
     """Train what is not in ``table`` yet."""
     opened = open_tokens(folder)
-    digest = str(opened.manifest["files"]["train.bin"]["sha256"])[:16]
     text, rates = describe_text(opened), dict[tuple[int, Batches], float]()
 
     def rate(shape: int, batches: Batches) -> float:
@@ -113,8 +111,8 @@ def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
     ]
     plan = make_plan(text, likely, seconds)
     for arm in arms(plan):
-        key = {"sha256": digest, "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
-        if any(all(row[name] == value for name, value in key.items()) for row in rows(table)):
+        key = {"sha256": digest(opened), "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
+        if is_there(table, key):
             continue
         changed = carry_out(arm, plan, rate(arm.shape, arm.batches) * seconds)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -124,8 +122,11 @@ def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
             table,
             COLUMNS,
             key
-            | row_of(folder, changed, arm, reached)
+            | row_of(folder, changed, reached)
             | {
+                "shape": arm.shape,
+                "tokens": changed.tokens,
+                "expected": round(changed.expected, 4) if arm.change == "plan" else "",
                 "taken": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
             },
         )
@@ -133,26 +134,8 @@ def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
 
 def carry_out(arm: Arm, plan: TrainingPlan, tokens: float) -> TrainingPlan:
     """Return the plan of an arm that reads about ``tokens``."""
-    steps = max(1, int(tokens * 0.94 / arm.batches.tokens))
+    steps = max(1, int(tokens * (1 - VALIDATION_SHARE) / arm.batches.tokens))
     return replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps)
-
-
-def row_of(folder: Path, plan: TrainingPlan, arm: Arm, reached: float) -> dict[str, object]:
-    """Return what the table says of a training, but for its key and its time."""
-    return {
-        "text": folder.name,
-        "train_tokens": plan.text.train_tokens,
-        "xz": round(plan.text.xz, 4),
-        "ngram": round(plan.text.ngram, 4),
-        "shape": arm.shape,
-        "parameters": layer_parameters(plan.config),
-        "tokens": plan.tokens,
-        "epochs": round(plan.epochs, 3),
-        "expected": round(plan.expected, 4) if arm.change == "plan" else "",
-        "bits_per_byte": round(reached, 4),
-        "commit": commit(),
-        "processor": environment()["processor"],
-    }
 
 
 def report(table: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmrec.checkpoints.checkpoint import read_checkpoint
-from mmrec.data.store import open_tokens
+from mmrec.data.store import TokenFolder, open_tokens
 from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options, layer_parameters
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
@@ -63,27 +63,39 @@ def main() -> None:
 def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> None:
     """Train, and append what came of it to ``table``."""
     opened = open_tokens(folder)
-    digest = str(opened.manifest["files"]["train.bin"]["sha256"])[:16]
-    key = {"sha256": digest, "shape": str(number), "tokens": str(tokens), "seed": str(seed)}
-    if any(all(row[name] == value for name, value in key.items()) for row in rows(table)):
+    key = {"sha256": digest(opened), "shape": str(number), "tokens": str(tokens), "seed": str(seed)}
+    if is_there(table, key):
         return
     text, config = describe_text(opened), SHAPES[number]
     batches = choose_batches(config, text.train_tokens)
     plan = TrainingPlan(config, batches, max(1, tokens // batches.tokens), text, 0.0, 0.0)
-    row = {
+    sizes = {"val_tokens": text.val_tokens, "vocab_size": text.vocab_size}
+    append(table, COLUMNS, key | sizes | row_of(folder, plan, bits_per_byte(folder, plan, seed)))
+
+
+def digest(tokens: TokenFolder) -> str:
+    """Return what names a training text in a table: the begin of its sha256."""
+    return str(tokens.manifest["files"]["train.bin"]["sha256"])[:16]
+
+
+def is_there(table: Path, key: dict[str, str]) -> bool:
+    """Whether ``table`` has a row with these values."""
+    return any(all(row[name] == value for name, value in key.items()) for row in rows(table))
+
+
+def row_of(folder: Path, plan: TrainingPlan, reached: float) -> dict[str, object]:
+    """Return what a table says of a training by ``plan``, which ``reached`` so many bits per byte."""
+    return {
         "text": folder.name,
-        "train_tokens": text.train_tokens,
-        "val_tokens": text.val_tokens,
-        "vocab_size": text.vocab_size,
-        "xz": round(text.xz, 4),
-        "ngram": round(text.ngram, 4),
-        "parameters": layer_parameters(config),
+        "train_tokens": plan.text.train_tokens,
+        "xz": round(plan.text.xz, 4),
+        "ngram": round(plan.text.ngram, 4),
+        "parameters": layer_parameters(plan.config),
         "epochs": round(plan.epochs, 3),
-        "bits_per_byte": round(bits_per_byte(folder, plan, seed), 4),
+        "bits_per_byte": round(reached, 4),
         "commit": commit(),
         "processor": environment()["processor"],
     }
-    append(table, COLUMNS, key | row)
 
 
 def append(table: Path, columns: Sequence[str], row: dict[str, object]) -> None:

@@ -95,10 +95,9 @@ def compare(trained: LoadedModel, folder: TokenFolder, nll: Tensor, seconds: flo
     if len(found) < 2:
         return None
     most = max(1, min(MOST_COMPRESSED, int(COMPRESSED * seconds / 4)))
-    part = folder.val[: len(found)]
-    sizes = ppmd_sizes([spelled(folder, folder.train[-most:])[-most:], spelled(folder, part)])
-    size = token_lengths(folder.tokenizer)[part.astype(np.int64), 0].sum()
-    ppmd = None if sizes is None else 8 * (sizes[1] - sizes[0]) / float(size)
+    text = spelled(folder, folder.val[: len(found)])
+    sizes = ppmd_sizes([spelled(folder, folder.train[-most:])[-most:], text])
+    ppmd = None if sizes is None else 8 * (sizes[1] - sizes[0]) / len(text)
     return Comparison(
         len(found), bits_per_byte(nll[: len(found)], folder), bits_per_byte(found, folder), counts, ppmd
     )

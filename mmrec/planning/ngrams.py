@@ -33,9 +33,8 @@ def ngram_bits_per_token(train: np.ndarray, val: np.ndarray, vocab_size: int) ->
     for order in range(min(MAX_ORDER, len(train) - 1) + 1):
         contexts, ngrams = _codes(train, order)
         asked_contexts, asked_ngrams = (codes[begin - order :] for codes in _codes(joined, order))
-        different, counts = np.unique(ngrams, return_counts=True)
+        different, first, counts = np.unique(ngrams, return_index=True, return_counts=True)
         total = _lookup(*np.unique(contexts, return_counts=True), asked_contexts)
-        first = np.unique(ngrams, return_index=True)[1]
         types = _lookup(*np.unique(contexts[first], return_counts=True), asked_contexts)
         seen = total > 0
         found = _lookup(different, counts, asked_ngrams)

@@ -14,7 +14,7 @@ MOST_LOGITS = 1 << 25
 """Logits that are held at a time, 128 MiB of float32: those of more are computed again for the gradients."""
 
 
-def summed_losses(head: nn.Module, hidden: Tensor, targets: Tensor, penalized: bool) -> tuple[Tensor, Tensor]:
+def summed_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, penalized: bool) -> tuple[Tensor, Tensor]:
     """Return the negative log-likelihood of the targets and :func:`confidence`, in nats, both summed.
 
     Where there would be more than :data:`MOST_LOGITS` logits, they are computed for some places after the other, and
@@ -41,7 +41,7 @@ def summed_losses(head: nn.Module, hidden: Tensor, targets: Tensor, penalized: b
     return nll, confident
 
 
-def nll_in_parts(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def nll_in_parts(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return the negative log-likelihood of each target [B * T], in nats, with as few logits at a time; no gradients.
 
     The arguments are those of :func:`summed_losses`.
@@ -51,10 +51,9 @@ def nll_in_parts(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([token_nll(head(some), their, "none") for some, their in parts])
 
 
-def places_at_a_time(head: nn.Module) -> int:
+def places_at_a_time(head: nn.Linear) -> int:
     """Return for how many places the logits are held."""
-    vocab_size = int(head.weight.shape[0])  # type: ignore[index]
-    return max(1, MOST_LOGITS // vocab_size)
+    return max(1, MOST_LOGITS // head.out_features)
 
 
 def confidence(logits: Tensor, targets: Tensor) -> Tensor:
