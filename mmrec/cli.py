@@ -98,7 +98,7 @@ COMMANDS = {
         _score_arguments,
     ),
     "export": Command(
-        "write a trained model for transformers, llama.cpp, onnxruntime, a browser, or as one safetensors file",
+        "write a trained model for transformers, llama.cpp, onnxruntime, MLX, a browser, or as one safetensors file",
         "mmrec.export.command:export",
         _export_arguments,
     ),

@@ -24,7 +24,7 @@ NOT_OURS = {"error-unmatch", "porcelain", "untracked-files", "no-deps", "signal"
 FOREIGN = {
     "CONTRIBUTING.md": {"cov", "cov-branch", "cov-report", "cov-fail-under", "dist", "check"},
     "docs/cluster.md": {"address", "head", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"},
-    "docs/export.md": {"device", "include_path", "model_args", "output_path", "tasks"},
+    "docs/export.md": {"device", "include_path", "model_args", "output_path", "tasks", "trust-remote-code"},
     "docs/platforms.md": {"from"},
     "docs/sweeps.md": {f"trainer.logger.{name}" for name in ("save_dir", "tracking_uri", "offline")},
     "docs/serve.md": {"batch_size", "include_path", "model_args", "output_path", "tasks"},
@@ -32,7 +32,7 @@ FOREIGN = {
     "README.md": {"logdir"},
     "README.tr.md": {"logdir"},
 }
-"""Options of other programs that a page names: ray, torchrun, lm_eval, tensorboard, pytest, uv, loggers, scripts."""
+"""Options of others that a page names: ray, torchrun, lm_eval, mlx_lm, tensorboard, pytest, uv, loggers, scripts."""
 PAGES = [
     str(path.relative_to(REPOSITORY)) for part in ("*.md", "docs/*.md") for path in sorted(REPOSITORY.glob(part))
 ]

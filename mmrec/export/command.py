@@ -19,19 +19,21 @@ from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.inference.learning import LearningNet
 
-Format = Literal["hf", "safetensors", "onnx", "gguf", "web"]
+Format = Literal["hf", "safetensors", "onnx", "mlx", "gguf", "web"]
 Weights = Literal["f32", "f16", "int8", "q8_0"]
 WEIGHTS = {
     "hf": ("f32",),
     "safetensors": ("f32",),
     "onnx": ("f32", "f16", "int8"),
+    "mlx": ("f32",),
     "gguf": ("f32", "f16", "q8_0"),
     "web": ("f32", "f16", "int8"),
 }
 """The numbers that each format can store the weights as."""
 EXPORTED_FILES = re.compile(
-    r"README\.md|mmrec\.json|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|modeling_mmrec\.py|__pycache__"
-    r"|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.gguf|model\.js|index\.html|chat_template\.jinja"
+    r"README\.md|mmrec\.json|(generation_|tokenizer_)?config\.json|special_tokens_map\.json|tokenizer\.json|__pycache__"
+    r"|modeling_mmrec\.py|mlx_model\.py|model.*\.safetensors(\.index\.json)?|model\.onnx(\.data)?|model\.gguf|model\.js"
+    r"|index\.html|chat_template\.jinja"
 )
 """Files of an export: a folder that holds others is never replaced."""
 
@@ -66,8 +68,9 @@ def export(
 
     Args:
         format: hf, a folder for transformers; safetensors, one file with weights, config and tokenizer, which every
-            --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime; gguf, one file for
-            llama.cpp, of a model of portable layers; web, a page that writes in a browser.
+            --ckpt takes too; onnx, one decoding step with the state in and out, for onnxruntime; mlx, a folder with
+            the code that runs it in MLX, on Apple's processors above all; gguf, one file for llama.cpp, of a model of
+            portable layers; web, a page that writes in a browser.
         output_dir: folder to write; it must be new or empty.
         weights: numbers that the matrices are stored as: f32; f16, for onnx, web and gguf; int8, for onnx and web;
             q8_0, 8 bits in blocks, for gguf.
