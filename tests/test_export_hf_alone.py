@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from isolated import link_packages, run_isolated
 from models import made
 from test_export_hf import exported, folders, ours
 
@@ -63,8 +62,9 @@ def test_it_computes_what_the_package_computes(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import json, sys
-sys.modules["mmrec"] = None  # whoever imports it gets an ImportError
+import importlib.util, json, sys
+
+assert importlib.util.find_spec("mmrec") is importlib.util.find_spec("lightning") is None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -108,25 +108,22 @@ model.save_pretrained("again")
 fast.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 assert torch.equal(again(**prompt).logits, model.eval()(**prompt).logits)
-assert not any(name.split(".")[0] == "mmrec" and sys.modules[name] for name in sys.modules)
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 def test_the_folder_runs_where_mmrec_is_not(tmp_path: Path) -> None:
-    """Generation, the library's Trainer, LoRA of PEFT, and a folder that is saved and loaded again."""
+    """Generation, the library's Trainer, LoRA of PEFT, and a folder that is saved and loaded again.
+
+    An interpreter that finds torch, transformers, what Trainer needs (accelerate), PEFT and what they require alone.
+    """
     trained = made(ByteTokenizer(), CONFIG)
     hf.save(tmp_path / "out", trained)
-    own = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "peft" if find_spec("peft") else "without"],
-        cwd=tmp_path,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    others = ["peft"] if find_spec("peft") else []
+    link_packages(tmp_path / "packages", "torch", "transformers", "accelerate", *others)
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    done = run_isolated(PROGRAM, tmp_path / "packages", *(others or ["without"]), cwd=tmp_path, **own)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     prompt = torch.tensor(list("ılık".encode()))

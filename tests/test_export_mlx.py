@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, Command, make_text
+from isolated import link_packages, run_isolated
 from models import made
 
 from mmrec.checkpoints.loading import load_model
@@ -61,18 +59,12 @@ def test_the_folder_writes_our_text_where_mlx_and_tokenizers_are_all_there_is(tm
     trained = made(CharacterTokenizer(make_text()), CONFIG)
     (tmp_path / "out").mkdir()
     mlx.save(tmp_path / "out", trained)
-    installed = Path(str(find_spec("tokenizers").origin)).parent.parent  # type: ignore[union-attr]
-    (tmp_path / "packages").mkdir()
-    for package in [installed / "tokenizers", *installed.glob("mlx*")]:
-        (tmp_path / "packages" / package.name).symlink_to(package)
-    alone = "import sys; sys.path += ['../packages', '.']\n"
+    link_packages(tmp_path / "packages", "mlx", "mlx-cpu", "tokenizers")
     page = (REPOSITORY / "docs" / "export.md").read_text(encoding="utf-8")
     (program,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "mlx_model" in block)
 
     def written(*arguments: str, program: str = "import mlx_model; mlx_model.main()") -> tuple[int, str, str]:
-        line = [sys.executable, "-I", "-S", "-c", alone + program, *arguments]
-        own = os.environ | {"PATH": ""}
-        done = subprocess.run(line, cwd=tmp_path / "out", env=own, capture_output=True, text=True)
+        done = run_isolated(program, tmp_path / "packages", *arguments, cwd=tmp_path / "out", PATH="")
         return done.returncode, done.stdout, done.stderr
 
     prompt = torch.from_numpy(trained.tokenizer.encode("to be").astype("int64"))

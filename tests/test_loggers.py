@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from conftest import REPOSITORY, Command
@@ -64,7 +65,8 @@ class TableLogger(NotesLogger):
 def train(folder: Path, prepared: Path, *options: str) -> None:
     """Train in a process of its own: these packages leave threads and processes behind."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "COMET_START_ONLINE": "false"}
+    environment |= {"COMET_OFFLINE_DIRECTORY": "comet", "COMET_DISABLE_ENV_DETAILS": "true"}
     command = [sys.executable, "-m", "mmrec", *fit(prepared, "--trainer.max_epochs=2", "--run=a", *options)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -98,6 +100,25 @@ def test_weights_and_biases_offline_has_all_figures(tmp_path: Path, prepared: Pa
     content = written.read_bytes()
     for name in (*MEASURED, "train/loss", "learning_rate", "sample"):
         assert name.encode() in content, name
+
+
+@pytest.mark.slow
+def test_comet_offline_has_all_figures_settings_and_texts(tmp_path: Path, prepared: Path) -> None:
+    if importlib.util.find_spec("comet_ml") is None:
+        pytest.skip("comet_ml is not installed")
+    train(tmp_path, prepared, "--trainer.logger=CometLogger")
+    (written,) = (tmp_path / "comet").glob("*.zip")
+    with ZipFile(written) as archive:
+        lines = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
+    metrics = [line["payload"]["metric"] for line in lines if line["type"] == "metric_msg"]
+    for name in MEASURED:
+        assert [metric["step"] for metric in metrics if metric["metricName"] == name] == [20, 41], name
+    assert "train/loss" in {metric["metricName"] for metric in metrics}
+    settings = {line["payload"]["param"]["paramName"] for line in lines if line["type"] == "parameter_msg"}
+    assert "learning_rate" in settings
+    files = [line["payload"] for line in lines if line["type"] == "file_upload"]
+    samples = [file["additional_params"]["step"] for file in files if file["metadata"].get("name") == "sample"]
+    assert samples == [20, 41]
 
 
 def read(folder: str) -> list[list[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
 
 
 def log_text(trainer: Trainer, name: str, text: str, markdown: str | None = None) -> None:
-    """Log a text to every logger that takes texts: TensorBoard, and those that are made like W&B's and MLflow's.
+    """Log a text to every logger that takes texts: TensorBoard, Comet, those that are like W&B's and MLflow's.
 
     Args:
         trainer: has the loggers.
@@ -37,6 +37,8 @@ def log_text(trainer: Trainer, name: str, text: str, markdown: str | None = None
             logger.experiment.add_text(name, text if markdown is None else markdown, step)
         elif hasattr(logger, "log_text"):  # WandbLogger: a table of one cell
             logger.log_text(key=name, columns=[name], data=[[text]], step=step)
+        elif isinstance(logger, CometLogger):
+            logger.experiment.log_text(text, step=step, metadata={"name": name})
         elif hasattr(getattr(logger, "experiment", None), "log_text"):  # MLFlowLogger: a file
             logger.experiment.log_text(logger.run_id, text, f"{name}/{step}.txt")  # type: ignore[attr-defined]
 
