@@ -53,12 +53,12 @@ def test_your_own_layer(tmp_path: Path) -> None:
     assert loss < 0.5
 
 
-def test_the_page_on_sweeps_shows_the_program() -> None:
-    program = (EXAMPLES / "sweep.py").read_text(encoding="utf-8")
+def test_the_page_on_sweeps_shows_the_programs() -> None:
     page = (REPOSITORY / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert program.endswith(shown)
-    assert len(shown.split("def train")[1].splitlines()) <= 24
+    shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for name, part in zip(("sweep.py", "sweep_ray.py"), shown, strict=True):
+        assert (EXAMPLES / name).read_text(encoding="utf-8").endswith(part)
+        assert len(part.split("def train")[1].splitlines()) <= 24
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from helpers import last, load
 
@@ -103,6 +104,27 @@ def test_other_minutes_than_before_count_where_it_was_stopped(
     assert last("novel")["global_step"] == 12
 
 
+def test_another_device_than_before_counts_where_it_was_stopped(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL]
+    assert mmrec(*line, "--trainer.max_steps=4") == 0
+    before = record()
+    assert "--trainer.accelerator=auto" in before["options"]
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(before | {"finished": False}))
+    capsys.readouterr()
+    assert mmrec(*line, "--on=cpu", "--plan") == 0
+    assert "on          cpu instead of auto\n" in capsys.readouterr().out
+    assert mmrec(*line, "--on=cpu", "--trainer.max_steps=6") == 0
+    assert "--trainer.accelerator=cpu" in record()["options"]
+    assert "--trainer.accelerator=auto" not in record()["options"]
+    assert "accelerator: cpu" in Path("lightning_logs/novel/config.yaml").read_text(encoding="utf-8")
+    assert last("novel")["global_step"] == 6
+    capsys.readouterr()
+    assert mmrec(*line, "--plan") == 0  # without a device the earlier one holds
+    assert "instead of" not in capsys.readouterr().out
+
+
 def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +201,9 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
         (["--minutes=0"], "at least 0.1"),
         (["--tokenizer=letters"], "characters, bytes, bpe"),
         (["--on=moon"], "moon"),
+        pytest.param(
+            ["--on=gpu"], "torch finds no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
         (["--model.dim=3"], "dim"),
         (["--minutes=few"], "minutes"),
     ],

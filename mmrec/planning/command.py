@@ -16,7 +16,7 @@ from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
-from mmrec.planning.machine import measure_rates
+from mmrec.planning.machine import check_accelerator, measure_rates
 from mmrec.planning.options import TrainOptions, split_arguments
 from mmrec.planning.outcome import report
 from mmrec.planning.plan import FORWARD_SHARE, fit_options, make_plan
@@ -29,6 +29,7 @@ STARTING = 3.0
 """Seconds that a training takes to start, and to end, beyond its updates and its validations."""
 CHANGES_PACE = ("--model.config", "--data.batch_size", "--data.seq_len", "--trainer.accumulate_grad_batches")
 """Options by which an update takes another time than the trial found."""
+ACCELERATOR = "--trainer.accelerator="
 LEAST = 2.0
 """Seconds of training, however little time there is."""
 
@@ -46,6 +47,7 @@ def train(args: Sequence[str]) -> None:
     parser.add_class_arguments(TrainOptions, skip={"texts", "plan"})
     options = TrainOptions(**vars(parser.parse_args(own)))
     check_tokenizer(options.tokenizer)
+    check_accelerator(options.on)
     folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default)
     run = options.run or folder.folder.resolve().name
     where = Path(runs.LOGS, run)
@@ -54,7 +56,7 @@ def train(args: Sequence[str]) -> None:
         raise UserError(f"the run {run!r} was not begun by mmrec train; choose another --run")
     if before is not None and Path(before.data_dir) != folder.folder.resolve():
         raise UserError(f"the run {run!r} was trained on {before.data_dir}; choose another --run")
-    record = _begin(options, folder) if before is None else _go_on(before, where, options)
+    record = _begin(options, folder) if before is None else _move(_go_on(before, where, options), options.on)
     if options.plan:
         return
     record.write(where)
@@ -78,7 +80,8 @@ def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
     """Plan a training from nothing, and say so."""
     start, deadline = time.monotonic(), _deadline(options)
     text = describe_text(folder)
-    rates = measure_rates(text, _seconds_left(deadline), options.on)
+    accelerator = options.on or "auto"
+    rates = measure_rates(text, _seconds_left(deadline), accelerator)
     plan = make_plan(text, rates, _seconds_left(deadline))
     rate = dict(rates)[plan.config]
     # What comes after the training: the final score, and what stands beside it.
@@ -88,7 +91,7 @@ def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
     plan = make_plan(text, [(plan.config, rate)], seconds)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
-    chosen = [*fit_options(plan), f"--trainer.accelerator={options.on}", "--trainer.devices=1"]
+    chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", "--trainer.devices=1"]
     data_dir = str(folder.folder.resolve())
     return Record(
         data_dir, seconds / 60, plan.steps, chosen, text.xz, plan.expected, asked=options.minutes_or_default
@@ -109,6 +112,16 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     if start == stable and not options.plan:
         write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
     return replace(before, minutes=(done + more) / 60, steps=None, finished=False, asked=minutes)
+
+
+def _move(record: Record, on: str | None) -> Record:
+    """Return ``record`` with the device ``on``, where that is another: its pace decides how far the training goes."""
+    before = next((option for option in record.options if option.startswith(ACCELERATOR)), f"{ACCELERATOR}auto")
+    if on is None or before == f"{ACCELERATOR}{on}":
+        return record
+    print(f"on          {on} instead of {before.removeprefix(ACCELERATOR)}")
+    others = [option for option in record.options if option != before]
+    return replace(record, options=[*others, f"{ACCELERATOR}{on}"], steps=None)
 
 
 def _resume(before: Record, last: Path, options: TrainOptions) -> Record:

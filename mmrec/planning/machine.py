@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mmrec.core.errors import UserError
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
 from mmrec.model import ModelConfig, RecurrentLM
@@ -19,6 +20,12 @@ from mmrec.training.options import OptimizerOptions
 
 WARM_UP = 2
 """First updates, which are slower than those that follow."""
+
+
+def check_accelerator(name: str | None) -> None:
+    """Raise UserError where ``--on gpu`` asks for what is not here."""
+    if name == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError("--on is gpu: torch finds no GPU here; give cpu, or leave it out")
 
 
 def seconds_per_update(
