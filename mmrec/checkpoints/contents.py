@@ -14,7 +14,7 @@ Of this program:
 
 - :data:`MODEL_KEY`: format version, config of the model, tokenizer, and the chat template where the model has one
 - :data:`PROGRESS_KEY`: the hyper-parameters, the carried state of every row, the states of the random generators of
-  every process, and the number of threads that torch computed with
+  every process, the number of threads that torch computed with, and whether by the compiled kernels for a CPU
 """
 
 from __future__ import annotations

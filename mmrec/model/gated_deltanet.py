@@ -74,7 +74,13 @@ class GatedDeltaNet(RecurrentLayer):
     def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
         rows, length, _ = x.shape
         dtype = state[1].dtype
-        parts = self.split(self.project(x))
+        projected = self.project(x)
+        parts = self.split(projected)
+        kernels = dispatch.native(projected)
+        if kernels is not None and dtype == self.log_rate.dtype == torch.float32:
+            gate, weights, form = self._raw_output_gate(parts), self._weights(), self._form()
+            y, past, memory = kernels.long_memory(projected, gate, *state, weights, form, reset_mask)
+            return self.output(y), (past, memory)
         qkv, past = self.conv(parts.qkv, state[0], reset_mask)
         q, k, v = self._split_heads(qkv)
         log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
@@ -107,6 +113,18 @@ class GatedDeltaNet(RecurrentLayer):
         """Return beta as a share of its maximum, [B, T, H]."""
         return (parts.beta.to(dtype) + self.beta_bias).sigmoid()
 
-    def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
-        gate: Tensor = self.gate(parts.output_gate).sigmoid()
+    def _raw_output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
+        """Return the output gate before its non-linearity, [..., D]."""
+        gate: Tensor = self.gate(parts.output_gate)
         return gate
+
+    def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
+        return self._raw_output_gate(parts).sigmoid()
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the convolution, the decay of an open gate in nats, the biases, and the norm's."""
+        return self.conv.weight, self.log_rate.exp(), self.decay_bias, self.beta_bias, self.norm.weight
+
+    def _form(self) -> tuple[float, float, float, bool]:
+        """Return the maximum of beta, the scale of queries, the norm's epsilon; whether the output gate is SiLU."""
+        return self.beta_max, self.query_scale or 1.0, self.norm.EPSILON, False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmrec.model.ops import fused
+from mmrec.model.ops import dispatch, fused
 
 
 class CausalConv(nn.Module):
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, self.EPSILON)
+        return dispatch.rms_norm(x, self.weight, self.EPSILON)
 
 
 class FeedForward(nn.Module):
@@ -54,5 +54,5 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.output(fused.swiglu(self.project(x)))
+        y: Tensor = self.output(dispatch.swiglu(self.project(x)))
         return y

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrec.model.config import LAYER_TYPES, ModelConfig
 from mmrec.model.layers import FeedForward, RMSNorm
+from mmrec.model.ops import dispatch
 from mmrec.model.recurrent_layer import RecurrentLayer
 from mmrec.model.state import LayerState, State
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
         self.memory = LAYER_TYPES[kind](config)
         self.ffn_norm = RMSNorm(config.dim)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -41,8 +42,9 @@ class Block(nn.Module):
 
     def _compute(self, x: Tensor, state: LayerState, reset_mask: Tensor | None) -> tuple[Tensor, LayerState]:
         y, state = self.memory(self.memory_norm(x), state, reset_mask)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.ffn(self.ffn_norm(x))), state
+        dropout = self.dropout if self.training else 0.0
+        x = dispatch.dropout_add(x, y, dropout)
+        return dispatch.dropout_add(x, self.ffn(self.ffn_norm(x)), dropout), state
 
 
 class RecurrentLM(nn.Module):

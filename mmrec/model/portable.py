@@ -33,5 +33,15 @@ class PortableGatedDeltaNet(GatedDeltaNet):
     def _write_gate(self, parts: GatedDeltaNetProjection, dtype: torch.dtype) -> Tensor:
         return parts.beta.to(dtype).sigmoid()
 
+    def _raw_output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
+        return parts.output_gate
+
     def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
         return F.silu(parts.output_gate)
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        no_bias = torch.zeros_like(self.decay_bias)
+        return self.conv.weight, self.log_rate.exp(), self.decay_bias, no_bias, self.norm.weight
+
+    def _form(self) -> tuple[float, float, float, bool]:
+        return (*super()._form()[:3], True)

@@ -65,10 +65,14 @@ class RGLRU(RecurrentLayer):
         return self.DECAY_SCALE * F.softplus(self.rate)
 
     def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        parts = self.split(self.project(x))
+        projected, rate, biases = self.project(x), self.decay_rate(), (self.r_bias, self.i_bias)
+        kernels = dispatch.native(projected)
+        if kernels is not None and state[1].dtype == rate.dtype == torch.float32:
+            y, past, memory = kernels.short_memory(projected, *state, self.conv.weight, biases, rate, reset_mask)
+            return self.output(y), (past, memory)
+        parts = self.split(projected)
         values, past = self.conv(parts.values, state[0], reset_mask)
-        rate = self.decay_rate()
-        gates, biases = (parts.recurrence_gate, parts.input_gate), (self.r_bias, self.i_bias)
+        gates = parts.recurrence_gate, parts.input_gate
         h, memory = dispatch.rg_lru(*gates, values, rate, state[1], reset_mask, biases)
         return self.output(h.to(x.dtype) * parts.output_gate.sigmoid()), (past, memory)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,11 +15,11 @@ from mmrec.checkpoints import contents
 from mmrec.checkpoints.chat_template import PLAIN, ChatOptions, ChatTemplate
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
-from mmrec.core.threads import use_threads
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
+from mmrec.training.arithmetic import arithmetic, choose_arithmetic
 from mmrec.training.carried_state import CarriedState, gather, join_states
 from mmrec.training.compat import average_without_waiting, updates_to_come
 from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
@@ -96,23 +95,7 @@ class RecurrentLMModule(LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        self._choose_threads()
-
-    def _choose_threads(self, before: int | None = None) -> None:
-        """Let torch compute with as many threads as pay for the batches of this run.
-
-        Args:
-            before: the number that the run was trained with until now, which is kept where that is possible: sums
-                that others add up differ in their last bits.
-        """
-        data = self.trainer.datamodule.options  # type: ignore[attr-defined]
-        tokens = data.batch_size * data.seq_len
-        threads = use_threads(self.net.config.dim, tokens, self.trainer.num_devices, before)
-        if before is not None and threads != before:
-            rank_zero_info(
-                f"The run was trained with {before} thread(s) until now, and goes on with {threads}: its figures can "
-                f"differ in the last digits from those of a run that was not stopped"
-            )
+        choose_arithmetic(self.trainer, self.net.config.dim)
 
     def on_train_start(self) -> None:
         self.restore_training_state()
@@ -334,7 +317,7 @@ class RecurrentLMModule(LightningModule):
             "carried": join_states([process["carried"] for process in processes]),
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
-            "threads": torch.get_num_threads(),
+            **arithmetic(),
         }
 
     def _leave_training_out(self, checkpoint: dict[str, Any]) -> None:
@@ -357,7 +340,7 @@ class RecurrentLMModule(LightningModule):
             return
         if self.trainer.training:
             self._compare_options(progress["hyperparameters"])
-            self._choose_threads(progress.get("threads"))
+            choose_arithmetic(self.trainer, self.net.config.dim, progress)
             report_changes("chat.", asdict(self._chat or PLAIN), asdict(self.chat or PLAIN))
         carried = progress["carried"]
         # Older checkpoints have one stream alone, or None where nothing has been read.

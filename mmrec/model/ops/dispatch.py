@@ -1,7 +1,8 @@
-"""The one place that chooses how a recurrence is computed: by kernels on CUDA, else by torch (:mod:`chunked`).
+"""The one place that chooses how an operation is computed: by kernels on CUDA or on a CPU, else by torch.
 
-The extra ``gpu`` brings the kernels: Triton for the RG-LRU, flash-linear-attention for the gated delta rule. Without
-it, and on every other device, all is computed by torch.
+The extra ``gpu`` brings the kernels for CUDA: Triton for the RG-LRU, flash-linear-attention for the gated delta rule.
+On a CPU, where there is a C compiler, the kernels of :mod:`mmrec.model.ops.native` compute whole layers but for their
+matrix products. Everywhere else all is computed by torch (:mod:`chunked`, :mod:`fused`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,97 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmrec.core.errors import one_line
-from mmrec.model.ops import chunked, reference
+from mmrec.model.ops import chunked, fused, reference
 
 BROKEN_ON_HOPPER = ((3, 4), (3, 7, 1))
 """Versions of Triton, from the first to below the second, whose gradients of the gated delta rule are wrong there."""
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU: older ones have no units for bfloat16, and were not compiled for."""
+
+
+def native(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
+    """Return the functions of :mod:`mmrec.model.ops.native` if they are to compute what follows ``x`` [B, T, any].
+
+    Args:
+        x: the input.
+        dtype: that of matrix products; that of ``x`` if left out.
+    """
+    if x.device.type != "cpu" or x.dim() != 3 or x.shape[1] == 1 or torch.compiler.is_compiling():
+        return None
+    functions = native_functions()
+    return functions if functions is not None and functions.takes(x, dtype or x.dtype) else None
+
+
+def choose_native(wanted: bool = True) -> bool:
+    """Choose whether the kernels of :mod:`mmrec.model.ops.native` are used; return whether they are.
+
+    They are not where they cannot be built. A run that is resumed chooses as it was trained until then: their sums
+    differ from torch's in the last bits.
+    """
+    native_functions.cache_clear()
+    _chosen["native"] = wanted
+    return uses_native()
+
+
+def uses_native() -> bool:
+    """Return whether the kernels of :mod:`mmrec.model.ops.native` are used on a CPU."""
+    functions = native_functions()
+    return functions is not None and functions.library(torch.float32) is not None
+
+
+def native_problem() -> str | None:
+    """Return why the kernels of :mod:`mmrec.model.ops.native` cannot be used; None where nobody wants them."""
+    functions = native_functions()
+    problem: str | None = None if functions is None else functions.problem()
+    return problem
+
+
+_chosen = {"native": True}
+
+
+@cache
+def native_functions() -> ModuleType | None:
+    """Return the kernels for a CPU; None where they are not to be used."""
+    # An exported model runs this code without the package, and so without its kernels.
+    if not _chosen["native"] or find_spec("mmrec") is None:
+        return None
+    return import_module("mmrec.model.ops.native.functions")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """:func:`mmrec.model.ops.reference.rms_norm`; under autocast on a CPU it can be of autocast's dtype."""
+    if x.dtype == weight.dtype == torch.float32:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        kernels = native(x, dtype)
+        if kernels is not None:
+            y: Tensor = kernels.rms_norm(x, weight, eps, dtype)
+            return y
+    return fused.rms_norm(x, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """:func:`mmrec.model.ops.reference.swiglu`."""
+    kernels = native(x)
+    y: Tensor = fused.swiglu(x) if kernels is None else kernels.swiglu(x)
+    return y
+
+
+def dropout_add(x: Tensor, y: Tensor, dropout: float) -> Tensor:
+    """Return ``x`` plus ``y``, of which a share of ``dropout`` is left out (Srivastava et al. 2014).
+
+    Args:
+        x: [B, T, D], the residual stream.
+        y: [B, T, D], what a layer adds to it.
+        dropout: 0 outside training.
+    """
+    if not dropout:
+        return x + y
+    kernels = native(y) if x.dtype == torch.float32 else None
+    total: Tensor = x + F.dropout(y, dropout) if kernels is None else kernels.dropout_add(x, y, dropout)
+    return total
 
 
 def rg_lru(

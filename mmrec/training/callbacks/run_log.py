@@ -21,6 +21,7 @@ from mmrec import __version__
 from mmrec.checkpoints.runs import HISTORY
 from mmrec.core.errors import one_line
 from mmrec.core.threads import cores_by_affinity
+from mmrec.training.arithmetic import arithmetic
 from mmrec.training.module import RecurrentLMModule
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -94,7 +95,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor("model name") or platform.processor() or platform.machine(),
         "cpu_features": [name for name in FEATURES if name in flags],
         "cores": cores_by_affinity(),
-        "threads": torch.get_num_threads(),
+        **arithmetic(),
     }
 
 

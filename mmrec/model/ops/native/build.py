@@ -1,0 +1,128 @@
+"""Builds the C kernels of this folder with the machine's own compiler, once, and loads them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from mmrec.core.files import write_file
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+FOR_THIS_MACHINE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+"""Of these the first are taken that the compiler knows."""
+DEFINED = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+
+
+SWITCH = "MMREC_NATIVE"
+"""Environment variable: at 0 the kernels are neither built nor used."""
+
+
+@cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return the kernels whose matrix products have ``dtype``; None where they are not wanted or cannot be built."""
+    if dtype not in DEFINED or os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(dtype)))
+    except OSError:
+        return None
+
+
+def problem() -> str | None:
+    """Return why there are no kernels, and what helps; None where there are, or nobody wants any."""
+    if library(torch.float32) is not None or os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        path = _built(torch.float32)
+    except OSError as error:
+        return str(error)
+    return f"the compiled kernels {path} cannot be loaded"
+
+
+def _built(dtype: torch.dtype) -> Path:
+    """Return the library for ``dtype``, which is compiled where it is not there yet; OSError where that fails."""
+    compiler = _compiler()
+    if compiler is None:
+        raise OSError("there is no C compiler; install gcc or clang")
+    said = ""
+    for machine in FOR_THIS_MACHINE:
+        command = (*compiler, *FLAGS, *machine, *DEFINED[dtype])
+        path = _cache_folder() / f"kernels-{_digest(command)}.so"
+        if path.exists():
+            return path
+        said = _build(command, path)
+        if not said:
+            return path
+    raise OSError(said)
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """Return the command of the C compiler: that of ``CC``, else the first that is found."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named:
+        return tuple(named) if shutil.which(named[0]) else None
+    return next(((found,) for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+@cache
+def _digest(command: tuple[str, ...]) -> str:
+    """Return a name for what ``command`` makes of the sources on this kind of processor."""
+    stat = os.stat(shutil.which(command[0]) or command[0])
+    parts = [" ".join(command).encode(), f"{stat.st_size} {stat.st_mtime_ns}".encode(), _processor().encode()]
+    parts += [source.read_bytes() for source in sorted(FOLDER.glob("*.[ch]"))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def _processor() -> str:
+    """Return what tells one kind of processor from another that cannot run its code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _cache_folder() -> Path:
+    """Return the folder that keeps what was built: the user's cache, else one for temporary files."""
+    import pooch  # late: it takes a tenth of a second
+
+    folder = Path(pooch.os_cache("mmrec"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir())
+
+
+def _build(command: tuple[str, ...], path: Path) -> str:
+    """Compile the sources to ``path``, which is there whole or not at all; return what went wrong, if anything."""
+    with tempfile.TemporaryDirectory(prefix="mmrec-") as scratch:
+        made = Path(scratch) / path.name
+        sources = [str(source) for source in sorted(FOLDER.glob("*.c"))]
+        try:
+            built = subprocess.run(
+                [*command, *sources, "-o", str(made), "-lm"],
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+        except OSError as error:
+            return f"{command[0]}: {error.strerror}"
+        if built.returncode or not made.exists():
+            said = built.stderr.decode(errors="replace").strip() or f"exit status {built.returncode}"
+            return f"{command[0]} failed: {said.splitlines()[0]}"
+        write_file(path, made.read_bytes())
+    return ""

@@ -1,0 +1,193 @@
+"""The compiled kernels for a CPU against torch's forms: outputs, gradients, final state; how they are built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.model.ops import dispatch
+from mmrec.model.ops.native import build, functions
+
+needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
+FORMS = [
+    ModelConfig(dim=32, layers=2, layer_types=("short",), heads=2, ffn_dim=40),
+    ModelConfig(dim=20, layers=2, layer_types=("short",), heads=2, ffn_dim=13, conv_width=1),
+    ModelConfig(dim=32, layers=2, layer_types=("long",), heads=2, ffn_dim=40),
+    ModelConfig(
+        dim=20, layers=1, layer_types=("long",), heads=4, ffn_dim=13, conv_width=2, negative_eigenvalues=True
+    ),
+    ModelConfig(dim=80, layers=1, layer_types=("long", "short"), heads=1, ffn_dim=13),  # more than 64 values a head
+    ModelConfig(dim=36, layers=2, layer_types=("portable",), heads=2, ffn_dim=40),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    build.library.cache_clear()
+    dispatch.choose_native()
+
+
+def made(config: ModelConfig) -> RecurrentLM:
+    net = RecurrentLM(config, 11)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net
+
+
+def results(net: RecurrentLM, tokens: Tensor, reset_mask: Tensor | None, autocast: bool = False) -> dict[str, Tensor]:
+    """Return outputs, final states, and the gradients of weights and of the state before, in float64."""
+    torch.manual_seed(1)
+    random = [tuple(torch.randn(part.shape, dtype=torch.float32) for part in layer) for layer in net.zero_state(3)]
+    dtype = net.embedding.weight.dtype
+    state = [tuple(part.to(dtype).requires_grad_() for part in layer) for layer in random]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, after = net(tokens, state, reset_mask)
+    parts = [part for layer in after for part in layer]
+    loss = logits.double().log_softmax(-1)[..., 0].mean() + sum(
+        part.double().sin().mean() for part in parts if part.numel()
+    )
+    leaves = dict(net.named_parameters()) | {f"state {n}": part for n, part in enumerate(sum(state, ()))}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {"logits": logits} | {f"after {n}": part for n, part in enumerate(parts)}
+    found |= {name: grad for name, grad in zip(leaves, gradients, strict=True) if grad is not None}
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max(float((ours[name] - theirs[name]).norm() / (theirs[name].norm() + 1e-6)) for name in theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [2, 3, 33, 70])
+@pytest.mark.parametrize("config", FORMS, ids=lambda config: f"{config.layer_types[0]}-{config.dim}")
+@pytest.mark.parametrize("resets", [False, True])
+def test_kernels_equal_torch(config: ModelConfig, length: int, resets: bool) -> None:
+    net, tokens = made(config), torch.randint(11, (3, length))
+    mask = torch.rand(3, length) < 0.2 if resets else None
+    expected = results(copy.deepcopy(net).double(), tokens, mask)  # in float64 it is torch that computes
+    assert difference(results(net, tokens, mask), expected) < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", FORMS[::2], ids=lambda config: config.layer_types[0])
+def test_in_bfloat16_kernels_are_as_exact_as_torch(config: ModelConfig) -> None:
+    net, tokens = made(config), torch.randint(11, (3, 70))
+    expected = results(copy.deepcopy(net).double(), tokens, None)
+    ours = results(net, tokens, None, autocast=True)
+    dispatch.choose_native(False)
+    torchs = results(net, tokens, None, autocast=True)
+
+    def typical(found: dict[str, Tensor]) -> float:
+        return (
+            torch.tensor([difference({name: found[name]}, {name: expected[name]}) for name in expected])
+            .median()
+            .item()
+        )
+
+    assert 0 < typical(ours) < 1.5 * typical(torchs)
+
+
+@needs_compiler
+def test_reading_in_two_parts_is_reading_at_once() -> None:
+    config = ModelConfig(dim=32, layers=4, layer_types=("short", "long"), heads=2, ffn_dim=40)
+    net, tokens = made(config), torch.randint(11, (2, 70))
+    with torch.no_grad():
+        whole, after = net(tokens, net.zero_state(2))
+        first, between = net(tokens[:, :37], net.zero_state(2))
+        second, end = net(tokens[:, 37:], between)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(sum(end, ()), sum(after, ()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "WORTH_THREADS", 1)
+    inputs = [torch.randn(size) for size in ((3, 40, 80), (3, 3, 20), (3, 20), (20, 4), (20,), (20,), (20,))]
+    leaves = [each.abs().requires_grad_() for each in inputs]
+    x, past, state, weight, r_bias, i_bias, rate = leaves
+
+    def found() -> list[Tensor]:
+        outputs = functions.short_memory(x, past, state, weight, (r_bias, i_bias), rate, None)
+        gradients = torch.autograd.grad(sum(each.sin().sum() for each in outputs), leaves)
+        return [*outputs, *gradients]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = found()
+        torch.set_num_threads(2)
+        two = found()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, two, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share_and_its_gradients(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(4, 50, 64), torch.ones(4, 50, 64, dtype=dtype, requires_grad=True)
+    torch.manual_seed(3)
+    total = dispatch.dropout_add(x, y, 0.25)
+    (grad,) = torch.autograd.grad(total, y, torch.ones_like(total))
+    assert set(total.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert torch.equal(grad, total.to(dtype))
+    assert abs((total == 0).float().mean().item() - 0.25) < 0.02
+    for axis in range(3):  # each row, token and channel has about its share, too
+        assert (total == 0).float().mean([other for other in range(3) if other != axis]).sub(0.25).abs().max() < 0.15
+    assert not torch.equal(total, dispatch.dropout_add(x, y, 0.25))
+    torch.manual_seed(3)
+    assert torch.equal(total, dispatch.dropout_add(x, y, 0.25))
+    assert torch.equal(dispatch.dropout_add(x, y, 0.0), x + y)
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so() -> None:
+    net, tokens = made(FORMS[0]), torch.randint(11, (1, 5))
+    with torch.no_grad():
+        net.get_parameter("blocks.0.memory.project.weight")[0, 0] = torch.nan
+        assert net(tokens, net.zero_state(1))[0].isnan().all()
+
+
+@needs_compiler
+def test_kernels_are_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    assert dispatch.choose_native()
+    kept = [path.suffix for path in tmp_path.rglob("kernels-*")]
+    assert kept == [".so"]
+    monkeypatch.setattr(build, "_build", None)  # a second compilation would fail
+    build.library.cache_clear()
+    assert dispatch.choose_native()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [("/nowhere/cc", "there is no C compiler; install gcc or clang"), ("false", "false failed: exit status 1")],
+)
+def test_without_a_compiler_torch_computes(
+    compiler: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    build.library.cache_clear()
+    assert not dispatch.choose_native()
+    assert dispatch.native_problem() == says
+    net = made(FORMS[0])
+    assert net(torch.zeros(1, 3, dtype=torch.int64), net.zero_state(1))[0].isfinite().all()
+    assert not list(tmp_path.rglob("kernels-*"))
+
+
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.SWITCH, "0")
+    build.library.cache_clear()
+    assert not dispatch.choose_native()
+    assert dispatch.native_problem() is None
