@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from processes import run
 from mmrec import MemoryLM
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.migrations import VERSION
+from mmrec.model.ops import dispatch
+from mmrec.model.ops.native.build import SWITCH
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "checkpoint-v1.ckpt"
@@ -22,7 +25,8 @@ VERSIONS = sorted(DATA.glob("checkpoint-v*.ckpt"))
 """A checkpoint of each format version; beside it, the logits that it gave when it was written."""
 OUTPUTS = DATA / "outputs.json"
 """What generate and score gave of the first of them."""
-COURSE = DATA / "course.json"
+COURSES = [DATA / "course.json", DATA / "course-native.json"]
+"""Of a training by torch, and by the compiled kernels, which draw other dropout."""
 PROMPT = "1: to be or not"
 BATCHES = ["--data.batch_size=2", "--data.seq_len=64"]
 """Of what is stored."""
@@ -81,19 +85,29 @@ COMMAND = [
 ]
 
 
+def without_kernels() -> None:
+    os.environ[SWITCH] = "0"
+
+
 @pytest.mark.slow
-def test_the_course_of_a_training(prepared: Path, tmp_path: Path, figure: Figure) -> None:
+@pytest.mark.parametrize("course", COURSES, ids=lambda course: course.stem)
+def test_the_course_of_a_training(course: Path, prepared: Path, tmp_path: Path, figure: Figure) -> None:
+    is_native = course is COURSES[1]
+    if is_native and not dispatch.choose_native():
+        pytest.skip("no C compiler")
     courses = []
     for name in ("one", "two"):
-        run(tmp_path, *fit(prepared, *COMMAND, f"--run={name}"))
+        run(tmp_path, *fit(prepared, *COMMAND, f"--run={name}"), prepare=None if is_native else without_kernels)
         courses.append(losses(name, root=tmp_path))
     assert len(courses[0]) == 50
     assert courses[0] == courses[1]
-    stored = json.loads(COURSE.read_text())
+    stored = json.loads(course.read_text())
     worst = max(abs(value - stored[step]) for step, value in courses[0].items())
     # Other processors add in another order, and 50 updates carry the difference on.
     assert worst < 0.01
-    figure("50 updates in two processes, and against the stored course", f"equal to the bit; within {worst:.0e}")
+    figure(
+        f"50 updates in two processes, and against the stored {course.stem}", f"equal to the bit; within {worst:.0e}"
+    )
 
 
 if __name__ == "__main__":  # make the data anew: in an empty folder
@@ -109,4 +123,4 @@ if __name__ == "__main__":  # make the data anew: in an empty folder
     newest.write_bytes(Path("lightning_logs/golden/checkpoints/last.ckpt").read_bytes())
     newest.with_suffix(".json").write_text(json.dumps(logits(newest).tolist()))
     OUTPUTS.write_text(json.dumps(outputs()))
-    COURSE.write_text(json.dumps(list(losses("golden").values())))
+    COURSES[dispatch.uses_native()].write_text(json.dumps(list(losses("golden").values())))

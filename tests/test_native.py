@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Command
+from helpers import fit, last
 from torch import Tensor
 
 from mmrec.model import ModelConfig, RecurrentLM
@@ -191,3 +193,37 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     build.library.cache_clear()
     assert not dispatch.choose_native()
     assert dispatch.native_problem() is None
+
+
+@needs_compiler
+def test_a_run_keeps_to_the_kernels_it_began_with_and_says_so_where_it_cannot(
+    mmrec: Command, prepared: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(run: str, steps: int, *options: str) -> bool:
+        build.library.cache_clear()
+        assert (
+            mmrec(*fit(prepared, f"--run={run}", "--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", *options))
+            == 0
+        )
+        return bool(last(run)["mmrec_progress"]["native"])
+
+    assert trained("with", 2)
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert not trained("without", 2)
+    assert not trained("with", 4, "--ckpt_path=last")
+    assert "compiled kernels until now, and goes on without: MMREC_NATIVE=0" in caplog.text
+    monkeypatch.delenv(build.SWITCH)
+    assert not trained("without", 4, "--ckpt_path=last")
+    assert caplog.text.count("until now") == 1
+
+
+@needs_compiler
+def test_a_layer_is_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    kernel = functions._kernel
+    monkeypatch.setattr(functions, "_kernel", lambda name, dtype: called.append(name) or kernel(name, dtype))
+    config = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
+    net = RecurrentLM(config, 11, dropout=0.1)
+    net(torch.zeros(1, 5, dtype=torch.int64), net.zero_state(1))[0].sum().backward()
+    forward = {"rms_norm", "swiglu", "short_memory", "long_memory", "dropout_add"}
+    assert set(called) == forward | {f"{name}_backward" for name in forward}

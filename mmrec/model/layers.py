@@ -28,16 +28,22 @@ class CausalConv(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization over the last dimension, of size ``dim``."""
+    """Root mean square normalization over the last dimension.
+
+    Args:
+        dim: the size of that dimension.
+        feeds_product: only matrix products read the result, which may then be of autocast's dtype.
+    """
 
     EPSILON = 1e-6
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, feeds_product: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+        self.feeds_product = feeds_product
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.rms_norm(x, self.weight, self.EPSILON)
+        return dispatch.rms_norm(x, self.weight, self.EPSILON, self.feeds_product)
 
 
 class FeedForward(nn.Module):

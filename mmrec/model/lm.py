@@ -28,9 +28,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: str, dropout: float) -> None:
         super().__init__()
-        self.memory_norm = RMSNorm(config.dim)
+        self.memory_norm = RMSNorm(config.dim, feeds_product=True)
         self.memory = LAYER_TYPES[kind](config)
-        self.ffn_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim, feeds_product=True)
         self.ffn = FeedForward(config.dim, config.ffn_dim)
         self.dropout = dropout
 

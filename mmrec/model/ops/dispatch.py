@@ -76,10 +76,11 @@ def native_functions() -> ModuleType | None:
     return import_module("mmrec.model.ops.native.functions")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """:func:`mmrec.model.ops.reference.rms_norm`; under autocast on a CPU it can be of autocast's dtype."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, feeds_product: bool = False) -> Tensor:
+    """:func:`mmrec.model.ops.reference.rms_norm`; of autocast's dtype where it only ``feeds_product``, if at all."""
     if x.dtype == weight.dtype == torch.float32:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        is_narrow = feeds_product and torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_narrow else x.dtype
         kernels = native(x, dtype)
         if kernels is not None:
             y: Tensor = kernels.rms_norm(x, weight, eps, dtype)
