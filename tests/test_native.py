@@ -119,7 +119,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Mon
 
     def found() -> list[Tensor]:
         outputs = functions.short_memory(x, past, state, weight, (r_bias, i_bias), rate, None)
-        gradients = torch.autograd.grad(sum(each.sin().sum() for each in outputs), leaves)
+        gradients = torch.autograd.grad(torch.stack([each.sin().sum() for each in outputs]).sum(), leaves)
         return [*outputs, *gradients]
 
     threads = torch.get_num_threads()
@@ -219,11 +219,15 @@ def test_a_run_keeps_to_the_kernels_it_began_with_and_says_so_where_it_cannot(
 
 @needs_compiler
 def test_a_layer_is_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    kernel = functions._kernel
-    monkeypatch.setattr(functions, "_kernel", lambda name, dtype: called.append(name) or kernel(name, dtype))
+    called, kernel = set(), functions._kernel
+
+    def noted(name: str, dtype: torch.dtype) -> object:
+        called.add(name)
+        return kernel(name, dtype)
+
+    monkeypatch.setattr(functions, "_kernel", noted)
     config = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
     net = RecurrentLM(config, 11, dropout=0.1)
     net(torch.zeros(1, 5, dtype=torch.int64), net.zero_state(1))[0].sum().backward()
     forward = {"rms_norm", "swiglu", "short_memory", "long_memory", "dropout_add"}
-    assert set(called) == forward | {f"{name}_backward" for name in forward}
+    assert called == forward | {f"{name}_backward" for name in forward}
