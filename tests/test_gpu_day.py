@@ -41,7 +41,8 @@ def test_every_stage_is_rehearsed(prepared: Path, tmp_path: Path) -> None:
     speeds = {(row["model"], row["length"]): row for row in found["speed"]}
     assert all(speeds[name, length]["tokens_per_second"] > 0 for name in ("mmrec", "gpt") for length in (16, 32))
     assert all(speeds[name, 16]["peak_bytes"] > 0 for name in ("mmrec", "gpt"))
-    assert {(row["rows"], row["position"]) for row in found["decode"]} == {(1, 8), (1, 24), (4, 8), (4, 24)}
+    decoded = [(row["rows"], row["position"], row["captured"]) for row in found["decode"]]
+    assert decoded == [(*at, captured) for at in ((1, 8), (1, 24), (4, 8), (4, 24)) for captured in (True, False)]
     assert all(row["tokens_per_second"] > 0 for row in found["decode"])
     (learned,) = found["learn"]
     assert learned["updates"] == 6

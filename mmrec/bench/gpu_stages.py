@@ -30,6 +30,7 @@ from mmrec.core.runtime import MIXED, native_precision
 from mmrec.data.store import open_tokens
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.model.captured import StaticStep
 from mmrec.model.ops import dispatch, reference
 
 VOCABULARY = 50_304
@@ -271,32 +272,40 @@ MODELS: dict[str, Callable[[ModelConfig, int, int], nn.Module | None]] = {
 
 @torch.inference_mode()
 def decode(day: Day) -> Iterator[Row]:
-    """Yield tokens a second of all rows together, by rows and by how much was read before."""
+    """Yield tokens a second of all rows together, by rows, how much was read before, and how a step is made.
+
+    A step is captured as a CUDA graph, or made operation by operation; on a CPU the latter alone.
+    """
     positions, many = ((8, 24), 4) if day.toy else ((100, 10_000), 256)
     for size, config in [*day.sizes().items()][:2]:
         net = RecurrentLM(config, day.vocab_size).to(day.device).eval()
         for rows in (1, many):
             for position in positions:
                 about = {"size": size, "rows": rows, "position": position}
-                yield about | ({"left_out": "no time"} if day.is_over() else _decode(day, net, rows, position))
+                if day.is_over():
+                    yield about | {"left_out": "no time"}
+                else:
+                    yield from (about | found for found in _decode(day, net, rows, position))
 
 
-def _decode(day: Day, net: RecurrentLM, rows: int, position: int) -> Row:
+def _decode(day: Day, net: RecurrentLM, rows: int, position: int) -> Iterator[Row]:
     state, part = net.zero_state(rows), max(1, 65_536 // rows)
     for begin in range(0, position, part):
         tokens = torch.randint(day.vocab_size, (rows, min(part, position - begin)), device=day.device)
         _, state = net.hidden(tokens, state)
-    token, count = torch.zeros(rows, 1, dtype=torch.int64, device=day.device), 2 if day.toy else 32
+    step, count = StaticStep(net, rows), 2 if day.toy else 32
+    for make_step in [step.run, step.compute] if step.is_captured else [step.compute]:
+        step.set_state(state)
 
-    def generate() -> None:
-        reached, chosen = state, token
-        for _ in range(count):
-            logits, reached = net(chosen, reached)
-            chosen = logits[:, -1:].argmax(-1)
+        def generate(make_step: Callable[[], None] = make_step) -> None:
+            for _ in range(count):
+                make_step()
+                step.tokens.copy_(step.logits.argmax(-1, keepdim=True))
 
-    generate()
-    times = repeat(generate, day.seconds, day.device)
-    return {"tokens_per_second": rows * count * len(times) / sum(times)}
+        generate()
+        times = repeat(generate, day.seconds, day.device)
+        speed = rows * count * len(times) / sum(times)
+        yield {"captured": make_step == step.run, "tokens_per_second": speed}
 
 
 # (e) and (f) Learning

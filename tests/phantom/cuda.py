@@ -73,6 +73,17 @@ def counted() -> Iterator[Counts]:
         _counts.remove(counts)
 
 
+@contextlib.contextmanager
+def uncounted(name: str) -> Iterator[None]:
+    """Count what is done on the device as a single kernel."""
+    others, _counts[:] = _counts[:], []
+    try:
+        yield
+    finally:
+        _counts[:] = others
+        _listen(KERNEL, name)
+
+
 def is_installed() -> bool:
     """Return whether this process has the simulated device."""
     return _library is not None
@@ -148,6 +159,8 @@ class _Event:
 
 def _patch_functions(library: ctypes.CDLL, devices: int, capability: tuple[int, int]) -> None:
     """Replace the functions of torch.cuda that a CPU build lacks."""
+    from phantom import graphs
+
     generator = torch.Generator(device=DEFAULT_GENERATOR)
     properties = types.SimpleNamespace(
         name="Simulated",
@@ -199,7 +212,9 @@ def _patch_functions(library: ctypes.CDLL, devices: int, capability: tuple[int, 
         "current_stream": lambda device=None: _Event(),
         "default_stream": lambda device=None: _Event(),
         "stream": lambda stream: contextlib.nullcontext(),
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": graphs.is_capturing,
+        "CUDAGraph": graphs.Graph,
+        "graph": graphs.Capture,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
         "memory_allocated": lambda device=None: library.allocated_bytes(),
