@@ -196,3 +196,17 @@ def test_the_server_keeps_memories_with_a_cache_and_generates_within_its_bound(c
         assert (status, error["error"]["param"]) == (400, "cache")
     data = client.good("GET", "/v1/memories/book/file")
     assert len(data) > 1 << 20
+
+
+def test_a_table_is_copied_where_it_is_to_change_and_not_before(net: RecurrentLM, text: Tensor) -> None:
+    _, memory = _read(net, text[:PART], _counting(net))
+    assert memory.cached is not None
+    table, before = memory.cached.table, memory.cached.table.clone()
+    reader = Reader(net, memory)
+    for count, is_shared in ((PART - 1, True), (1, False)):
+        assert len([*reader.read(text[:count])]) == 1
+        assert reader.memory.cached is not None
+        assert (reader.memory.cached.table.data_ptr() == table.data_ptr()) == is_shared
+        assert torch.equal(reader.memory.cached.table, before) == is_shared
+    list(generate_tokens(net, text[:9], SamplingOptions(5, verbatim=8), memory))
+    assert torch.equal(table, before)

@@ -27,9 +27,8 @@ class CachedReading:
     """
 
     def __init__(self, ngrams: CachedNgrams, vocab_size: int) -> None:
-        table = ngrams.table.clone()
-        self.ngrams = replace(ngrams, table=table)
-        self._cache = NgramCache(table.numpy().view(np.uint16), vocab_size)
+        self.ngrams, self._has_copied = ngrams, False
+        self._cache = NgramCache(ngrams.table.numpy().view(np.uint16), vocab_size)
 
     def expected(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is mixed, as :func:`mmrec.inference.mixing.features` does.
@@ -64,6 +63,9 @@ class CachedReading:
         weights, curvature = updated_weights(
             self.ngrams.weights, self.ngrams.curvature, weighed[:, part], sets[part], tokens[part].cpu()
         )
+        if not self._has_copied:  # of many MiB, and most readings end before they count
+            table = torch.from_numpy(self._cache.copy_table().view(np.int16))
+            self.ngrams, self._has_copied = replace(self.ngrams, table=table), True
         history = torch.from_numpy(self._cache.update(self.ngrams.history.numpy(), tokens.cpu().numpy()))
         self.ngrams = replace(
             self.ngrams, history=history, tokens=tokens[:0].cpu(), weights=weights, curvature=curvature
@@ -91,9 +93,12 @@ class CachedGenerating:
     """
 
     def __init__(self, ngrams: CachedNgrams, vocab_size: int, verbatim: int) -> None:
-        self._cache = NgramCache(ngrams.table.numpy().view(np.uint16).copy(), vocab_size)
+        self._cache = NgramCache(ngrams.table.numpy().view(np.uint16), vocab_size)
         self._weights, self._order = ngrams.weights, bounding_order(verbatim)
-        self._before = self._cache.update(ngrams.history.numpy(), ngrams.tokens.numpy())
+        self._before = ngrams.history.numpy()
+        if len(ngrams.tokens):
+            self._cache.copy_table()
+            self._before = self._cache.update(self._before, ngrams.tokens.numpy())
 
     def mixed(self, scores: Tensor) -> Tensor:
         """Return the log-probabilities [N] of the next token, :data:`NEVER` of those that are not allowed.

@@ -32,9 +32,8 @@ class NgramCache:
     """
 
     def __init__(self, table: np.ndarray, vocab_size: int) -> None:
-        self.table = table
         self.vocab_size = vocab_size
-        self._rows = np.lib.stride_tricks.sliding_window_view(table, vocab_size + PROBES - 1)
+        self._take(table)
         checks, tokens = np.arange(LARGEST_CHECK)[:, None], np.arange(vocab_size)
         # The check of each token after a context, in its place in a slot; it is never 0.
         self._entries = ((checks + 37 * tokens) % LARGEST_CHECK + 1 << COUNT_BITS).astype(np.uint16)
@@ -45,6 +44,15 @@ class NgramCache:
         # The same for ever: a table that was saved is read by them.
         self._factors = _scattered(np.arange(1, HISTORY + 1, dtype=np.uint64)) | np.uint64(1)
         self._salts = _scattered(np.arange(1, len(ORDERS) + 1, dtype=np.uint64) << np.uint64(32))[:, None]
+
+    def _take(self, table: np.ndarray) -> None:
+        self.table = table
+        self._rows = np.lib.stride_tricks.sliding_window_view(table, self.vocab_size + PROBES - 1)
+
+    def copy_table(self) -> np.ndarray:
+        """Read and change a copy of the table from now on; return it."""
+        self._take(self.table.copy())
+        return self.table
 
     def counts(self, history: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return how often each token followed the contexts before each of ``tokens``, and before the one after them.
