@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from mmrec.checkpoints.loading import LoadedModel
 from mmrec.serve.authentication import Access
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
-from mmrec.serve.service import Service
+from mmrec.serve.protocol import CompletionRequest
+from mmrec.serve.service import Event, Service, Tokens
 from mmrec.serve.state_store import StateStore
 from mmrec.serve.workers import Workers
 
@@ -101,3 +102,14 @@ def running(service: Service, access: Access = OPEN, template: ChatTemplate = PL
 
 def make_service(trained: LoadedModel, folder: Path, limits: Limits = LIMITS) -> Service:
     return Service("a", trained, StateStore(folder, trained, limits), limits)
+
+
+def events(service: Service, request: CompletionRequest) -> Iterator[Event | None]:
+    """Yield what a completion yields, with nobody else in the batch."""
+    work, batch, answer = service.complete(request), service.make_batch(), None
+    with suppress(StopIteration):
+        while True:
+            item = work.send(answer)
+            answer = batch.step(item.rows, item.tokens) if isinstance(item, Tokens) else None
+            if not isinstance(item, Tokens):
+                yield item

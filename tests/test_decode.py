@@ -41,7 +41,7 @@ def assert_same(net: RecurrentLM, read: int, then: int = 9) -> None:
         expected, after = net(tokens[:, read:], state)
     before = [tuple(part.clone() for part in layer) for layer in state]
     decoder = Decoder(net, state)
-    found = torch.stack([decoder.step(int(token)).clone() for token in tokens[0, read:]])
+    found = torch.stack([decoder.step([int(token)])[0].clone() for token in tokens[0, read:]])
     torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
     for layer, wanted, untouched, given in zip(decoder.state(), after, before, state, strict=True):
         for a, b in zip(layer, wanted, strict=True):
@@ -53,6 +53,31 @@ def assert_same(net: RecurrentLM, read: int, then: int = 9) -> None:
 @pytest.mark.parametrize("read", [0, 1, 3, 50])
 def test_token_by_token_is_what_the_model_computes(name: str, read: int) -> None:
     assert_same(trained(SHAPES[name]), read)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_numbers_of_a_text_are_the_same_to_the_bit_in_any_company(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of shapes whose rows end within what is computed at once, and by a layer's own ``forward``."""
+    net, texts, tokens = trained(SHAPES[name]), 7, torch.randint(11, (7, 12))
+    if name == "both":
+        kind: type[RecurrentLayer] = RGLRU
+        monkeypatch.delitem(STEPS, kind)
+    with torch.no_grad():
+        _, state = net(tokens[:, :5], net.zero_state(texts))
+
+    def decoded(first: int, last: int) -> tuple[Tensor, list[Tensor]]:
+        decoder = Decoder(net, [(past[first:last], memory[first:last]) for past, memory in state])
+        logits = [decoder.step(column).clone() for column in tokens[first:last, 5:].T.tolist()]
+        return torch.stack(logits, dim=1), [part for layer in decoder.state() for part in layer]
+
+    alone = [decoded(text, text + 1) for text in range(texts)]
+    for count in (2, 3, texts):
+        logits, states = decoded(0, count)
+        assert all(torch.equal(logits[text], alone[text][0][0]) for text in range(count))
+        for part, parts in zip(states, zip(*(own for _, own in alone[:count]), strict=True), strict=True):
+            assert torch.equal(part, torch.cat(parts))
 
 
 def test_a_memory_without_a_fast_step_takes_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +94,7 @@ def test_the_state_that_comes_out_goes_in_again() -> None:
         state, found = net.zero_state(1), []
         for part in parts:
             decoder = Decoder(net, state)
-            found += [decoder.step(token).clone() for token in part]
+            found += [decoder.step([token])[0].clone() for token in part]
             state = decoder.state()
         return torch.stack(found)
 

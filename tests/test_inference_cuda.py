@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import Command
 from models import SHORT_AND_LONG, content, made
+from phantom import cuda
 from serving import make_service, running
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,11 +34,13 @@ from mmrec.evals.planted import PlantedOptions, nll_on_return
 from mmrec.evals.retention import retention
 from mmrec.evals.tasks import Parity
 from mmrec.evals.training import Recipe, train
+from mmrec.inference.decoders import CAPTURE_PAYS
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.metrics import TextMetrics
 from mmrec.inference.reading import Reader
 from mmrec.inference.sampling import SamplingOptions
-from mmrec.model import RecurrentLM
+from mmrec.model import RecurrentLM, State
+from mmrec.model.captured import StaticStep
 from mmrec.tokenizers import CharacterTokenizer
 from mmrec.training.metrics import TextScore
 
@@ -191,3 +195,52 @@ def test_a_model_that_was_trained_on_the_device_is_read_on_the_cpu_first(tmp_pat
     assert load_model(tmp_path / "a.ckpt").net.embedding.weight.device.type == "cpu"
     with pytest.raises(UserError, match="CUDA"):
         find_device("cuda:7")
+
+
+@torch.inference_mode()
+def test_a_step_is_one_launch_at_addresses_that_stay() -> None:
+    net, on_device = on_both()
+    tokens = torch.from_numpy(text(6)).view(2, 3)
+    step = StaticStep(on_device, 2)
+    assert step.is_captured
+    addresses = [x.data_ptr() for x in (step.tokens, step.logits, *chain.from_iterable(step.state))]
+    state = net.zero_state(2)
+    step.set_state(state)
+    for column in tokens.T:
+        step.tokens.copy_(column[:, None])
+        with cuda.counted() as counts:
+            step.run()
+        assert counts.kernels == {"graph": 1}
+        assert not counts.waits
+        logits, state = net(column[:, None], state)
+        torch.testing.assert_close(step.logits.cpu(), logits[:, 0])
+    for layer, expected in zip(step.state, state, strict=True):
+        for kept, wanted in zip(layer, expected, strict=True):
+            torch.testing.assert_close(kept.cpu(), wanted)
+    assert [x.data_ptr() for x in (step.tokens, step.logits, *chain.from_iterable(step.state))] == addresses
+
+
+def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, net = on_both()
+    forward = RecurrentLM.forward
+
+    def waiting(self: RecurrentLM, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        assert int(tokens.sum()) >= 0
+        return forward(self, tokens, state)
+
+    monkeypatch.setattr(RecurrentLM, "forward", waiting)
+    step = StaticStep(net, 1)
+    assert not step.is_captured
+    assert capsys.readouterr().err.startswith("generating without a CUDA graph: operation not permitted")
+    step.run()
+    assert step.logits.abs().sum() > 0
+
+
+def test_text_is_generated_by_captured_steps() -> None:
+    net, on_device = on_both()
+    options = SamplingOptions(CAPTURE_PAYS + 6)
+    prompt = torch.tensor([1, 2, 3])
+    with cuda.counted() as counts:
+        written = list(generate_tokens(on_device, prompt, options))
+    assert counts.kernels["graph"] == options.length - 1
+    assert written == list(generate_tokens(net, prompt, options))

@@ -133,7 +133,7 @@ def test_inference_mode_around_it_changes_nothing() -> None:
     expected, memory = read(net, tokens, learning_memory(net))
     with torch.inference_mode():
         found, inside = read(net, tokens.clone(), learning_memory(net))
-        Reader(net, inside).decoder().step(1)
+        Reader(net, inside).generating(1)[1].step([1])
     assert torch.equal(found, expected)
     assert_same(inside, memory)
 
@@ -277,9 +277,9 @@ def test_generating_is_predicting_on_from_the_memory() -> None:
     _, memory = read(net, tokens, learning_memory(net))
     assert memory.learned is not None
     assert len(memory.learned.tokens)
-    decoder = Reader(net, memory).decoder()
+    _, decoder = Reader(net, memory).generating(3)
     for token in (0, 3, 1):
-        logits = decoder.step(token)
+        (logits,) = decoder.step([token])
         _, memory = read(net, torch.tensor([token]), memory)
         torch.testing.assert_close(logits.log_softmax(-1), memory.logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 

@@ -219,7 +219,7 @@ def test_a_layer_of_one_s_own_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         logits, _ = net.eval()(x, net.zero_state(1))
     decoder = Decoder(net, net.zero_state(1))
-    found = torch.stack([decoder.step(int(token)).clone() for token in x[0]])
+    found = torch.stack([decoder.step([int(token)])[0].clone() for token in x[0]])
     torch.testing.assert_close(found, logits[0], atol=1e-5, rtol=1e-4)
     statistics = layer_statistics(net, x[0])[0]
     assert statistics.half_lives.tolist() == pytest.approx(16 * [1.0])

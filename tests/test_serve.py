@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_text
 from safetensors.torch import save
-from serving import Client, make_service
+from serving import Client, events, make_service
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import FORMAT, SavedState, load_memory, model_hash, save_memory
@@ -115,9 +115,9 @@ def test_pieces_are_whole_characters(memories: Path) -> None:
     assert sum(score["pieces"]["nats"]) == pytest.approx(score["nats"], abs=1e-3)
 
     asked = CompletionRequest(prompt=text, max_tokens=300, seed=0)
-    events = list(service.complete(asked))
-    pieces = [event.text for event in events if isinstance(event, TextChunk)]
-    (ended,) = (event for event in events if isinstance(event, Finished))
+    written = list(events(service, asked))
+    pieces = [event.text for event in written if isinstance(event, TextChunk)]
+    (ended,) = (event for event in written if isinstance(event, Finished))
     assert ended.tokens == 300
     # A model of random weights writes bytes at random; some of them are characters of several bytes.
     prompt = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()

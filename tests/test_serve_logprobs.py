@@ -12,7 +12,7 @@ import torch
 from conftest import Command, make_text
 from harness import Harness, nats
 from safetensors.torch import load_file
-from serving import LIMITS, Client, make_service, running
+from serving import LIMITS, Client, events, make_service, running
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel
@@ -297,10 +297,10 @@ def test_a_long_prompt_is_scored_part_by_part(small_model: LoadedModel, memories
     service = make_service(small_model, memories, limits)
     text = (make_text() * 11)[: limits.prompt_tokens]
     asked = CompletionRequest(prompt=text, echo=True, logprobs=5, max_tokens=0)
-    begun, *events = service.complete(asked)
+    begun, *found = events(service, asked)
     assert begun == Started(limits.prompt_tokens)
     parts = limits.prompt_tokens // READ_CHUNK
-    assert events[:parts] == [None] * parts  # a client that goes away ends the work after any of them
+    assert found[:parts] == [None] * parts  # a client that goes away ends the work after any of them
     with running(make_service(small_model, memories, replace(limits, running=1))) as client:
         with client.open("POST", "/v1/completions", asked.model_dump(exclude_defaults=True)) as response:
             body = response.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -176,9 +176,9 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a step of the decoder slow: else all is written before anything else can happen."""
     step = Decoder.step
 
-    def step_slowly(self: Decoder, token: int) -> torch.Tensor:
+    def step_slowly(self: Decoder, tokens: Sequence[int]) -> torch.Tensor:
         time.sleep(0.005)
-        return step(self, token)
+        return step(self, tokens)
 
     monkeypatch.setattr(Decoder, "step", step_slowly)
 

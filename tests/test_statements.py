@@ -292,13 +292,15 @@ def test_constants_that_docs_name() -> None:
     shares = find(r"([\d.]+) under 1 MB, ([\d.]+) from there, ([\d.]+) from 1 GB on", "docs/data.md").groups()
     assert [float(share) for share in shares] == [default_split(size)[0] for size in (999_999, 10**6, 10**9)]
     said = find(
-        r"at work \((\d+)\) and waiting \((\d+);.*? bytes of a request \((\d) MiB\), tokens to read \(([\d,]+)\) "
+        r"read at a time \((\d+)\).*?`--limits.batch`, (\d+)\).*? or wait \((\d+);.*? "
+        r"bytes of a request \((\d) MiB\), tokens to read \(([\d,]+)\) "
         r"and to write \(([\d,]+)\)",
         "docs/serve.md",
     )
-    running, waiting, mebibytes, prompt, written = (int(number(one)) for one in said.groups())
+    running, batch, waiting, mebibytes, prompt, written = (int(number(one)) for one in said.groups())
     limits = Limits()
-    assert (limits.running, limits.waiting, limits.body_bytes) == (running, waiting, mebibytes << 20)
+    assert (limits.running, limits.batch, limits.waiting) == (running, batch, waiting)
+    assert limits.body_bytes == mebibytes << 20
     assert (limits.prompt_tokens, limits.max_tokens) == (prompt, written)
 
 

@@ -149,7 +149,7 @@ def decode_speed(
         state, token = read, torch.zeros(1, 1, dtype=torch.int64, device=device)
         for _ in range(tokens):
             if decoder is not None:
-                token = decoder.step(int(token)).argmax()
+                token = decoder.step([int(token)]).argmax()
             else:
                 logits, state = model(token, state)
                 token = logits[:, -1:].argmax(-1)

@@ -15,8 +15,8 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_unicode
 from mmrec.core.threads import use_threads
-from mmrec.inference.reading import Reader, TokenDecoder, load_model_and_state
-from mmrec.inference.sampling import SamplingOptions, sample_token
+from mmrec.inference.reading import Reader, load_model_and_state
+from mmrec.inference.sampling import Sampler, SamplingOptions
 from mmrec.inference.text_input import read_standard_input
 from mmrec.model import RecurrentLM
 from mmrec.tokenizers import StreamDecoder, Tokenizer
@@ -45,23 +45,17 @@ def generate_with_logits(
         options: how many, and how each is drawn.
         memory: what was read before the prompt; nothing if None.
     """
-    random = torch.Generator().manual_seed(options.seed)
+    sampler = Sampler(options)
     reader = Reader(net, memory or SavedState.empty(net))
     for _ in reader.read(prompt):
         pass
-    decoder: TokenDecoder | None = None
-    logits = reader.memory.logits
-    if options.verbatim:
-        decoder = cached = reader.cached_decoder(options.verbatim)
-        logits = cached.logits
-    elif options.length > 1:
-        decoder = reader.decoder()
+    logits, decoder = reader.generating(options.length, options.verbatim)
     for remaining in range(options.length, 0, -1):
         logits = logits.cpu()
-        token = int(sample_token(logits[None], options, random))
+        token = sampler.draw(logits)
         yield token, logits
-        if remaining > 1 and decoder is not None:
-            logits = decoder.step(token)
+        if remaining > 1:
+            logits = decoder.step([token])[0]
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,11 +17,11 @@ from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
 from mmrec.inference.cached_reading import CachedGenerating, CachedReading, with_counted
+from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
 from mmrec.inference.learning import LearningNet, mix_part, mixed, updated_weights
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.text_input import iter_file_tokens
 from mmrec.model import RecurrentLM, State, detach_state
-from mmrec.model.decode import Decoder
 from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
@@ -225,39 +224,40 @@ class Reader:
         return replace(learned, difference=difference, squares=squares, updates=learned.updates + 1)
 
     @torch.inference_mode()
-    def decoder(self) -> TokenDecoder:
-        """Return what reads on token by token from the memory, as it generates; it learns nothing."""
-        learned, state = self.memory.learned, self.memory.state
-        if learned is None or self._learning is None:
-            return _decoder(self._net, state)
-        untouched, mix = learned.untouched, learned.mix
-        if len(learned.tokens):
-            both, _, untouched = self._forward(learned, learned.tokens)
-            _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
-        return MixedDecoder(_decoder(self._net, untouched), _decoder(self._learning.net, state), mix)
+    def generating(self, length: int, verbatim: int = 0) -> tuple[Tensor, TokenDecoder]:
+        """Return what text is generated with: the logits [N] of the next token, and what reads on from the memory.
 
-    @torch.inference_mode()
-    def cached_decoder(self, verbatim: int) -> CachedDecoder:
-        """Return what reads on as :meth:`decoder` does, with what the n-grams predict; it counts nothing.
+        It learns and counts nothing.
 
         Args:
-            verbatim: so many tokens in a row may be as they were read, at most.
+            length: number of tokens to generate, about.
+            verbatim: let the n-grams of the memory take part, with at most so many tokens in a row as they were read;
+                0 leaves them out.
 
         Raises:
-            UserError: the memory has no cache.
+            UserError: the memory has no cache of n-grams, and ``verbatim`` asks for it.
         """
-        cached, learned = self.memory.cached, self.memory.learned
-        if cached is None:
+        memory = self.memory
+        if verbatim and memory.cached is None:
             raise UserError("verbatim is for a memory with a cache of n-grams; read the text with one: --cache")
-        generating = CachedGenerating(cached, len(self.memory.logits), verbatim)
-        if learned is None or self._learning is None:
-            return CachedDecoder(generating, self.memory.logits[None], _decoder(self._net, self.memory.state))
-        logits, untouched = learned.logits, learned.untouched
-        if len(learned.tokens):
-            both, _, untouched = self._forward(learned, learned.tokens)
-            logits = both[:, -1]
-        decoders = _decoder(self._learning.net, self.memory.state), _decoder(self._net, untouched)
-        return CachedDecoder(generating, logits.flip(0), *decoders)
+        models = [(self._net, memory.state)]
+        logits, mix = memory.logits[None], None
+        if memory.learned is not None and self._learning is not None:
+            logits, untouched, mix = self._at_the_end(memory.learned)
+            models = [(self._net, untouched), (self._learning.net, memory.state)]
+        decoders = [make_decoder(net, state, length) for net, state in models]
+        if verbatim and memory.cached is not None:
+            ngrams = CachedGenerating(memory.cached, len(memory.logits), verbatim)
+            return ngrams.mixed(logits.flip(0).log_softmax(-1)), CachedDecoder(ngrams, *reversed(decoders))
+        return memory.logits, decoders[0] if mix is None else MixedDecoder(mix, *decoders)
+
+    def _at_the_end(self, learned: LearnedWeights) -> tuple[Tensor, State, Tensor]:
+        """Return, after the part that was begun, both models' logits [2, N], the untouched one's state, the mix."""
+        if not len(learned.tokens):
+            return learned.logits, learned.untouched, learned.mix
+        both, _, untouched = self._forward(learned, learned.tokens)
+        _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
+        return both[:, -1], untouched, mix
 
 
 def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
@@ -272,70 +272,3 @@ def _usable(state: State) -> State:
         (past.clone() if past.is_inference() else past, memory.clone() if memory.is_inference() else memory)
         for past, memory in state
     ]
-
-
-class TokenDecoder(Protocol):
-    """Reads one token at a time."""
-
-    def step(self, token: int) -> Tensor:
-        """Read ``token`` and return the logits of the next one [N], which the next call may overwrite."""
-
-
-class ModuleDecoder:
-    """The decoder of any device and precision, by the model's own ``forward``."""
-
-    def __init__(self, net: RecurrentLM, state: State) -> None:
-        self._net, self._state = net, state
-
-    def step(self, token: int) -> Tensor:
-        """Read ``token`` and return the logits of the next one [N]."""
-        logits, self._state = read_tokens(
-            self._net, torch.tensor([[token]], device=self._net.embedding.weight.device), self._state
-        )
-        return logits[0]
-
-
-class MixedDecoder:
-    """A mixture of the model as it was trained and of what it has learned, by fixed weights.
-
-    Args:
-        untouched: of the model as it was trained.
-        learned: of the model with what it has learned.
-        mix: [2], their weights.
-    """
-
-    def __init__(self, untouched: TokenDecoder, learned: TokenDecoder, mix: Tensor) -> None:
-        self._decoders, self._mix = (untouched, learned), mix
-
-    @torch.inference_mode()
-    def step(self, token: int) -> Tensor:
-        """Read ``token`` and return the logits of the next one [N]."""
-        return mixed(torch.stack([decoder.step(token) for decoder in self._decoders]), self._mix)
-
-
-class CachedDecoder:
-    """A mixture of models with what the n-grams that were read predict.
-
-    Args:
-        generating: the n-grams.
-        logits: [m, N], of the next token, by each model.
-        decoders: of the models: of the one that learned, if it did, and of the untouched one.
-    """
-
-    def __init__(self, generating: CachedGenerating, logits: Tensor, *decoders: TokenDecoder) -> None:
-        self._generating, self._decoders = generating, decoders
-        self.logits = generating.mixed(logits.log_softmax(-1))
-
-    @torch.inference_mode()
-    def step(self, token: int) -> Tensor:
-        """Read ``token`` and return the logits of the next one [N], none of which makes a run too long."""
-        self._generating.push(token)
-        logits = torch.stack([decoder.step(token) for decoder in self._decoders])
-        self.logits = self._generating.mixed(logits.log_softmax(-1))
-        return self.logits
-
-
-def _decoder(net: RecurrentLM, state: State) -> TokenDecoder:
-    weight = net.embedding.weight
-    fast = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return Decoder(net, state) if fast else ModuleDecoder(net, state)

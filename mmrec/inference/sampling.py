@@ -52,6 +52,21 @@ class SamplingOptions:
                 raise UserError(f"{name} is {getattr(self, name)!r}; {rule}")
 
 
+class Sampler:
+    """Draws the tokens of one text, on the CPU: the same seed draws the same from the same logits.
+
+    Args:
+        options: of the draws.
+    """
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options, self._random = options, torch.Generator().manual_seed(options.seed)
+
+    def draw(self, logits: Tensor) -> int:
+        """Return the next token, drawn by its ``logits`` [N], on the CPU."""
+        return int(sample_token(logits[None], self._options, self._random))
+
+
 def sample_token(logits: Tensor, options: SamplingOptions, random: torch.Generator) -> Tensor:
     """Draw the next token of each row.
 

@@ -3,19 +3,22 @@
 The model's ``forward`` allocates some forty tensors per layer and token, and at the size of a laptop's models that
 costs far more than the arithmetic. Here every operation writes into a buffer of its own, and those on a few numbers
 are numpy's, in the same memory: a call of numpy takes a third of the time of one of torch. Products with matrices are
-torch's, and so is what numpy lacks. One text, float32, on a CPU; no matrix is copied, and a recurrent layer that has
-no step here is decoded by its own ``forward``.
+torch's, and so is what numpy lacks. Some texts at a time, float32, on a CPU; no matrix is copied, and a recurrent
+layer that has no step here is decoded by its own ``forward``. The numbers of a text are the same to the bit whatever
+other texts are decoded with it: see :mod:`mmrec.model.decode_rows`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmrec.model.decode_rows import ConvolutionWindow, NormStep, as_rows, buffer, inverse_lengths, product
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import RMSNorm
 from mmrec.model.lm import RecurrentLM
@@ -27,100 +30,70 @@ from mmrec.model.state import LayerState, State
 
 
 class Decoder:
-    """Reads one token at a time, and keeps the state of what was read.
+    """Reads one token of each of B texts at a time, and keeps the states of what was read.
 
     Args:
         net: the model, in float32 on a CPU, in evaluation mode.
-        state: of one text, as :meth:`~mmrec.model.RecurrentLM.forward` returns it. It is not changed.
+        state: of B texts, as :meth:`~mmrec.model.RecurrentLM.forward` returns it. It is not changed.
     """
 
     @torch.inference_mode()
     def __init__(self, net: RecurrentLM, state: State) -> None:
-        self.embedding = net.embedding.weight.detach().numpy()
-        self.head = net.head.weight.detach()
-        self.x = torch.empty(net.config.dim)
-        self.stream = self.x.numpy()
-        self.norm = NormStep(net.norm, self.stream)
-        self.logits = torch.empty(len(self.head))
+        rows = len(state[0][0])
+        x = buffer(rows, net.config.dim)
+        self.embedding, self.stream = net.embedding.weight.detach().numpy(), x[:rows].numpy()
+        self.memories: list[RecurrentStep] = []
         self.steps: list[RecurrentStep | FeedForwardStep] = []
-        for block, layer, (past, memory) in zip(net.blocks, net.recurrent_layers(), state, strict=True):
-            kind = STEPS.get(type(layer), ModuleStep)
-            norm = NormStep(block.get_submodule("memory_norm"), self.stream)
-            self.steps.append(kind(layer, norm, (past.clone(), memory.clone())))
-            norm = NormStep(block.get_submodule("ffn_norm"), self.stream)
-            self.steps.append(FeedForwardStep(block.get_submodule("ffn"), norm))
+        for block, layer in zip(net.blocks, net.recurrent_layers(), strict=True):
+            norm = NormStep(block.get_submodule("memory_norm"), x, rows)
+            self.memories.append(STEPS.get(type(layer), ModuleStep)(layer, norm, x, rows))
+            norm = NormStep(block.get_submodule("ffn_norm"), x, rows)
+            self.steps += [self.memories[-1], FeedForwardStep(block.get_submodule("ffn"), norm, x, rows)]
+        self.norm, self.head = NormStep(net.norm, x, rows), net.head.weight.detach()
+        logits = buffer(rows, len(self.head))
+        self.predict, self.logits = product(self.head, self.norm.normal, logits), logits[:rows]
+        self.set_state(state)
 
     @torch.inference_mode()
-    def step(self, token: int) -> Tensor:
-        """Read ``token`` and return the logits of the next one [N], in a buffer that the next call overwrites."""
-        np.copyto(self.stream, self.embedding[token])
+    def set_state(self, state: State) -> None:
+        """Go on from another state, of as many texts. It is not changed."""
+        for memory, layer in zip(self.memories, state, strict=True):
+            memory.set_state(layer)
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read a token of each text; return the logits of the next ones [B, N], which the next call overwrites."""
+        self.stream[...] = self.embedding[tokens]
         for step in self.steps:
-            step(self.x)
-        normal, scale = self.norm()
-        return torch.addmv(self.logits, self.head, normal, beta=0, alpha=scale, out=self.logits)
+            step()
+        self.norm()
+        self.predict()
+        return self.logits
 
     def state(self) -> State:
-        """Return a copy of the state after the last token, as the model takes it."""
-        return [(past.clone(), memory.clone()) for past, memory in self._states()]
-
-    def _states(self) -> list[LayerState]:
-        return [step.state() for step in self.steps if isinstance(step, RecurrentStep)]
-
-
-class NormStep:
-    """RMS normalization of the residual stream [D], with the scale left to the matrix product that follows."""
-
-    def __init__(self, norm: nn.Module, stream: np.ndarray) -> None:
-        assert isinstance(norm, RMSNorm)
-        self.stream, self.weight = stream, norm.weight.detach().numpy()
-        self.normal, self.share = torch.empty(len(stream)), 1 / len(stream)
-        self.weighted = self.normal.numpy()
-
-    def __call__(self) -> tuple[Tensor, float]:
-        """Return the stream times the weight, and the number that it is still to be multiplied by."""
-        np.multiply(self.stream, self.weight, out=self.weighted)
-        return self.normal, (float(self.stream.dot(self.stream)) * self.share + RMSNorm.EPSILON) ** -0.5
-
-
-class ConvolutionRing:
-    """The last C inputs of a causal convolution, in a ring: nothing is moved, the weights are rolled instead."""
-
-    def __init__(self, weight: Tensor, past: Tensor) -> None:
-        width = weight.shape[1]
-        self.seen = torch.cat([past[0], past.new_empty(1, past.shape[-1])])
-        self.rows = self.seen.numpy()
-        self.taps = [weight.detach().T.roll(turn, dims=0).contiguous().numpy() for turn in range(width)]
-        self.products, self.ones = np.empty_like(self.rows), np.ones(width, dtype=np.float32)
-        self.sum = torch.empty_like(self.seen[0])
-        self.out = self.sum.numpy()
-        self.next = width - 1  # where the next input goes; the ring begins after it
-
-    def __call__(self, x: np.ndarray) -> None:
-        """Read ``x`` [channels]; the convolution's output is in ``sum``, and ``out``, until the next call."""
-        np.copyto(self.rows[self.next], x)
-        self.next = (self.next + 1) % len(self.rows)
-        np.multiply(self.rows, self.taps[self.next], out=self.products)
-        np.dot(self.ones, self.products, out=self.out)
-
-    def past(self) -> Tensor:
-        """Return the last C - 1 inputs, [1, C - 1, channels]."""
-        return self.seen.roll(-self.next, dims=0)[1:].unsqueeze(0)
+        """Return a copy of the states after the last tokens, as the model takes it."""
+        return [(past.clone(), memory.clone()) for past, memory in (step.state() for step in self.memories)]
 
 
 class RecurrentStep(ABC):
-    """One token of a recurrent layer: reads the residual stream [D] and adds the layer's output to it, in place.
+    """One token of a recurrent layer: reads the residual stream and adds the layer's output to it, in place.
 
     Args:
         layer: the layer.
         norm: the normalization before it, which reads the stream.
-        state: of one text; it is changed from step to step.
+        x: the residual stream, [R, D], a :func:`~mmrec.model.decode_rows.buffer`.
+        rows: number of texts, B.
     """
 
     @abstractmethod
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None: ...
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None: ...
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> None: ...
+    def set_state(self, state: LayerState) -> None:
+        """Go on from ``state``, of B texts; it is not changed."""
+
+    @abstractmethod
+    def __call__(self) -> None: ...
 
     @abstractmethod
     def state(self) -> LayerState:
@@ -128,46 +101,56 @@ class RecurrentStep(ABC):
 
 
 class ModuleStep(RecurrentStep):
-    """Any other layer, by its own ``forward``."""
+    """Any other layer, by its own ``forward``, which may round otherwise where it has more texts: each for itself."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
-        self.layer, self.norm, self.after = layer, norm, state
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
+        self.layer, self.norm = layer, norm
+        self.rows = [(norm.normal[row].view(1, 1, -1), x[row]) for row in range(rows)]
 
-    def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm()
-        y, self.after = self.layer((normal * scale)[None, None], self.after)
-        x += y[0, 0]
+    def set_state(self, state: LayerState) -> None:
+        self.after = [*zip(state[0].clone().split(1), state[1].clone().split(1), strict=True)]
+
+    def __call__(self) -> None:
+        self.norm()
+        for row, (normal, x) in enumerate(self.rows):
+            y, self.after[row] = self.layer(normal, self.after[row])
+            x += y[0, 0]
 
     def state(self) -> LayerState:
-        return self.after
+        past, memory = zip(*self.after, strict=True)
+        return torch.cat(past), torch.cat(memory)
 
 
 class RGLRUStep(RecurrentStep):
     """:class:`mmrec.model.RGLRU`."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
         assert isinstance(layer, RGLRU)
         self.norm = norm
         self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
-        width = len(layer.rate)
-        self.bias = torch.zeros(len(self.project))
-        bias = layer.split(self.bias)
-        bias.recurrence_gate.copy_(layer.r_bias.detach())
-        bias.input_gate.copy_(layer.i_bias.detach())
+        self.bias = torch.cat([layer.r_bias.detach(), layer.i_bias.detach()]).numpy()
         self.neg_rate = (-layer.decay_rate()).detach().numpy()
-        self.conv = ConvolutionRing(layer.conv.weight, state[0])
-        self.state_tensor = state[1][0]
-        self.h = self.state_tensor.numpy()
-        self.projected = torch.empty(len(self.project))
-        parts = layer.split(self.projected)
-        self.values, self.r, self.i, self.gated = (part.numpy() for part in parts)
-        self.gates = self.projected[width:]  # all but the values: three neighbours, opened by one sigmoid
-        self.out = parts.output_gate
-        self.log_decay, self.scale = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
+        projected, width = buffer(rows, len(self.project)), len(self.neg_rate)
+        parts = layer.split(projected)
+        self.values, self.r, self.i, self.gated = (as_rows(part, rows) for part in parts)
+        self.gates = projected[:rows, width:]  # all but the values: three neighbours, opened by one sigmoid
+        self.biased = as_rows(self.gates[:, : 2 * width], rows)
+        self.log_decay, self.scale = (as_rows(torch.empty(rows, width), rows) for _ in range(2))
+        self.conv = ConvolutionWindow(layer.conv.weight, rows)
+        self.convolved = as_rows(self.conv.sum, rows)
+        self.state_tensor = torch.empty(rows, width)
+        self.h = as_rows(self.state_tensor, rows)
+        self.read = product(self.project, norm.normal, projected)
+        self.write = product(self.output, parts.output_gate, x, adds=True)
 
-    def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm()
-        torch.addmv(self.bias, self.project, normal, alpha=scale, out=self.projected)
+    def set_state(self, state: LayerState) -> None:
+        self.conv.set_past(state[0])
+        self.state_tensor.copy_(state[1])
+
+    def __call__(self) -> None:
+        self.norm()
+        self.read()
+        np.add(self.biased, self.bias, out=self.biased)
         self.conv(self.values)
         self.gates.sigmoid_()
         np.multiply(self.neg_rate, self.r, out=self.log_decay)
@@ -178,126 +161,136 @@ class RGLRUStep(RecurrentStep):
         np.exp(self.log_decay, out=self.log_decay)
         np.multiply(self.h, self.log_decay, out=self.h)
         np.multiply(self.scale, self.i, out=self.scale)
-        np.multiply(self.scale, self.conv.out, out=self.scale)
+        np.multiply(self.scale, self.convolved, out=self.scale)
         np.add(self.h, self.scale, out=self.h)
         np.multiply(self.h, self.gated, out=self.gated)
-        x.addmv_(self.output, self.out)
+        self.write()
 
     def state(self) -> LayerState:
-        return self.conv.past(), self.state_tensor.unsqueeze(0)
+        return self.conv.past(), self.state_tensor
 
 
 class GatedDeltaNetStep(RecurrentStep):
     """:class:`mmrec.model.GatedDeltaNet`."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
         assert isinstance(layer, GatedDeltaNet)
-        self.norm = norm
+        self.layer, self.norm = layer, norm
         self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
-        heads, self.beta_max = layer.heads, layer.beta_max
-        width, size = len(self.output), len(self.output) // heads
-        self.bias = torch.zeros(len(self.project))
-        bias = layer.split(self.bias)
-        bias.decay.copy_(layer.decay_bias.detach())
+        heads, width = layer.heads, len(self.output)
+        size = width // heads
+        projected, gated = buffer(rows, len(self.project)), buffer(rows, width)
+        parts = layer.split(projected)
+        # Views are made once: each costs as much as an operation.
+        self.values, self.pre_decay, self.beta = as_rows(parts.qkv, rows), parts.decay[:rows], parts.beta[:rows]
+        self.biased = as_rows(projected[:, 3 * width : 3 * width + 2 * heads], rows)
+        self.beta_rows = as_rows(self.beta, rows)[..., None]
+        self.gated, self.gated_rows = gated[:rows], as_rows(gated.unflatten(1, (heads, size)), rows)
         self.neg_rate = -layer.log_rate.detach().exp().numpy()
-        self.conv = ConvolutionRing(layer.conv.weight, state[0])
-        self.state_tensor = state[1][0]
-        self.projected = torch.empty(len(self.project))
-        parts = layer.split(self.projected)
-        self.qkv, self.pre_decay, self.beta, self.pre_gate = parts.qkv.numpy(), *parts[1:]
-        self.q, self.k, self.v = self.conv.sum.view(3, heads, 1, size)
-        self.qk = self.conv.out[: 2 * width].reshape(2 * heads, size)
-        self.squares, self.ones = np.empty_like(self.qk), np.ones(size, dtype=np.float32)
-        self.qk_lengths = np.empty(2 * heads, dtype=np.float32)
-        self.correction, self.o = torch.empty(heads, 1, size), torch.empty(heads, 1, size)
-        # Of the sum of squares instead of their mean, which takes longer to compute.
-        self.norm_weight, self.epsilon = (layer.norm.weight.detach() * size**0.5).numpy(), RMSNorm.EPSILON * size
-        self.o_lengths = np.empty(heads, dtype=np.float32)
-        self.gated = torch.empty(width)
-        # Views are made once, too: each costs as much as an operation.
-        decay = torch.empty(heads)
-        self.decay_rows, self.decay_per_head = decay.numpy(), decay.view(-1, 1, 1)
-        self.k_columns, self.beta_rows = self.k.mT, self.beta.numpy().reshape(-1, 1)
-        self.correction_rows, self.o_rows = self.correction.numpy()[:, 0], self.o.numpy()[:, 0]
-        self.gated_rows = self.gated.numpy().reshape(heads, size)
-        self._take_gate_weights(layer, bias.beta)
+        decay = torch.empty(rows, heads)
+        self.decay, self.decay_per_head = decay.numpy(), decay.view(-1, 1, 1)
+        self.conv = ConvolutionWindow(layer.conv.weight, rows)
+        self.convolved = self.conv.sum.numpy().reshape(rows, 3, width).transpose(1, 0, 2)
+        qkv = torch.empty(3, rows * heads, 1, size)
+        self.q, self.k, self.v = qkv
+        self.k_columns = self.k.mT
+        self.qkv, self.qk = qkv.view(3, rows, width).numpy(), qkv[:2, :, 0].flatten(0, 1).numpy()
+        self.qk_scale = inverse_lengths(self.qk, 1e-6)
+        self.correction, self.o = torch.empty(2, rows * heads, 1, size)
+        self.correction_rows = as_rows(self.correction.view(rows, heads, size), rows)
+        self.o_rows = as_rows(self.o.view(rows, heads, size), rows)
+        self.o_scale = inverse_lengths(self.o_rows, self._epsilon(size))
+        self.norm_weight = (layer.norm.weight.detach() * size**0.5).numpy()  # as in NormStep
+        self.state_tensor = torch.empty(rows, heads, size, size)
+        self.matrices = self.state_tensor.flatten(0, 1)
+        self.read = product(self.project, norm.normal, projected)
+        self.write = product(self.output, gated, x, adds=True)
+        self.bias = torch.cat([layer.decay_bias.detach(), self._take_gates(layer, parts.output_gate, gated)]).numpy()
 
-    def _take_gate_weights(self, layer: GatedDeltaNet, beta_bias: Tensor) -> None:
-        """Take the weights of the output gate, and set the bias of the writing strength [H], which is zero."""
+    @staticmethod
+    def _epsilon(size: int) -> float:
+        """Return what is added to the squared length of a head's output, of ``size`` numbers."""
+        return RMSNorm.EPSILON * size
+
+    def _take_gates(self, layer: GatedDeltaNet, pre_gate: Tensor, gated: Tensor) -> Tensor:
+        """Read the output gate from ``pre_gate`` [R, any] and write it to ``gated`` [R, D], from now on.
+
+        Returns:
+            The bias of the writing strength, [H].
+        """
         self.gate = layer.gate.weight.detach()
-        beta_bias.copy_(layer.beta_bias.detach())
+        self.open = product(self.gate, pre_gate, gated)
+        return layer.beta_bias.detach()
 
     def _open_gate(self) -> None:
-        """Write the output gate [D], which ``pre_gate`` says, to ``gated``."""
-        torch.mv(self.gate, self.pre_gate, out=self.gated)
+        """Write the output gate."""
+        self.open()
         self.gated.sigmoid_()
 
-    def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm()
-        torch.addmv(self.bias, self.project, normal, alpha=scale, out=self.projected)
-        self.conv(self.qkv)
+    def set_state(self, state: LayerState) -> None:
+        self.conv.set_past(state[0])
+        self.state_tensor.copy_(state[1])
+
+    def __call__(self) -> None:
+        self.norm()
+        self.read()
+        np.add(self.biased, self.bias, out=self.biased)
+        self.conv(self.values)
         F.silu(self.conv.sum, inplace=True)
-        np.multiply(self.qk, self.qk, out=self.squares)
-        np.dot(self.squares, self.ones, out=self.qk_lengths)
-        self._normalize(self.qk, self.qk_lengths, 1e-6)
-        np.multiply(F.softplus(self.pre_decay).numpy(), self.neg_rate, out=self.decay_rows)
-        np.exp(self.decay_rows, out=self.decay_rows)
-        self.state_tensor.mul_(self.decay_per_head)
-        torch.baddbmm(self.v, self.k, self.state_tensor, alpha=-1, out=self.correction)
+        np.copyto(self.qkv, self.convolved)
+        np.multiply(self.qk, self.qk_scale(), out=self.qk)
+        np.multiply(F.softplus(self.pre_decay).numpy(), self.neg_rate, out=self.decay)
+        np.exp(self.decay, out=self.decay)
+        self.matrices.mul_(self.decay_per_head)
+        torch.baddbmm(self.v, self.k, self.matrices, alpha=-1, out=self.correction)
         self.beta.sigmoid_()
         np.multiply(self.correction_rows, self.beta_rows, out=self.correction_rows)
-        self.state_tensor.baddbmm_(self.k_columns, self.correction, alpha=self.beta_max)
-        torch.bmm(self.q, self.state_tensor, out=self.o)
-        np.multiply(self.o_rows, self.o_rows, out=self.correction_rows)
-        np.dot(self.correction_rows, self.ones, out=self.o_lengths)
-        self._normalize(self.o_rows, self.o_lengths, self.epsilon)
+        self.matrices.baddbmm_(self.k_columns, self.correction, alpha=self.layer.beta_max)
+        torch.bmm(self.q, self.matrices, out=self.o)
+        np.multiply(self.o_rows, self.o_scale(), out=self.o_rows)
         np.multiply(self.o_rows, self.norm_weight, out=self.o_rows)
         self._open_gate()
         np.multiply(self.gated_rows, self.o_rows, out=self.gated_rows)
-        x.addmv_(self.output, self.gated)
-
-    @staticmethod
-    def _normalize(rows: np.ndarray, squares: np.ndarray, epsilon: float) -> None:
-        """Divide each of ``rows`` [R, S] by its length, whose square is in ``squares`` [R], in place."""
-        np.add(squares, epsilon, out=squares)
-        np.sqrt(squares, out=squares)
-        np.divide(rows, squares[:, None], out=rows)
+        self.write()
 
     def state(self) -> LayerState:
-        return self.conv.past(), self.state_tensor.unsqueeze(0)
+        return self.conv.past(), self.state_tensor
 
 
 class PortableStep(GatedDeltaNetStep):
     """:class:`mmrec.model.PortableGatedDeltaNet`."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, state: LayerState) -> None:
-        super().__init__(layer, norm, state)
-        self.epsilon *= len(self.ones)  # in the place of the scale of the queries
+    @staticmethod
+    def _epsilon(size: int) -> float:
+        return RMSNorm.EPSILON * size * size  # in the place of the scale of the queries
 
-    def _take_gate_weights(self, layer: GatedDeltaNet, beta_bias: Tensor) -> None:
-        pass
+    def _take_gates(self, layer: GatedDeltaNet, pre_gate: Tensor, gated: Tensor) -> Tensor:
+        self.pre_gate = pre_gate[: len(self.gated)]
+        return torch.zeros(layer.heads)
 
     def _open_gate(self) -> None:
         self.gated.copy_(F.silu(self.pre_gate, inplace=True))
 
 
 class FeedForwardStep:
-    """The feed-forward network of a block."""
+    """The feed-forward network of a block: reads and changes the residual stream, as :class:`RecurrentStep` does."""
 
-    def __init__(self, ffn: nn.Module, norm: NormStep) -> None:
+    def __init__(self, ffn: nn.Module, norm: NormStep, x: Tensor, rows: int) -> None:
         self.norm = norm
         self.project = ffn.get_parameter("project.weight").detach()
         self.output = ffn.get_parameter("output.weight").detach()
-        self.projected = torch.empty(len(self.project))
-        self.value, self.gate = self.projected.chunk(2)
-        self.content, self.opening = self.value.numpy(), self.gate.numpy()
+        projected = buffer(rows, len(self.project))
+        value, gate = projected.chunk(2, dim=1)
+        self.gate, self.opening, self.content = gate[:rows], as_rows(gate, rows), as_rows(value, rows)
+        self.read = product(self.project, norm.normal, projected)
+        self.write = product(self.output, value, x, adds=True)
 
-    def __call__(self, x: Tensor) -> None:
-        normal, scale = self.norm()
-        torch.addmv(self.projected, self.project, normal, beta=0, alpha=scale, out=self.projected)
+    def __call__(self) -> None:
+        self.norm()
+        self.read()
         F.silu(self.gate, inplace=True)
         np.multiply(self.content, self.opening, out=self.content)
-        x.addmv_(self.output, self.value)
+        self.write()
 
 
 STEPS: dict[type[RecurrentLayer], type[RecurrentStep]] = {

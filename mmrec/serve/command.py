@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
     """Serves ``service``; the other arguments are those of :func:`mmrec.serve.app.create_app`."""
 
     def __init__(self, service: Service, access: Access, template: ChatTemplate = PLAIN) -> None:
-        self.workers = Workers(service.limits)
+        self.workers = Workers(service.limits, service.make_batch())
         config = uvicorn.Config(
             create_app(service, self.workers, access, template),
             http=bounded_protocol(service.limits.connections),

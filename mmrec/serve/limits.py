@@ -12,8 +12,9 @@ class Limits:
     """Bounds of the server; what goes beyond one of them is refused with an error that names it.
 
     Args:
-        running: requests that the model works on at a time.
-        waiting: requests that wait for their turn; further ones are told to come back later.
+        running: requests whose texts the model reads at a time.
+        batch: texts that are generated together, a token of each at a time.
+        waiting: requests beyond those, which are generated or wait; further ones are told to come back later.
         connections: open at a time.
         body_bytes: of a request; a text to read into a memory is one, and more can be read on from there.
         prompt_tokens: read for one completion or score, all its prompts together; given back, in all its choices.
@@ -25,6 +26,7 @@ class Limits:
     """
 
     running: int = 2
+    batch: int = 16
     waiting: int = 16
     connections: int = 128
     body_bytes: int = 1 << 20

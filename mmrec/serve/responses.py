@@ -32,15 +32,15 @@ class CompletionResponse:
     async def whole(self, started: Started, job: Job[Event]) -> str:
         """Return the response when all is generated."""
         chunks: dict[int, list[TextChunk]] = {}
-        choices: list[str] = []
+        choices: dict[int, str] = {}
         generated = 0
         async for event in job:
             if isinstance(event, TextChunk):
                 chunks.setdefault(event.index, []).append(event)
             elif isinstance(event, Finished):
                 generated += event.tokens
-                choices.append(self._choice(event.index, chunks.pop(event.index, []), event))
-        return self._body(self.WHOLE, choices, usage=_usage(started, generated))
+                choices[event.index] = self._choice(event.index, chunks.pop(event.index, []), event)
+        return self._body(self.WHOLE, [choices[index] for index in sorted(choices)], usage=_usage(started, generated))
 
     async def stream(self, started: Started, job: Job[Event], with_usage: bool) -> AsyncIterator[str]:
         """Yield the response as it is generated, as server-sent events."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
-from mmrec.inference.generate import generate_with_logits
+from mmrec.inference.batch import Batch, Row
 from mmrec.inference.metrics import TextMetrics
 from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
-from mmrec.inference.sampling import SamplingOptions
+from mmrec.inference.sampling import Sampler, SamplingOptions
 from mmrec.serve.limits import Limits
 from mmrec.serve.logprobs import Logprobs, TokenLogprob, token_logprobs, token_names
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest
@@ -55,11 +56,28 @@ class Finished:
 Event = Started | TextChunk | Finished
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A token of each of some texts, for the batch to read; the logits of the next ones [B, N] are the answer."""
+
+    rows: Sequence[Row]
+    tokens: Sequence[int]
+
+
+Completing = Generator[Event | Tokens | None, Tensor | None, None]
+"""The work of a completion: what it asks for is sent to it."""
+Reading = Generator[Tokens | None, Tensor | None, Tensor]
+Echo = list[tuple[str, Logprobs | None]]
+"""A prompt that is given back, in pieces."""
+
+
 class Service:
     """The work of the server, in generators for :class:`mmrec.serve.workers.Workers`.
 
     Each yields now and then, None where there is nothing to say yet: between two yields is a moment's work, after
-    which a request that nobody waits for any longer can be given up.
+    which a request that nobody waits for any longer can be given up. :class:`Tokens` are asked for where a text is
+    generated: there is a thread in which those of all requests are read together, until a None says that other work
+    is next.
 
     Args:
         name: of the model.
@@ -74,7 +92,11 @@ class Service:
         self._lengths = torch.from_numpy(token_lengths(trained.tokenizer))
         self._names = token_names(trained.tokenizer)
 
-    def complete(self, request: CompletionRequest) -> Iterator[Event | None]:
+    def make_batch(self) -> Batch:
+        """Return what reads the tokens of texts that are generated."""
+        return Batch(self._net)
+
+    def complete(self, request: CompletionRequest) -> Completing:
         """Generate what was requested. Whatever is wrong with the request is raised before :class:`Started`."""
         prompts = [self._encode(prompt, "prompt") for prompt in request.prompts]
         count = sum(map(len, prompts))
@@ -89,16 +111,20 @@ class Service:
             self.memories.path(request.save_memory, there=False)
         yield Started(count)
         first = secrets.randbits(62) if request.seed is None else request.seed
+        choices: list[Completing] = []
         for number, prompt in enumerate(prompts):
+            yield None
             read, echo = yield from self._read_prompt(request, prompt, before)
-            begin = sum(len(text) for text, _ in echo)
             for index in range(number * request.n, (number + 1) * request.n):
-                yield from (TextChunk(index, text, logprobs) for text, logprobs in echo)
-                yield from self._generate(request, index, first + index, read, begin)
+                choices.append(self._generate(request, index, first + index, read, echo))
+                if len(choices) == self.limits.batch:
+                    yield from _together(choices)
+                    choices = []
+        yield from _together(choices)
 
     def _read_prompt(
         self, request: CompletionRequest, prompt: np.ndarray, memory: SavedState
-    ) -> Generator[None, None, tuple[SavedState, list[tuple[str, Logprobs | None]]]]:
+    ) -> Generator[None, Any, tuple[SavedState, Echo]]:
         """Read a prompt; return the memory after it, and, where it is to be given back, that in pieces."""
         if not request.echo:
             return (yield from self._read_on(prompt, memory)), []
@@ -116,31 +142,57 @@ class Service:
         return self._with_pending(reached, memory, prompt), [(text, logprobs) for text, logprobs in echo if text]
 
     def _generate(
-        self, request: CompletionRequest, index: int, seed: int, before: SavedState, begin: int
-    ) -> Iterator[Event | None]:
+        self, request: CompletionRequest, index: int, seed: int, before: SavedState, echo: Echo
+    ) -> Completing:
+        yield from (TextChunk(index, text, logprobs) for text, logprobs in echo)
         # A prompt that is given back has ended its last character already.
         pending = b"" if request.echo else before.pending
-        transcript = Transcript(self._tokenizer, request.stops, begin, pending)
-        nothing = torch.zeros(0, dtype=torch.int64)
+        transcript = Transcript(self._tokenizer, request.stops, sum(len(text) for text, _ in echo), pending)
         tokens: list[int] = []
         passed_on = ""
         options = replace(self._sampling(request), seed=seed)
-        for token, logits in generate_with_logits(self._net, nothing, options, before):
+        sampler = Sampler(options)
+        logits, read_token = self._start(options, before)
+        while len(tokens) < options.length:
+            token = sampler.draw(logits)
             tokens.append(token)
             (row,) = self._rows(request, logits[None], torch.tensor([token]))
             text = transcript.push(token, row)
             passed_on += text
-            yield TextChunk(index, text, self._logprobs(request, transcript)) if text else None
-            if transcript.stopped:
+            if text:
+                yield TextChunk(index, text, self._logprobs(request, transcript))
+            if transcript.stopped or len(tokens) == options.length:
                 break
+            logits = yield from read_token(token)
         if rest := transcript.end(keep_pending=request.save_memory is not None):
             yield TextChunk(index, rest, self._logprobs(request, transcript))
         saved = None
         if request.save_memory is not None:
+            yield None
             # What was passed on is what is remembered: not the string that the text ended at.
             kept = self._encode_after(pending, passed_on) if transcript.stopped else np.array(tokens, dtype=np.int64)
             saved = self.memories.save(request.save_memory, (yield from self._read_on(kept, before)))
         yield Finished(index, "stop" if transcript.stopped else "length", len(tokens), saved)
+
+    def _start(self, options: SamplingOptions, before: SavedState) -> tuple[Tensor, Callable[[int], Reading]]:
+        """Return the logits [N] of the first token, and what reads one and gives those of the next, on the CPU."""
+        if before.learned is None and not options.verbatim:
+            row = Row(before.state)
+
+            def read_in_batch(token: int) -> Reading:
+                logits = yield Tokens([row], [token])
+                assert logits is not None
+                return logits[0]
+
+            return before.logits.cpu(), read_in_batch
+        # Weights of its own, or n-grams: nothing is shared with other texts.
+        logits, decoder = Reader(self._net, before).generating(options.length, options.verbatim)
+
+        def read_alone(token: int) -> Reading:
+            yield None
+            return decoder.step([token])[0].cpu()
+
+        return logits.cpu(), read_alone
 
     def _encode_after(self, pending: bytes, text: str) -> np.ndarray:
         """Return the tokens of ``text``, of whose first character the bytes ``pending`` were read already."""
@@ -163,7 +215,7 @@ class Service:
             return None
         return request.LOGPROBS.of(transcript.rows(), self._names, self._tokenizer, request.logprobs)
 
-    def score(self, request: ScoreRequest) -> Iterator[dict[str, Any] | None]:
+    def score(self, request: ScoreRequest) -> Generator[dict[str, Any] | None, Any, None]:
         """Yield, at last, what each piece of a text costs: a token, or those that make up a character."""
         tokens = self._encode(request.text, "text")
         self._check_length(len(tokens), "text")
@@ -196,7 +248,7 @@ class Service:
             "pieces": {"text": texts, "nats": costs},
         }
 
-    def read(self, request: ReadRequest) -> Iterator[dict[str, Any] | None]:
+    def read(self, request: ReadRequest) -> Generator[dict[str, Any] | None, Any, None]:
         """Read a text on from a memory and keep what was read; yield, at last, what is said of it."""
         self.memories.path(request.name, there=False)
         tokens = self._encode(request.text, "text")
@@ -213,11 +265,11 @@ class Service:
             raise ApiError(400, str(error), "cache") from None
         yield self.memories.save(request.name, (yield from self._read_on(tokens, before)))
 
-    def put(self, name: str, data: bytes) -> Iterator[dict[str, Any]]:
+    def put(self, name: str, data: bytes) -> Generator[dict[str, Any], Any, None]:
         """Keep an uploaded memory file; yield what is said of it."""
         yield self.memories.put(name, data)
 
-    def _read_on(self, tokens: np.ndarray, memory: SavedState) -> Generator[None, None, SavedState]:
+    def _read_on(self, tokens: np.ndarray, memory: SavedState) -> Generator[None, Any, SavedState]:
         """Read tokens [T] on from ``memory``, yield between its chunks, and return the memory after them."""
         reached = memory
         for part in Reader(self._net, memory).read(tokens):
@@ -256,3 +308,23 @@ class Service:
         if tokens > self.limits.prompt_tokens:
             most = f"at most {self.limits.prompt_tokens:,} are read at once; read the first part into a memory"
             raise ApiError(400, f"{tokens:,} tokens; {most}", param, "context_length_exceeded")
+
+
+def _together(works: list[Completing]) -> Completing:
+    """Do several works at once: the tokens for which they ask are asked for together."""
+    answers: dict[Completing, Tensor] = {}
+    while works:
+        asked: dict[Completing, Tokens] = {}
+        for work in works:
+            with contextlib.suppress(StopIteration):
+                item = work.send(answers.get(work))
+                while not isinstance(item, Tokens):
+                    yield item
+                    item = next(work)
+                asked[work] = item
+        if asked:
+            rows = [row for tokens in asked.values() for row in tokens.rows]
+            logits = yield Tokens(rows, [token for tokens in asked.values() for token in tokens.tokens])
+            assert logits is not None
+            answers = dict(zip(asked, logits.split([len(tokens.rows) for tokens in asked.values()]), strict=True))
+        works = [*asked]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from starlette.requests import Request
+from torch import Tensor
 
+from mmrec.inference.batch import Batch
 from mmrec.serve.limits import Limits
 from mmrec.serve.protocol import ApiError
+from mmrec.serve.service import Tokens
 
 T = TypeVar("T")
 
@@ -20,24 +27,29 @@ class ClientDisconnected(Exception):
 
 
 class Workers:
-    """Runs generators in threads. Used from one event loop.
+    """Runs generators in threads; where they ask for :class:`Tokens`, all in one. Used from one event loop.
 
     Args:
         limits: of the number at work and of those that wait.
+        batch: what reads the tokens.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, batch: Batch) -> None:
         self._pool = ThreadPoolExecutor(limits.running, thread_name_prefix="mmrec-work")
         self._places = limits.running + limits.waiting
         self._works: set[Job[Any]] = set()
         self._stopping = False
+        self._batch, self._rows = batch, limits.batch
+        self._arrivals: queue.SimpleQueue[tuple[Job[Any], Tokens] | None] = queue.SimpleQueue()
+        self._generating = threading.Thread(target=self._generate, name="mmrec-generate", daemon=True)
+        self._generating.start()
 
     @property
     def busy(self) -> int:
         """Return how many requests are at work or wait."""
         return len(self._works)
 
-    def start(self, work: Iterator[T | None]) -> Job[T]:
+    def start(self, work: Generator[T | Tokens | None, Tensor | None, None]) -> Job[T]:
         """Begin ``work`` in a thread as soon as one is free.
 
         Raises:
@@ -47,7 +59,9 @@ class Workers:
             raise _stopping()
         if len(self._works) >= self._places:
             raise ApiError(429, "as many requests as may wait are waiting; try again soon", code="busy")
-        return Job(work, self._pool, self._works)
+        job: Job[T] = Job(work, self._works)
+        self._submit(job)
+        return job
 
     def stop(self) -> None:
         """Tell all work to end soon, and begin no more. May be called by the handler of a signal."""
@@ -58,7 +72,60 @@ class Workers:
     def close(self) -> None:
         """End all work, and return when it has ended."""
         self.stop()
+        self._arrivals.put(None)
+        self._generating.join()
         self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, job: Job[Any]) -> None:
+        job.future = self._pool.submit(self._read, job)
+
+    def _read(self, job: Job[Any]) -> None:
+        """Do the work of a job until it ends or asks for tokens."""
+        while not job.is_over:
+            if (tokens := job.advance(None)) is not None:
+                self._arrivals.put((job, tokens))
+                return
+
+    @torch.inference_mode()
+    def _generate(self) -> None:
+        """Read a token of each text at a time, as long as there are some; then wait for more."""
+        waiting: deque[tuple[Job[Any], Tokens]] = deque()
+        asking: list[tuple[Job[Any], Tokens]] = []
+        while True:
+            while not self._arrivals.empty() or not (waiting or asking):
+                if (arrived := self._arrivals.get()) is None:
+                    return self._give_up([*waiting, *asking])
+                waiting.append(arrived)
+            rows = sum(len(tokens.rows) for _, tokens in asking)
+            while waiting and (not asking or rows + len(waiting[0][1].rows) <= self._rows):
+                asking.append(waiting.popleft())
+                rows += len(asking[-1][1].rows)
+            asking = self._step(asking)
+            waiting = deque(entry for entry in waiting if not entry[0].end_if_stopped())
+
+    def _step(self, asking: list[tuple[Job[Any], Tokens]]) -> list[tuple[Job[Any], Tokens]]:
+        """Read the tokens for which jobs ask, and let them go on; return those that ask for more."""
+        asking = [entry for entry in asking if not entry[0].end_if_stopped()]
+        if not asking:
+            return []
+        rows = [row for _, tokens in asking for row in tokens.rows]
+        try:
+            logits = self._batch.step(rows, [token for _, tokens in asking for token in tokens.tokens])
+        except Exception as error:
+            for job, _ in asking:
+                job.end(error)
+            return []
+        going_on = []
+        for (job, _), some in zip(asking, logits.split([len(tokens.rows) for _, tokens in asking]), strict=True):
+            if (tokens := job.advance(some)) is not None:
+                going_on.append((job, tokens))
+            elif not job.is_over:
+                self._submit(job)  # what comes next takes longer, and is no business of the others
+        return going_on
+
+    def _give_up(self, asking: list[tuple[Job[Any], Tokens]]) -> None:
+        for job, _ in asking:
+            job.end(_stopping())
 
 
 def _stopping() -> ApiError:
@@ -66,35 +133,55 @@ def _stopping() -> ApiError:
 
 
 class Job(AsyncIterator[T]):
-    """What a generator in a thread yields, or raises, as it comes.
+    """What a generator yields, or raises, as it comes; whoever runs it calls :meth:`advance`.
 
     Args:
         work: the generator; None, which it may yield, is left out.
-        pool: of the threads.
         works: this is in it until the work is over.
 
     Attributes:
         stopped: once true, the work ends at its next yield.
+        is_over: whether the work has ended.
+        future: of the thread in which the work goes on, or went on last.
     """
 
-    def __init__(self, work: Iterator[T | None], pool: ThreadPoolExecutor, works: set[Job[Any]]) -> None:
-        self.stopped, self._works = False, works
+    future: Future[None]
+
+    def __init__(self, work: Generator[T | Tokens | None, Tensor | None, None], works: set[Job[Any]]) -> None:
+        self.stopped = self.is_over = False
+        self._work, self._works, self._loop = work, works, asyncio.get_running_loop()
         self._arrived: asyncio.Queue[tuple[T | None, BaseException | None]] = asyncio.Queue()
         works.add(self)
-        self._future = pool.submit(self._run, work, asyncio.get_running_loop())
 
-    def _run(self, work: Iterator[T | None], loop: asyncio.AbstractEventLoop) -> None:
-        last: tuple[T | None, BaseException | None] = (None, None)
+    def advance(self, answer: Tensor | None) -> Tokens | None:
+        """Go on with ``answer`` until the work asks for tokens, which are returned, or yields None, or is over."""
         try:
-            for item in work:
+            item = self._work.send(answer)
+            while True:
                 if self.stopped:
                     raise _stopping()
-                if item is not None:
-                    loop.call_soon_threadsafe(self._arrived.put_nowait, (item, None))
+                if item is None or isinstance(item, Tokens):
+                    return item
+                self._loop.call_soon_threadsafe(self._arrived.put_nowait, (item, None))
+                item = next(self._work)
+        except StopIteration:
+            self.end(None)
         except BaseException as error:
-            last = (None, error)
-        loop.call_soon_threadsafe(self._works.discard, self)
-        loop.call_soon_threadsafe(self._arrived.put_nowait, last)
+            self.end(error)
+        return None
+
+    def end_if_stopped(self) -> bool:
+        """End the work where it was stopped; return whether it was."""
+        if self.stopped:
+            self.end(_stopping())
+        return self.stopped
+
+    def end(self, error: BaseException | None) -> None:
+        """End the work, and tell it to who waits for it."""
+        self.is_over = True
+        self._work.close()
+        self._loop.call_soon_threadsafe(self._works.discard, self)
+        self._loop.call_soon_threadsafe(self._arrived.put_nowait, (None, error))
 
     async def __anext__(self) -> T:
         item, error = await self._arrived.get()
@@ -107,7 +194,7 @@ class Job(AsyncIterator[T]):
     def close(self) -> None:
         """End the work at its next yield, or before it began."""
         self.stopped = True
-        if self._future.cancel():
+        if self.future.cancel():
             self._works.discard(self)
 
 
