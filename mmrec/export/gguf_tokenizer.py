@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gguf import GGUFWriter, TokenType
 
 from mmrec.core.errors import UserError
-from mmrec.export.tokenizer import plain_bpe
-from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer, byte_alphabet
+from mmrec.export.tokenizer import lettered_tokens
+from mmrec.tokenizers import CharacterTokenizer, Tokenizer, byte_alphabet
 
 NO_TEXT = 0xFF
 """A byte that no UTF-8 text has: its token is the end of a text, which llama.cpp wants to know one for."""
@@ -19,21 +17,16 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, CharacterTokenizer):
         _add_characters(writer, tokenizer.alphabet)
         return
-    letters = byte_alphabet()
-    if isinstance(tokenizer, ByteTokenizer):
-        # A file without merges is not loaded: this one merges two bytes that no text has.
-        ids, merges = {letters[byte]: byte for byte in range(256)}, [f"{letters[NO_TEXT]} {letters[NO_TEXT]}"]
-        pre = "qwen2"  # where it cuts is all one without merges, and its decoding leaves spaces alone
-    elif isinstance(tokenizer, BPETokenizer):
-        ids, merges = plain_bpe(tokenizer, "llama.cpp")
+    texts, merges = lettered_tokens(tokenizer, "llama.cpp")
+    types = [TokenType.NORMAL] * tokenizer.vocab_size
+    no_text = byte_alphabet()[NO_TEXT]
+    if merges:
         pre = "gpt-2"
     else:
-        raise UserError(f"--format gguf: the tokenizer {tokenizer.name} has no form in GGUF")
-    texts: list[Any] = [None] * tokenizer.vocab_size
-    types = [TokenType.NORMAL] * tokenizer.vocab_size
-    for letter, token in ids.items():
-        texts[token] = letter
-    end = ids[letters[NO_TEXT]]
+        # A file without merges is not loaded: this one merges two bytes that no text has. Where it cuts is all one
+        # then, and the decoding of this kind leaves spaces alone.
+        pre, merges = "qwen2", [f"{no_text} {no_text}"]
+    end = texts.index(no_text)
     if tokenizer.separator is not None:
         end = tokenizer.separator
         texts[end], types[end] = "\n\n", TokenType.CONTROL  # as no text is spelled here

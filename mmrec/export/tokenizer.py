@@ -76,12 +76,30 @@ def _separator(tokenizer: Tokenizer) -> dict[str, int]:
     return {} if tokenizer.separator is None else {SEPARATOR_BYTES.decode(): tokenizer.separator}
 
 
-def plain_bpe(tokenizer: BPETokenizer, program: str) -> tuple[dict[str, int], list[str]]:
-    """Return the ids of the tokens, in letters that stand for bytes, and the merges of a BPE of GPT-2's kind.
+def lettered_tokens(tokenizer: Tokenizer, program: str) -> tuple[list[str], list[str]]:
+    """Return the tokens in letters that stand for bytes, "" for the separator, and the merges of GPT-2's kind.
+
+    Args:
+        tokenizer: of bytes, or a BPE.
+        program: that is to cut texts by them.
 
     Raises:
-        UserError: it cuts otherwise, and ``program`` has no other.
+        UserError: it cuts a text in a way that ``program`` does not have.
     """
+    if isinstance(tokenizer, ByteTokenizer):
+        ids, merges = {letter: byte for byte, letter in byte_alphabet().items()}, list[str]()
+    elif isinstance(tokenizer, BPETokenizer):
+        ids, merges = _plain_bpe(tokenizer, program)
+    else:
+        raise UserError(f"the tokenizer {tokenizer.name}: {program} has none like it")
+    tokens = [""] * tokenizer.vocab_size
+    for letters, token in ids.items():
+        tokens[token] = letters
+    return tokens, merges
+
+
+def _plain_bpe(tokenizer: BPETokenizer, program: str) -> tuple[dict[str, int], list[str]]:
+    """Return ids by letters, and merges, of a BPE of GPT-2's kind."""
     described = json.loads(tokenizer.state()["model"])
     model, cut = described["model"], described["pre_tokenizer"] or {}
     as_ours = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -15,8 +15,8 @@ from typing import Any
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.export import onnx
-from mmrec.export.tokenizer import plain_bpe
-from mmrec.tokenizers import BPETokenizer, ByteTokenizer, CharacterTokenizer, Tokenizer, byte_alphabet
+from mmrec.export.tokenizer import lettered_tokens
+from mmrec.tokenizers import CharacterTokenizer, Tokenizer, byte_alphabet
 
 PACKAGE = "onnxruntime-web"
 SCRIPT, BINARY = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
@@ -80,18 +80,9 @@ def _packed(data: bytes) -> str:
 
 def _described(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what the page cuts a text by: each token's bytes in letters (:func:`byte_alphabet`) or its character."""
-    letters = byte_alphabet()
     if isinstance(tokenizer, CharacterTokenizer):
         return {"kind": "characters", "tokens": list(tokenizer.alphabet), "merges": []}
-    if isinstance(tokenizer, ByteTokenizer):
-        ids, merges = {letters[byte]: byte for byte in range(256)}, list[str]()
-    elif isinstance(tokenizer, BPETokenizer):
-        ids, merges = plain_bpe(tokenizer, "the page")
-    else:
-        raise UserError(f"--format web: the page has no tokenizer {tokenizer.name}")
-    tokens: list[str] = [""] * tokenizer.vocab_size
-    for letter, token in ids.items():
-        tokens[token] = letter
+    tokens, merges = lettered_tokens(tokenizer, "the page")
     if tokenizer.separator is not None:
-        tokens[tokenizer.separator] = letters[10] * 2
+        tokens[tokenizer.separator] = byte_alphabet()[10] * 2
     return {"kind": "bytes", "tokens": tokens, "merges": merges, "separator": tokenizer.separator}
