@@ -21,7 +21,7 @@ from mmrec.training.options import OptimizerOptions
 WARM_UP = 2
 """First updates, which are slower than those that follow."""
 LOOP_SECONDS = 0.007
-"""Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch; measured with quickstart."""
+"""Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch; measured: quickstart."""
 
 
 def check_accelerator(name: str | None) -> None:
