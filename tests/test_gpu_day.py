@@ -33,7 +33,7 @@ def test_every_stage_is_rehearsed(prepared: Path, tmp_path: Path) -> None:
     found = {name: gpu_day.run_stage(name, day) for name in STAGES}
     for row in found["ops"]:
         assert row["same_bits"]
-        assert max(row["outputs"], row["state"], row["gradients"]) < 1e-5, row
+        assert max(row["outputs"], row["gradients"]) < (2e-2 if row["precision"] == "bfloat16" else 1e-5), row
         assert not row["kernels"]  # the device is not one
     (resumed,) = found["resume"]
     assert resumed["same_bits"]
@@ -57,7 +57,7 @@ def test_every_stage_is_rehearsed(prepared: Path, tmp_path: Path) -> None:
 def test_a_stage_has_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["ops", "--toy", "--device=cpu", "--limit=600", f"--output_dir={tmp_path / 'out'}"]
     gpu_day.gpu_day(options)
-    assert capsys.readouterr().out.strip().endswith("6 rows")
+    assert capsys.readouterr().out.strip().endswith("18 rows")
     rows = json.loads((tmp_path / "out/ops.json").read_text())["rows"]
     assert {(row["op"], row["precision"]) for row in rows} >= {("rg_lru", "tf32"), ("gated_delta_rule", "bfloat16")}
 

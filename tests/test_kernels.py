@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +14,97 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from phantom import build
+from torch import Tensor
+from torch.nn import functional as F
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.model.ops import chunked, dispatch, reference
+from mmrec.model.ops import chunked, dispatch, fused, reference
 
-ARCHITECTURES = (80, 89, 90, 100)
-KERNELS = {"rg_lru": ["triton"], "gated_delta_rule": ["triton", "fla"]}
-"""What the kernels of each op need."""
-CASES = {
-    "rg_lru": [
-        "rg_lru, 1, float32",
-        "rg_lru, 7, float32",
-        "rg_lru, 29, float32",
-        "rg_lru, 29, float32, resets",
-        "rg_lru, 29, float16, resets",
-    ],
-    "gated_delta_rule": [
-        "gated_delta_rule, 1, float32, no gradients",
-        "gated_delta_rule, 5, float32, negative, no gradients",
-        "gated_delta_rule, 67, float32, negative",
-        "gated_delta_rule, 33, float32, resets",
-        "gated_delta_rule, 33, float16, negative",
-    ],
+EVERYWHERE = "CI" in os.environ
+"""Compiled is for every architecture; elsewhere for one, as that takes a minute each, the first time."""
+ARCHITECTURES = (80, 89, 90, 100) if EVERYWHERE else (90,)
+DTYPES = "bfloat16,float32" if EVERYWHERE else "bfloat16"
+OWN = {"lru_reduce", "lru", "conv", "norm", "gated", "gates"}
+"""Names of kernels of this program, each a forward and a backward one."""
+OF_THE_DELTA_RULE = {
+    "chunk_fwd_kernel_o",
+    "prepare_wy_repr_bwd_kernel",
+    "fused_recurrent_gated_delta_rule_fwd_kernel",
+    "l2norm_bwd_kernel",
 }
+"""Some of those of the library."""
 TOLERANCE = {"float32": 2e-5, "float16": 3e-3}
 """Of differences relative to the norm: of float16, those of what is rounded to it on the way in and out."""
 
 
-def needs(op: str) -> None:
-    for package in KERNELS[op]:
+def needs(*packages: str) -> None:
+    for package in packages:
         if find_spec(package) is None:
-            pytest.skip(f"the kernels of {op} need {package}, of the extra gpu")
+            pytest.skip(f"these kernels need {package}, of the extra gpu")
 
 
 def run(module: str, *arguments: str, **environment: str) -> list[dict[str, Any]]:
     """Run a program of ``tests/kernels`` and return the lines that it prints."""
+    return run_program("-m", f"kernels.{module}", *arguments, **environment)
+
+
+def run_program(*arguments: str, **environment: str) -> list[dict[str, Any]]:
+    """Run Python with ``arguments`` in the repository, and return the lines of JSON that it prints."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     # What was compiled is kept beside the simulated device, outside of the repository.
     environment |= {"PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_CACHE_DIR": str(build.cache() / "triton")}
-    command = [sys.executable, "-m", f"kernels.{module}", *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    command = [sys.executable, *arguments]
+    variables = os.environ | environment
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables, check=False, cwd=REPOSITORY)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("op", [pytest.param("rg_lru"), pytest.param("gated_delta_rule", marks=pytest.mark.slow)])
-def test_kernels_equal_the_reference_in_the_interpreter(op: str) -> None:
-    needs(op)
-    numbers = [str(number) for number, case in enumerate(chain(*CASES.values())) if case in CASES[op]]
-    found = {row.pop("case"): row for row in run("interpret", *numbers, TRITON_INTERPRET="1")}
-    assert [*found] == CASES[op]
+def test_kernels_equal_the_reference_in_the_interpreter() -> None:
+    needs("triton", "fla")
+    from mmrec.model.ops import kernels
+
+    found = {row.pop("case"): row for row in run("interpret", TRITON_INTERPRET="1")}
+    ops = {name.split(",")[0] for name in found}
+    assert ops == {*kernels.__all__, "conv_gated_delta_rule"}
     for case, differences in found.items():
         assert max(differences.values()) < TOLERANCE[case.split(", ")[2]], (case, differences)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_are_compiled_for_each_architecture(op: str, architecture: int) -> None:
-    needs(op)
-    found = run("compile", str(architecture), op)
+def test_kernels_are_compiled_for_each_architecture(architecture: int) -> None:
+    needs("triton", "fla")
+    found = run("compile", str(architecture), DTYPES)
     names = {row["kernel"] for row in found}
-    if op == "rg_lru":
-        assert names == {"reduce_forward", "forward", "reduce_backward", "backward"}
-    else:
-        assert {
-            "chunk_fwd_kernel_o",
-            "prepare_wy_repr_bwd_kernel",
-            "fused_recurrent_gated_delta_rule_fwd_kernel",
-        } <= names
-    assert {row["dtype"] for row in found} == {"bfloat16", "float32"}
+    assert {f"{name}_{way}" for name in OWN for way in ("forward", "backward")} | OF_THE_DELTA_RULE <= names
+    assert {row["dtype"] for row in found} == {*DTYPES.split(",")}
     assert all(row["cubin"] > 0 and row["shared"] <= row["most_shared"] for row in found)
+
+
+LAYERS = """
+import sys
+sys.path[:0] = ["scripts", "tests"]
+import count_kernels, json
+count_kernels.cuda.install()
+count_kernels.launches_compute_nothing()
+for kind in ("short", "long"):
+    for documents in (False, True):
+        forward, backward, kept = count_kernels.count_layer(kind, 192, documents, False)
+        print(json.dumps({"kind": kind, "launches": forward + backward, "kept": kept}))
+"""
+
+
+@pytest.mark.slow
+def test_a_layer_keeps_little_and_launches_little() -> None:
+    """On the simulated device, where launches are counted and compute nothing."""
+    needs("triton", "fla")
+    if (reason := build.why_not()) is not None:
+        pytest.skip(reason)
+    found = run_program("-c", LAYERS)
+    assert [row["launches"] for row in found] == [30, 30, 53, 53]
+    assert all(row["kept"] <= 16 for row in found), found  # bytes a token and channel
 
 
 def test_without_cuda_all_is_computed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +114,7 @@ def test_without_cuda_all_is_computed_by_torch(monkeypatch: pytest.MonkeyPatch) 
 
 
 def kernels_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: str) -> list[bool]:
-    """Return whether there are kernels of the RG-LRU and of the gated delta rule, for a GPU and a Triton."""
+    """Return whether there are kernels of this program and of the gated delta rule, for a GPU and a Triton."""
 
     class Module:
         __version__ = triton
@@ -105,11 +123,11 @@ def kernels_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tri
     monkeypatch.setattr(dispatch, "import_module", lambda name: Module())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    dispatch.rg_lru_kernels.cache_clear()
+    dispatch.own_kernels.cache_clear()
     dispatch.delta_rule_kernels.cache_clear()
     device = torch.device("cuda")
-    found = [kernels(device) is not None for kernels in (dispatch.rg_lru_kernels, dispatch.delta_rule_kernels)]
-    dispatch.rg_lru_kernels.cache_clear()
+    found = [kernels(device) is not None for kernels in (dispatch.own_kernels, dispatch.delta_rule_kernels)]
+    dispatch.own_kernels.cache_clear()
     dispatch.delta_rule_kernels.cache_clear()
     return found
 
@@ -141,7 +159,7 @@ def test_kernels_that_cannot_be_imported_are_said(
     monkeypatch.setattr(dispatch, "import_module", broken)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert dispatch.rg_lru_kernels.__wrapped__(torch.device("cuda")) is None
+    assert dispatch.own_kernels.__wrapped__(torch.device("cuda")) is None
     assert capsys.readouterr().err == "kernels for cuda are left out: of another version\n"
 
 
@@ -157,45 +175,88 @@ def test_products_are_as_coarse_as_was_allowed() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+class OwnKernels:
+    """What the module has, with the arithmetic by torch; writes down what it is given."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def conv_rg_lru(
+        self, gates: Any, biases: Any, x: Tensor, conv: Any, rate: Tensor, state: Tensor, reset_mask: Tensor | None
+    ) -> Any:
+        self.calls.append(f"conv_rg_lru {x.dtype}")
+        z, past = fused.causal_conv(x, *conv)
+        r, i = (gate.float() + bias for gate, bias in zip(gates, biases, strict=True))
+        return *chunked.rg_lru(r, i, z, rate, state, reset_mask), past
+
+    def causal_conv(self, x: Tensor, past: Tensor, weight: Tensor, reset_mask: Tensor | None) -> Any:
+        self.calls.append(f"causal_conv {x.dtype}")
+        return fused.causal_conv(x, past, weight)
+
+    def delta_gates(self, given: reference.DeltaGates, beta_max: float, reset_mask: Tensor | None) -> Any:
+        log_decay, beta = reference.delta_gates(given, torch.float32)
+        return log_decay, beta_max * beta
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        return fused.rms_norm(x, weight, eps).to(dtype)
+
+    def swiglu_linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(fused.swiglu(x), weight.to(dtype))
+
+    def gated_linear(self, h: Tensor, gate: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear((h * gate.sigmoid()).to(dtype), weight.to(dtype))
+
+    def normed_linear(
+        self, o: Tensor, norm: Any, gate: Tensor, silu: bool, weight: Tensor, dtype: torch.dtype
+    ) -> Any:
+        assert not silu
+        self.calls.append(f"normed_linear {o.dtype}")
+        return F.linear((fused.rms_norm(o, *norm).flatten(2) * gate.sigmoid()).to(dtype), weight.to(dtype))
+
+
+class DeltaKernels:
+    RECURRENT_TOKENS = 16
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def conv_gated_delta_rule(
+        self, qkv: Tensor, conv: Any, gates: Any, state: Tensor, scale: float, reset: Tensor | None, *, products: Any
+    ) -> Any:
+        self.calls.append(f"conv_gated_delta_rule {products}")
+        convolved, past = fused.causal_conv(qkv, *conv)
+        q, k, v = (x.float() for x in reference.split_heads(convolved, state.shape[1]))
+        q, k = reference.l2_normalize(q) * scale, reference.l2_normalize(k)
+        o, memory = chunked.gated_delta_rule(q, k, v, gates[0].mT, gates[1].mT, state)
+        return o.transpose(1, 2).to(products), memory, past
+
+
 @pytest.mark.simulated_cuda
 def test_on_cuda_the_kernels_are_given_what_the_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls, with the kernels' arithmetic by torch: kernels themselves need a driver."""
     calls: list[str] = []
-
-    class RGLRUKernels:
-        @staticmethod
-        def rg_lru(r: Any, i: Any, z: Any, rate: Any, state: Any, reset_mask: Any, biases: Any) -> Any:
-            calls.append(f"rg_lru {r.dtype}")
-            return chunked.rg_lru(r.float() + biases[0], i.float() + biases[1], z, rate, state, reset_mask)
-
-    class DeltaKernels:
-        RECURRENT_TOKENS = 16
-
-        @staticmethod
-        def gated_delta_rule(q: Any, k: Any, *inputs: Any, products: torch.dtype) -> Any:
-            calls.append(f"gated_delta_rule {products}")
-            q, k = (reference.l2_normalize(x.float()) for x in (q, k))
-            return chunked.gated_delta_rule(q * inputs[-1], k, *inputs[:-1])
-
     net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=16), 7)
     tokens = torch.arange(40)[None] % 7
     expected, _ = net(tokens, net.zero_state(1))
     net, tokens = net.to("cuda"), tokens.to("cuda")
-    monkeypatch.setattr(dispatch, "rg_lru_kernels", lambda device: RGLRUKernels)
-    monkeypatch.setattr(dispatch, "delta_rule_kernels", lambda device: DeltaKernels)
+    monkeypatch.setattr(dispatch, "own_kernels", lambda device: OwnKernels(calls))
+    monkeypatch.setattr(dispatch, "delta_rule_kernels", lambda device: DeltaKernels(calls))
     found, _ = net(tokens, net.zero_state(1))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
-    assert calls == ["rg_lru torch.float32"]  # products must be float32: the other layer is torch's
+    # Products must be float32: the recurrence of the other layer is torch's.
+    assert calls == ["conv_rg_lru torch.float32", "causal_conv torch.float32", "normed_linear torch.float32"]
     calls.clear()
     with torch.autocast("cuda", torch.bfloat16):
         net(tokens, net.zero_state(1))
     with torch.no_grad():
         net(tokens[:, :1], net.zero_state(1))
     assert calls == [
-        "rg_lru torch.bfloat16",
-        "gated_delta_rule torch.bfloat16",
-        "rg_lru torch.float32",
-        "gated_delta_rule torch.float32",
+        "conv_rg_lru torch.bfloat16",
+        "conv_gated_delta_rule torch.bfloat16",
+        "normed_linear torch.bfloat16",
+        "conv_rg_lru torch.float32",
+        "conv_gated_delta_rule torch.float32",
+        "normed_linear torch.float32",
     ]
 
 

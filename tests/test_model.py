@@ -135,6 +135,7 @@ def test_a_strength_of_two_turns_the_memory_around() -> None:
     """The eigenvalue of the memory's map along the key: 1 - strength, down to -1."""
     for negative, least in ((False, 0.0), (True, -1.0)):
         memory = GatedDeltaNet(dim=8, heads=1, conv_width=1, negative_eigenvalues=negative).double()
+        assert memory.beta_bias is not None
         with torch.no_grad():
             memory.project.weight.zero_()
             memory.project.weight[8:16].copy_(torch.eye(8))  # the keys are the inputs, the values nothing

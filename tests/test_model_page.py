@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from mmrec.model import INITIAL_SCALE, RGLRU, GatedDeltaNet, ModelConfig, RecurrentLM, RMSNorm
 from mmrec.model.ops import chunked
-from mmrec.model.ops.reference import LRU_EPSILON
-from mmrec.model.recurrent_layer import RESET_LOG_DECAY
+from mmrec.model.ops.reference import LRU_EPSILON, RESET_LOG_DECAY
 
 PAGE = "docs/model.md"
 
@@ -82,6 +81,7 @@ def test_initial_values() -> None:
     torch.testing.assert_close(math.log(2) / long.log_rate.exp(), spaced)
     torch.testing.assert_close(F.softplus(long.decay_bias), torch.ones(shape.heads))
     assert not any(part.any() for layer in net.zero_state(1) for part in layer)
+    assert long.beta_bias is not None
     assert not any(bias.any() for bias in (short.r_bias, short.i_bias, long.beta_bias))
 
     assert float(find(r"normal, standard deviation ([\d.]+) / √inputs", PAGE)[1]) == INITIAL_SCALE

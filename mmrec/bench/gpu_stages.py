@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mmrec.baselines.learning import validation_loss
 from mmrec.baselines.models import GPT, Wrapped
 from mmrec.baselines.training import Hyperparameters, TrainingLoop, device_of, initial_state
+from mmrec.bench.check import OpCase, op_cases, results_of
 from mmrec.bench.measurements import peak_memory, repeat
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import checkpoint_folder
@@ -31,11 +32,10 @@ from mmrec.data.store import open_tokens
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.captured import StaticStep
-from mmrec.model.ops import dispatch, reference
+from mmrec.model.ops import dispatch
 
 VOCABULARY = 50_304
 """Of speeds: GPT-2's number of tokens, rounded up."""
-KERNELS_OF = {"rg_lru": dispatch.rg_lru_kernels, "gated_delta_rule": dispatch.delta_rule_kernels}
 Row = dict[str, Any]
 
 
@@ -83,73 +83,35 @@ def ops(day: Day) -> Iterator[Row]:
     """Yield how far each op is from its reference in float64, and whether a second run gives the same bits."""
     precisions = {"float32": ("highest", False), "tf32": ("high", False), "bfloat16": ("highest", True)}
     before = torch.get_float32_matmul_precision()
-    for op, make in (("rg_lru", _lru_inputs), ("gated_delta_rule", _rule_inputs)):
+    for op, case in op_cases(*((1, 37, 2, 8) if day.toy else (2, 1000, 4, 64))).items():
+        expected = results_of(case.plain, [x.double() for x in case.inputs])
         for name, (products, mixed) in precisions.items():
             torch.set_float32_matmul_precision(products)
             try:
-                yield {"op": op, "precision": name, **_compare(day, op, make(day), mixed)}
+                yield {"op": op, "precision": name, **_compare(day, op, case, expected, mixed)}
             finally:
                 torch.set_float32_matmul_precision(before)
 
 
-def _lru_inputs(day: Day) -> list[Tensor]:
-    rows, length, width = (2, 37, 5) if day.toy else (4, 1000, 384)
-    random = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(width, generator=random) for _ in range(3)]
-    gates = [torch.randn(rows, length, width, generator=random) for _ in range(3)]
-    return [*gates, vectors[0].exp(), torch.randn(rows, width, generator=random), *vectors[1:]]
+def _compare(day: Day, op: str, case: OpCase, expected: list[Tensor], mixed: bool) -> Row:
+    outputs = len(expected) - len(case.inputs)
 
-
-def _rule_inputs(day: Day) -> list[Tensor]:
-    rows, heads, length, size = (1, 2, 37, 8) if day.toy else (2, 4, 1000, 64)
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(rows, heads, *sizes, generator=random)
-
-    q, k = (nn.functional.normalize(normal(length, size), dim=-1) for _ in range(2))
-    decay, beta = -normal(length).abs(), 2 * normal(length).sigmoid()
-    return [q, k, normal(length, size), decay, beta, normal(size, size)]
-
-
-def _compare(day: Day, op: str, inputs: list[Tensor], mixed: bool) -> Row:
-    expected = _results(_plain(op), [x.double() for x in inputs])
+    def chosen(*leaves: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(torch.device(day.device).type, torch.bfloat16, enabled=mixed):
+            return case.chosen(*leaves)
 
     def run() -> list[Tensor]:
-        precision = torch.autocast(torch.device(day.device).type, torch.bfloat16, enabled=mixed)
-        return _results(_chosen(op), [x.to(day.device) for x in inputs], precision)
+        """The backward pass is outside of autocast, as in training."""
+        return results_of(chosen, [x.to(day.device) for x in case.inputs])
 
     found, again = run(), run()
     errors = [float((a.cpu().double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    kernels = dispatch.delta_rule_kernels if op == "gated_delta_rule" else dispatch.own_kernels
     return {
-        **{"outputs": errors[0], "state": errors[1], "gradients": max(errors[2:])},
+        **{"outputs": max(errors[:outputs]), "gradients": max(errors[outputs:])},
         "same_bits": all(torch.equal(a, b) for a, b in zip(found, again, strict=True)),
-        "kernels": day.device != "cpu" and KERNELS_OF[op](torch.device(day.device)) is not None,
+        "kernels": day.device != "cpu" and kernels(torch.device(day.device)) is not None,
     }
-
-
-def _results(
-    op: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], precision: torch.autocast | None = None
-) -> list[Tensor]:
-    """Return outputs, state and gradients; the backward pass is outside of autocast, as in training."""
-    leaves = [x.requires_grad_() for x in inputs]
-    with precision or contextlib.nullcontext():
-        outputs, state = op(*leaves)
-    gradients = torch.autograd.grad((outputs * outputs.detach().cos()).sum() + state.sum() / 2, leaves)
-    return [outputs.detach(), state.detach(), *gradients]
-
-
-def _plain(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if op == "gated_delta_rule":
-        unit = reference.l2_normalize
-        return lambda q, k, *others: reference.gated_delta_rule(unit(q), unit(k), *others)
-    return lambda r, i, z, rate, state, r_bias, i_bias: reference.rg_lru(r + r_bias, i + i_bias, z, rate, state)
-
-
-def _chosen(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if op == "gated_delta_rule":
-        return dispatch.gated_delta_rule
-    return lambda r, i, z, rate, state, *biases: dispatch.rg_lru(r, i, z, rate, state, None, biases)
 
 
 # (b) Resuming

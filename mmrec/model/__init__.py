@@ -23,8 +23,9 @@ from mmrec.model.config import LAYER_TYPES, ModelConfig
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import CausalConv, FeedForward, RMSNorm
 from mmrec.model.lm import INITIAL_SCALE, Block, RecurrentLM
+from mmrec.model.ops.reference import apply_reset
 from mmrec.model.portable import PortableGatedDeltaNet
-from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
+from mmrec.model.recurrent_layer import Gates, RecurrentLayer
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState, State, detach_state, reset_state_rows, state_to
 

@@ -218,6 +218,8 @@ class GatedDeltaNetStep(RecurrentStep):
         Returns:
             The bias of the writing strength, [H].
         """
+        assert layer.gate is not None
+        assert layer.beta_bias is not None
         self.gate = layer.gate.weight.detach()
         self.open = product(self.gate, pre_gate, gated)
         return layer.beta_bias.detach()

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmrec.model.layers import CausalConv, RMSNorm
 from mmrec.model.ops import dispatch
-from mmrec.model.ops.reference import l2_normalize
-from mmrec.model.recurrent_layer import Gates, RecurrentLayer, apply_reset
+from mmrec.model.ops.reference import DeltaGates, delta_gates, l2_normalize, split_heads
+from mmrec.model.recurrent_layer import Gates, RecurrentLayer
 from mmrec.model.state import LayerState
 
 
@@ -45,6 +44,10 @@ class GatedDeltaNet(RecurrentLayer):
     """
 
     GATE_RANK = 16
+    SILU_GATE = False
+    """The output gate is a SiLU, not a sigmoid."""
+    beta_bias: nn.Parameter | None
+    gate: nn.Linear | None
 
     def __init__(self, dim: int, heads: int, conv_width: int, negative_eigenvalues: bool = False) -> None:
         super().__init__()
@@ -72,59 +75,45 @@ class GatedDeltaNet(RecurrentLayer):
         return GatedDeltaNetProjection(*projected.split(self.sizes, dim=-1))
 
     def forward(self, x: Tensor, state: LayerState, reset_mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
-        rows, length, _ = x.shape
-        dtype = state[1].dtype
         projected = self.project(x)
         parts = self.split(projected)
-        kernels = dispatch.native(projected)
-        if kernels is not None and dtype == self.log_rate.dtype == torch.float32:
-            gate, weights, form = self._raw_output_gate(parts), self._weights(), self._form()
-            y, past, memory = kernels.long_memory(projected, gate, *state, weights, form, reset_mask)
+        gate, kernels = self._output_logits(parts), dispatch.native(projected)
+        if kernels is not None and state[1].dtype == self.log_rate.dtype == torch.float32:
+            y, past, memory = kernels.long_memory(projected, gate, *state, self._weights(), self._form(), reset_mask)
             return self.output(y), (past, memory)
-        qkv, past = self.conv(parts.qkv, state[0], reset_mask)
-        q, k, v = self._split_heads(qkv)
-        log_decay = apply_reset(self._log_decay(parts, dtype), reset_mask)
-        beta = self.beta_max * self._write_gate(parts, dtype)
-        o, memory = dispatch.gated_delta_rule(q, k, v, log_decay.mT, beta.mT, state[1], self.query_scale)
-        o = self.norm(o).to(x.dtype).transpose(1, 2).reshape(rows, length, -1)
-        return self.output(o * self._output_gate(parts)), (past, memory)
+        gates = dispatch.delta_gates(self._gate_inputs(parts), self.beta_max, state[1].dtype, reset_mask)
+        conv = (state[0], self.conv.weight)
+        o, memory, past = dispatch.conv_gated_delta_rule(
+            parts.qkv, conv, gates, state[1], self.query_scale, reset_mask
+        )
+        norm = (self.norm.weight, self.norm.EPSILON)
+        return dispatch.normed_linear(o, norm, gate, self.SILU_GATE, self.output, x.dtype), (past, memory)
 
     def heads_of(self, qkv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, in ``dtype``, and values, [B, H, T, K] each, of the convolution's ``qkv``."""
-        q, k, v = self._split_heads(qkv)
+        q, k, v = split_heads(qkv, self.heads)
         q, k = l2_normalize(q.to(dtype)), l2_normalize(k.to(dtype))
         return (q if self.query_scale is None else q * self.query_scale), k, v
 
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys of any length, and values."""
-        rows, length, _ = qkv.shape
-        q, k, v = F.silu(qkv).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
     def gates(self, x: Tensor) -> Gates:
         parts = self.split(self.project(x))
-        write, output = self._write_gate(parts, torch.float32), self._output_gate(parts).float()
-        return Gates(self._log_decay(parts, torch.float32), {"write": write, "output": output})
+        log_decay, write = delta_gates(self._gate_inputs(parts), torch.float32)
+        # Of a SiLU, too: the SiLU itself is not bounded.
+        return Gates(log_decay, {"write": write, "output": self._output_logits(parts).sigmoid().float()})
 
-    def _log_decay(self, parts: GatedDeltaNetProjection, dtype: torch.dtype) -> Tensor:
-        return -self.log_rate.exp() * F.softplus(parts.decay.to(dtype) + self.decay_bias)
+    def _gate_inputs(self, parts: GatedDeltaNetProjection) -> DeltaGates:
+        return DeltaGates(parts.decay, parts.beta, self.log_rate, self.decay_bias, self.beta_bias)
 
-    def _write_gate(self, parts: GatedDeltaNetProjection, dtype: torch.dtype) -> Tensor:
-        """Return beta as a share of its maximum, [B, T, H]."""
-        return (parts.beta.to(dtype) + self.beta_bias).sigmoid()
-
-    def _raw_output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
-        """Return the output gate before its non-linearity, [..., D]."""
-        gate: Tensor = self.gate(parts.output_gate)
-        return gate
-
-    def _output_gate(self, parts: GatedDeltaNetProjection) -> Tensor:
-        return self._raw_output_gate(parts).sigmoid()
+    def _output_logits(self, parts: GatedDeltaNetProjection) -> Tensor:
+        """Return what the output gate opens by, [B, T, D]."""
+        found: Tensor = parts.output_gate if self.gate is None else self.gate(parts.output_gate)
+        return found
 
     def _weights(self) -> tuple[Tensor, ...]:
         """Return the weights of the convolution, the decay of an open gate in nats, the biases, and the norm's."""
-        return self.conv.weight, self.log_rate.exp(), self.decay_bias, self.beta_bias, self.norm.weight
+        beta_bias = torch.zeros_like(self.decay_bias) if self.beta_bias is None else self.beta_bias
+        return self.conv.weight, self.log_rate.exp(), self.decay_bias, beta_bias, self.norm.weight
 
     def _form(self) -> tuple[float, float, float, bool]:
         """Return the maximum of beta, the scale of queries, the norm's epsilon; whether the output gate is SiLU."""
-        return self.beta_max, self.query_scale or 1.0, self.norm.EPSILON, False
+        return self.beta_max, self.query_scale or 1.0, self.norm.EPSILON, self.SILU_GATE

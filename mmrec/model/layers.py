@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmrec.model.ops import dispatch, fused
+from mmrec.model.ops import dispatch
 
 
 class CausalConv(nn.Module):
@@ -22,9 +22,7 @@ class CausalConv(nn.Module):
         return torch.zeros(rows, width - 1, channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, past: Tensor, reset_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if reset_mask is not None:
-            return fused.causal_conv_of_documents(x, past, self.weight, reset_mask)
-        return fused.causal_conv(x, past, self.weight)
+        return dispatch.causal_conv(x, past, self.weight, reset_mask)
 
 
 class RMSNorm(nn.Module):
@@ -60,5 +58,4 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.output(dispatch.swiglu(self.project(x)))
-        return y
+        return dispatch.swiglu_linear(self.project(x), self.output)

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from mmrec.model.state import LayerState
 
-RESET_LOG_DECAY = -30.0
-"""Logarithm of a decay that leaves nothing in float32, and small enough for sums of many to stay exact."""
-
 
 class Gates(NamedTuple):
     """The gates of a recurrent layer, as they open for given inputs.
@@ -40,8 +37,3 @@ class RecurrentLayer(nn.Module, ABC):
     @abstractmethod
     def gates(self, x: Tensor) -> Gates:
         """Return the gates that :meth:`forward` computes from ``x`` [B, T, D]."""
-
-
-def apply_reset(log_decay: Tensor, reset_mask: Tensor | None) -> Tensor:
-    """Return ``log_decay`` [B, T, any] with all forgotten at the tokens where ``reset_mask`` [B, T] is true."""
-    return log_decay if reset_mask is None else log_decay.masked_fill(reset_mask.unsqueeze(-1), RESET_LOG_DECAY)

@@ -70,11 +70,10 @@ class RGLRU(RecurrentLayer):
         if kernels is not None and state[1].dtype == rate.dtype == torch.float32:
             y, past, memory = kernels.short_memory(projected, *state, self.conv.weight, biases, rate, reset_mask)
             return self.output(y), (past, memory)
-        parts = self.split(projected)
-        values, past = self.conv(parts.values, state[0], reset_mask)
+        parts, conv = self.split(projected), (state[0], self.conv.weight)
         gates = parts.recurrence_gate, parts.input_gate
-        h, memory = dispatch.rg_lru(*gates, values, rate, state[1], reset_mask, biases)
-        return self.output(h.to(x.dtype) * parts.output_gate.sigmoid()), (past, memory)
+        h, memory, past = dispatch.conv_rg_lru(gates, biases, parts.values, conv, rate, state[1], reset_mask)
+        return dispatch.gated_linear(h, parts.output_gate, self.output, x.dtype), (past, memory)
 
     def gates(self, x: Tensor) -> Gates:
         parts = self.split(self.project(x))

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+
+from mmrec.model.ops.reference import DeltaGates
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes that a block of threads may have."""
@@ -84,12 +87,8 @@ def catch_launches(found: list[dict[str, Any]]) -> None:
     """Compile what is launched from now on, and append to ``found`` what came of it."""
     run = jit.JITFunction.run
     seen: set[str] = set()
-    compiled_for: dict[int, Any] = {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        if compiled_for.get(id(self)) != _target.arch:  # it keeps what it compiled by the number of the device
-            self.device_caches.clear()
-            compiled_for[id(self)] = _target.arch
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
         if kernel.hash not in seen:
@@ -101,48 +100,67 @@ def catch_launches(found: list[dict[str, Any]]) -> None:
     jit.JITFunction.run = compile_only
 
 
-def launch_rg_lru(dtype: torch.dtype) -> None:
-    """Launch every kernel of the RG-LRU, forward and backward: on a long row with resets, and on one token."""
-    from mmrec.model.ops import triton_rg_lru
+def launch_kernels(dtype: torch.dtype) -> None:
+    """Launch every kernel of this program, forward and backward; of the RG-LRU also on one token."""
+    from mmrec.model.ops import kernels
 
+    def backward(*results: Tensor) -> None:
+        (sum(result.float().sum() for result in results) + zero).backward()
+
+    def inputs(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype).requires_grad_()
+
+    zero = torch.zeros((), requires_grad=True)
+    rate, *vectors = torch.randn(4, 96).requires_grad_()
+    weight, square = torch.randn(96, 4).requires_grad_(), torch.randn(96, 96).requires_grad_()
+    past, state = torch.randn(1, 3, 96).requires_grad_(), torch.randn(1, 96).requires_grad_()
     for length in (300, 1):
-        r, i, z = (torch.randn(1, length, 96, dtype=dtype).requires_grad_() for _ in range(3))
-        rate, *biases = (torch.randn(96).requires_grad_() for _ in range(3))
-        state, reset = torch.randn(1, 96).requires_grad_(), torch.zeros(1, length, dtype=torch.bool)
-        given = (r, i, z, rate, state, reset if length > 1 else None, (biases[0], biases[1]))
-        outputs, after = triton_rg_lru.rg_lru(*given)
-        torch.autograd.grad(outputs.sum() + after.sum(), [r, i, z, state, rate, *biases])
+        z, r, i, gate = inputs(1, length, 4 * 96).chunk(4, dim=-1)
+        reset = torch.zeros(1, length, dtype=torch.bool) if length > 1 else None
+        backward(*kernels.conv_rg_lru((r, i), (vectors[0], vectors[1]), z, (past, weight), rate, state, reset))
+    z, r, i, gate = inputs(1, 300, 4 * 96).chunk(4, dim=-1)
+    backward(kernels.gated_linear(torch.randn(1, 300, 96), gate, square, dtype))
+    backward(kernels.rms_norm(torch.randn(1, 300, 96), rate, 1e-6, dtype))
+    backward(kernels.swiglu_linear(inputs(1, 300, 192), square, dtype))
+    backward(kernels.normed_linear(inputs(1, 300, 2, 48), (rate[:48], 1e-6), gate, False, square, dtype))
+    logits = DeltaGates(z[..., :2], r[..., :2], rate[:2], rate[2:4], rate[4:6])
+    backward(*kernels.delta_gates(logits, 1.0, torch.zeros(1, 300, dtype=torch.bool)))
 
 
-def launch_delta_rule(dtype: torch.dtype, size: int) -> None:
+def launch_delta_rule(dtype: torch.dtype, size: int = 64) -> None:
     """Launch every kernel of the gated delta rule once: chunks forward and backward, and token by token."""
     from mmrec.model.ops import fla_delta_rule
 
-    q, k, v = (torch.randn(1, 2, 128, size).requires_grad_() for _ in range(3))
-    decay, beta = (-torch.rand(1, 2, 128)).requires_grad_(), torch.rand(1, 2, 128).requires_grad_()
-    inputs: list[Any] = [q, k, v, decay, beta, torch.zeros(1, 2, size, size).requires_grad_()]
-    outputs, after = fla_delta_rule.gated_delta_rule(*inputs, products=dtype)
-    torch.autograd.grad(outputs.sum() + after.sum(), inputs)
+    width = 2 * 3 * size
+    x, decay, beta = torch.randn(1, 128, width, dtype=dtype), -torch.rand(1, 128, 2), torch.rand(1, 128, 2)
+    inputs: list[Any] = [x, torch.zeros(1, 3, width), torch.randn(width, 4), decay, beta]
+    inputs = [part.requires_grad_() for part in (*inputs, torch.zeros(1, 2, size, size))]
+
+    def rule(x: Tensor, past: Tensor, weight: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Any:
+        return fla_delta_rule.conv_gated_delta_rule(x, (past, weight), (decay, beta), state, products=dtype)
+
+    outputs, after, _ = rule(*inputs)
+    torch.autograd.grad(outputs.float().sum() + after.sum(), [inputs[0], *inputs[3:]])
     with torch.no_grad():
-        fla_delta_rule.gated_delta_rule(*(x[:, :, :1] if x.shape[2] == 128 else x for x in inputs), products=dtype)
+        rule(*(part[:, :1] if part.shape[1] == 128 else part for part in inputs))
 
 
-def main(architectures: list[int], ops: list[str]) -> None:
-    """Compile all kernels of ``ops`` for each architecture, one process for one of them where several are named."""
+def main(architecture: int, dtypes: list[torch.dtype]) -> None:
+    """Compile all kernels for an architecture, by dtype of what is multiplied.
+
+    The library chooses forms for the GPU that it finds when it is imported: one process is for one architecture.
+    """
     warnings.filterwarnings("ignore")
     found: list[dict[str, Any]] = []
     catch_launches(found)
-    for architecture in architectures:
-        pretend(architecture)
-        for dtype in (torch.bfloat16, torch.float32):
-            if "rg_lru" in ops:
-                launch_rg_lru(dtype)
-            if "gated_delta_rule" in ops:
-                launch_delta_rule(dtype, 64)
-            for row in found:
-                print(json.dumps(row | {"dtype": str(dtype).removeprefix("torch."), "triton": triton.__version__}))
-            found.clear()
+    pretend(architecture)
+    for dtype in dtypes:
+        launch_kernels(dtype)
+        launch_delta_rule(dtype)
+        for row in found:
+            print(json.dumps(row | {"dtype": str(dtype).removeprefix("torch."), "triton": triton.__version__}))
+        found.clear()
 
 
 if __name__ == "__main__":
-    main([int(part) for part in sys.argv[1].split(",")], sys.argv[2].split(","))
+    main(int(sys.argv[1]), [getattr(torch, part) for part in sys.argv[2].split(",")])

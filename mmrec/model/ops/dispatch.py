@@ -1,8 +1,8 @@
 """The one place that chooses how an operation is computed: by kernels on CUDA or on a CPU, else by torch.
 
-The extra ``gpu`` brings the kernels for CUDA: Triton for the RG-LRU, flash-linear-attention for the gated delta rule.
-On a CPU, where there is a C compiler, the kernels of :mod:`mmrec.model.ops.native` compute whole layers but for their
-matrix products. Everywhere else all is computed by torch (:mod:`chunked`, :mod:`fused`).
+The extra ``gpu`` brings the kernels for CUDA: Triton for those of this program, flash-linear-attention for the gated
+delta rule. On a CPU, where there is a C compiler, the kernels of :mod:`mmrec.model.ops.native` compute whole layers
+but for their matrix products. Everywhere else all is computed by torch (:mod:`chunked`, :mod:`fused`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.core.errors import one_line
 from mmrec.model.ops import chunked, fused, reference
+from mmrec.model.ops.reference import DeltaGates
 
 BROKEN_ON_HOPPER = ((3, 4), (3, 7, 1))
 """Versions of Triton, from the first to below the second, whose gradients of the gated delta rule are wrong there."""
@@ -76,23 +77,122 @@ def native_functions() -> ModuleType | None:
     return import_module("mmrec.model.ops.native.functions")
 
 
+def conv_rg_lru(
+    gates: tuple[Tensor, Tensor],
+    biases: tuple[Tensor, Tensor],
+    x: Tensor,
+    conv: tuple[Tensor, Tensor],
+    rate: Tensor,
+    state: Tensor,
+    reset_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmrec.model.ops.reference.rg_lru` of what a causal convolution makes of ``x`` [B, T, D].
+
+    Args:
+        gates: those of recurrence and input, [B, T, D] each.
+        biases: [D], added to them.
+        x: what the convolution reads.
+        conv: its past [B, C - 1, D] and its weight [D, C].
+        rate: [D].
+        state: [B, D]; the results have its dtype, which may be another than that of gates and inputs.
+        reset_mask: [B, T] (bool): tokens before which state and past are set to zero; None for none.
+
+    Returns:
+        The outputs [B, T, D], the state, and the last inputs of the convolution [B, C - 1, D].
+    """
+    if kernels := _kernels_for(x, state):
+        found: tuple[Tensor, Tensor, Tensor] = kernels.conv_rg_lru(gates, biases, x, conv, rate, state, reset_mask)
+        return found
+    z, past = causal_conv(x, *conv, reset_mask)
+    r, i = (gate.to(state.dtype) + bias for gate, bias in zip(gates, biases, strict=True))
+    return *chunked.rg_lru(r, i, z, rate, state, reset_mask), past
+
+
+def conv_gated_delta_rule(
+    qkv: Tensor,
+    conv: tuple[Tensor, Tensor],
+    gates: tuple[Tensor, Tensor],
+    state: Tensor,
+    query_scale: float | None = None,
+    reset_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmrec.model.ops.reference.gated_delta_rule` of what a causal convolution and a SiLU make of ``qkv``.
+
+    Queries and keys are brought to length 1, and queries then multiplied by ``query_scale``, where there is one.
+
+    The kernels multiply in autocast's dtype, or, without autocast, as TF32 where torch may do so, which is
+    ``torch.set_float32_matmul_precision("high")``. Where products must be float32, as in scoring and generating by
+    default, they take the few tokens that they read one by one, and torch the others.
+
+    Args:
+        qkv: [B, T, 3 H K]: queries, keys and values.
+        conv: its past [B, C - 1, 3 H K] and its weight [3 H K, C].
+        gates: of :func:`delta_gates`.
+        state: [B, H, K, V].
+        query_scale: of the queries.
+        reset_mask: [B, T] (bool): tokens that see nothing from before them; the gates say the same.
+
+    Returns:
+        The outputs [B, T, H, V], the state, and the last inputs of the convolution.
+    """
+    if qkv.is_cuda and state.dtype == torch.float32:
+        products, kernels = product_dtype(qkv.device.type), delta_rule_kernels(qkv.device)
+        if kernels is not None and (products is not None or _reads_one_by_one(kernels, qkv.shape[1])):
+            found: tuple[Tensor, Tensor, Tensor] = kernels.conv_gated_delta_rule(
+                qkv, conv, gates, state, query_scale or 1.0, reset_mask, products=products or torch.float32
+            )
+            return found
+    convolved, past = causal_conv(qkv, *conv, reset_mask)
+    q, k, v = reference.split_heads(convolved, state.shape[1])
+    q, k = (reference.l2_normalize(x.to(state.dtype)) for x in (q, k))
+    q = q if query_scale is None else q * query_scale
+    o, memory = chunked.gated_delta_rule(q, k, v, gates[0].mT, gates[1].mT, state)
+    return o.transpose(1, 2), memory, past
+
+
+def delta_gates(
+    given: DeltaGates, beta_max: float, dtype: torch.dtype, reset_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the log-decay, by which a reset leaves nothing, and the writing strength: [B, T, H], in ``dtype``."""
+    if dtype == torch.float32 and (kernels := _kernels_for(given.decay)):
+        found: tuple[Tensor, Tensor] = kernels.delta_gates(given, beta_max, reset_mask)
+        return found
+    log_decay, beta = reference.delta_gates(given, dtype)
+    return reference.apply_reset(log_decay, reset_mask), beta_max * beta
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor, reset_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`mmrec.model.ops.reference.causal_conv`; a token sees nothing from before the last reset."""
+    if kernels := _kernels_for(x):
+        found: tuple[Tensor, Tensor] = kernels.causal_conv(x, past, weight, reset_mask)
+        return found
+    if reset_mask is not None:
+        return fused.causal_conv_of_documents(x, past, weight, reset_mask)
+    return fused.causal_conv(x, past, weight)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, feeds_product: bool = False) -> Tensor:
     """:func:`mmrec.model.ops.reference.rms_norm`; of autocast's dtype where it only ``feeds_product``, if at all."""
-    if x.dtype == weight.dtype == torch.float32:
-        is_narrow = feeds_product and torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if is_narrow else x.dtype
-        kernels = native(x, dtype)
-        if kernels is not None:
-            y: Tensor = kernels.rms_norm(x, weight, eps, dtype)
-            return y
+    kind = x.device.type
+    is_narrow = feeds_product and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_narrow else x.dtype
+    if kernels := _kernels_for(x):
+        on_cuda: Tensor = kernels.rms_norm(x, weight, eps, dtype)
+        return on_cuda
+    if x.dtype == weight.dtype == torch.float32 and (functions := native(x, dtype)):
+        y: Tensor = functions.rms_norm(x, weight, eps, dtype)
+        return y
     return fused.rms_norm(x, weight, eps)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """:func:`mmrec.model.ops.reference.swiglu`."""
-    kernels = native(x)
-    y: Tensor = fused.swiglu(x) if kernels is None else kernels.swiglu(x)
-    return y
+def swiglu_linear(x: Tensor, output: nn.Linear) -> Tensor:
+    """Return what ``output`` makes of :func:`mmrec.model.ops.reference.swiglu` of ``x`` [..., 2F]."""
+    if kernels := _kernels_for(x):
+        found: Tensor = kernels.swiglu_linear(x, output.weight, _linear_dtype(x))
+    else:
+        functions = native(x)
+        found = output(fused.swiglu(x) if functions is None else functions.swiglu(x))
+    return found
 
 
 def dropout_add(x: Tensor, y: Tensor, dropout: float) -> Tensor:
@@ -110,56 +210,40 @@ def dropout_add(x: Tensor, y: Tensor, dropout: float) -> Tensor:
     return total
 
 
-def rg_lru(
-    r: Tensor,
-    i: Tensor,
-    z: Tensor,
-    rate: Tensor,
-    state: Tensor,
-    reset_mask: Tensor | None,
-    biases: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.reference.rg_lru` of the gates ``r`` and ``i`` with their ``biases`` [D] added.
+def gated_linear(h: Tensor, gate: Tensor, output: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return what ``output`` makes of ``h``, rounded to ``dtype``, times the sigmoid of ``gate``; both [..., D]."""
+    if kernels := _kernels_for(h):
+        found: Tensor = kernels.gated_linear(h, gate, output.weight, _linear_dtype(gate))
+    else:
+        found = output(h.to(dtype) * gate.sigmoid())
+    return found
 
-    The gates, the inputs and the biases may be of another dtype than ``state``, which is that of the results.
+
+def normed_linear(
+    o: Tensor, norm: tuple[Tensor, float], gate: Tensor, silu: bool, output: nn.Linear, dtype: torch.dtype
+) -> Tensor:
+    """Return what ``output`` makes of normalized heads times their gate.
+
+    Args:
+        o: [B, T, H, V].
+        norm: the weight [V] and the epsilon of the RMS norm of each head.
+        gate: [B, T, H V]; its sigmoid, or SiLU, is multiplied by.
+        silu: which of them.
+        output: [D, H V].
+        dtype: what is normalized is rounded to.
     """
-    if z.is_cuda and state.dtype == torch.float32:
-        kernels = rg_lru_kernels(z.device)
-        if kernels is not None:
-            found: tuple[Tensor, Tensor] = kernels.rg_lru(r, i, z, rate, state, reset_mask, biases)
-            return found
-    r, i = (gate.to(state.dtype) + bias for gate, bias in zip((r, i), biases, strict=True))
-    return chunked.rg_lru(r, i, z, rate, state, reset_mask)
+    if kernels := _kernels_for(o):
+        found: Tensor = kernels.normed_linear(o, norm, gate, silu, output.weight, _linear_dtype(gate))
+    else:
+        # In the layout that the recurrence has: sums of gradients keep their order.
+        normal = fused.rms_norm(o.transpose(1, 2), *norm).to(dtype).transpose(1, 2).flatten(2)
+        found = output(normal * (F.silu(gate) if silu else gate.sigmoid()))
+    return found
 
 
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    query_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.reference.gated_delta_rule` in the dtype of ``state``, of vectors of any length.
-
-    Queries and keys are brought to length 1 here, and queries then multiplied by ``query_scale``, where there is one.
-
-    The kernels multiply in autocast's dtype, or, without autocast, as TF32 where torch may do so, which is
-    ``torch.set_float32_matmul_precision("high")``. Where products must be float32, as in scoring and generating by
-    default, they take the few tokens that they read one by one, and torch the others.
-    """
-    if q.is_cuda and state.dtype == torch.float32:
-        products = product_dtype(q.device.type)
-        kernels = delta_rule_kernels(q.device)
-        if kernels is not None and (products is not None or _reads_one_by_one(kernels, q)):
-            found: tuple[Tensor, Tensor] = kernels.gated_delta_rule(
-                q, k, v, log_decay, beta, state, query_scale or 1.0, products=products or torch.float32
-            )
-            return found
-    q, k = (reference.l2_normalize(x.to(state.dtype)) for x in (q, k))
-    q = q if query_scale is None else q * query_scale
-    return chunked.gated_delta_rule(q, k, v, log_decay, beta, state)
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear map of ``x`` computes."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def product_dtype(device_type: str) -> torch.dtype | None:
@@ -169,14 +253,21 @@ def product_dtype(device_type: str) -> torch.dtype | None:
     return None if torch.get_float32_matmul_precision() == "highest" else torch.float32
 
 
-def _reads_one_by_one(kernels: ModuleType, q: Tensor) -> bool:
-    return not torch.is_grad_enabled() and q.shape[2] <= kernels.RECURRENT_TOKENS
+def _reads_one_by_one(kernels: ModuleType, length: int) -> bool:
+    return not torch.is_grad_enabled() and length <= kernels.RECURRENT_TOKENS
+
+
+def _kernels_for(*inputs: Tensor) -> ModuleType | None:
+    """Return the kernels of this program where ``inputs`` are on a device that has them, in 32 bits at most."""
+    if not inputs[0].is_cuda or any(x.dtype == torch.float64 for x in inputs):
+        return None
+    return own_kernels(inputs[0].device)
 
 
 @cache
-def rg_lru_kernels(device: torch.device) -> ModuleType | None:
-    """Return the module with the kernels of the RG-LRU for ``device``; None where they cannot run."""
-    return _kernels("triton_rg_lru", device)
+def own_kernels(device: torch.device) -> ModuleType | None:
+    """Return the module with the kernels of this program for ``device``; None where they cannot run."""
+    return _kernels("kernels", device)
 
 
 @cache

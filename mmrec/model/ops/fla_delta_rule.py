@@ -1,59 +1,161 @@
 """The gated delta rule by the kernels of flash-linear-attention (Yang and Zhang 2024), with their choices pinned.
 
-The arguments and results are those of :func:`mmrec.model.ops.dispatch.gated_delta_rule`. Queries, keys and values
-are multiplied in 16 bits, or, where they are float32, as TF32; the state, the decays and the writing strengths are
-float32. A reset is a decay that leaves nothing, as in every other form.
+The arguments and results are those of :func:`mmrec.model.ops.dispatch.conv_gated_delta_rule`. Queries, keys and
+values are multiplied in 16 bits, or, where they are float32, as TF32; the state, the decays and the writing strengths
+are float32. A reset is a decay that leaves nothing, as in every other form.
+
+For the backward pass the op keeps what the convolution reads, the inverse of each chunk's triangle, and the gates:
+8.3 bytes a token and channel in 16 bits, at heads of 64. The convolution, the lengths of queries and keys, and the
+states between chunks are computed once more.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.runtime.autotuner import Autotuner, Config
 
+from mmrec.model.ops import triton_conv
+from mmrec.model.ops.launch import as_bytes, on_device, with_channels_together
+from mmrec.model.ops.triton_conv import Convolution
+
 MODULES = "fla."
+PACKAGES = ("fla", "fla.ops", "fla.modules", "fla.modules.norm")
+"""Whose ``__init__`` imports everything: every op, every layer and, with transformers, every model."""
+
+
+@contextmanager
+def _without_all_of_it() -> Iterator[None]:
+    """Import modules of flash-linear-attention alone, not all that is beside them: a quarter of the time.
+
+    Its packages are left to be imported whole by whoever wants them.
+    """
+    spec = None if "fla" in sys.modules else find_spec("fla")
+    if spec is None or not spec.submodule_search_locations:
+        yield
+        return
+    for name in PACKAGES:
+        package: Any = ModuleType(name)
+        package.__path__ = [str(Path(place, *name.split(".")[1:])) for place in spec.submodule_search_locations]
+        package.__version__ = metadata.version("fla-core")
+        sys.modules[name] = package
+    try:
+        yield
+    finally:
+        for name in PACKAGES:
+            del sys.modules[name]
+
+
+with _without_all_of_it():
+    from fla.modules.norm.l2norm import l2norm_bwd, l2norm_fwd
+    from fla.ops.gated_delta_rule.chunk import (
+        chunk_gated_delta_rule_bwd,
+        chunk_gated_delta_rule_fwd,
+    )
+    from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule
+
 RECURRENT_TOKENS = 16
 """Up to so many tokens are read one by one where no gradient is wanted: exactly, in a single kernel."""
 
 
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
+class _ConvDeltaRule(torch.autograd.Function):
+    """Of the scale of queries, what the convolution reads, its past, weight and resets, the gates, and the state."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, past, weight, reset, log_decay, beta, state = inputs
+        given = Convolution(x, past, weight, reset, silu=True, parts=3)
+        (q, k, v, _, _), after = _queries(given, state.shape[1])
+        with on_device(x):
+            # What it names g is the sum of the logarithms from the start of each chunk, A the inverse of a triangle.
+            sums, outputs, inverse, memory, _, _ = chunk_gated_delta_rule_fwd(
+                q, k, v, log_decay, beta, scale=scale, initial_state=state, output_final_state=True
+            )
+        ctx.save_for_backward(x, past, weight, reset, sums, beta, inverse, state)
+        ctx.scale = scale
+        return outputs, memory, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
+        x, past, weight, reset, sums, beta, inverse, state = ctx.saved_tensors
+        given = Convolution(x, past, weight, reset, silu=True, parts=3)
+        (q, k, v, q_scale, k_scale), _ = _queries(given, state.shape[1])
+        with on_device(x):
+            to_q, to_k, to_v, to_beta, to_decay, to_state, _, _ = chunk_gated_delta_rule_bwd(
+                *(q, k, v, sums, beta, inverse),
+                scale=ctx.scale,
+                initial_state=state,
+                do=grad.contiguous(),
+                dht=grad_state.contiguous(),
+            )
+            to_q, to_k = l2norm_bwd(q, q_scale, to_q), l2norm_bwd(k, k_scale, to_k)
+        to_qkv = torch.stack([to_q, to_k, to_v.to(to_q.dtype)])
+        to_x, to_past, to_weight = triton_conv.backward(given, to_qkv, grad_after)
+        return None, to_x, to_past, to_weight, None, to_decay, to_beta.to(beta.dtype), to_state
+
+
+def _queries(given: Convolution, heads: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return queries, keys and values [B, T, H, K], and what brought the first two to length 1; the past."""
+    qkv, after = triton_conv.forward(given)
+    q, k, v = qkv.unflatten(-1, (heads, -1)).unbind(0)
+    with on_device(qkv):
+        (q, q_scale), (k, k_scale) = l2norm_fwd(q), l2norm_fwd(k)
+    return (q, k, v, q_scale, k_scale), after
+
+
+def conv_gated_delta_rule(
+    qkv: Tensor,
+    conv: tuple[Tensor, Tensor],
+    gates: tuple[Tensor, Tensor],
     state: Tensor,
     query_scale: float = 1.0,
+    reset_mask: Tensor | None = None,
     *,
     products: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.dispatch.gated_delta_rule` with q, k and v multiplied in the dtype ``products``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmrec.model.ops.dispatch.conv_gated_delta_rule` with all multiplied in the dtype ``products``.
 
-    Results have the dtype of ``state``.
+    The outputs [B, T, H, V] have that dtype.
     """
     pin_choices()
-    inputs = (q, k, v, log_decay, beta, state)
-    is_short = q.shape[2] <= RECURRENT_TOKENS and not (
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    )
-    op = fused_recurrent_gated_delta_rule if is_short else chunk_gated_delta_rule
-    dtype = torch.float32 if is_short else products
-    with _on(q):
-        outputs, after = op(
-            *(x.to(dtype).transpose(1, 2).contiguous() for x in (q, k, v)),
-            g=log_decay.float().transpose(1, 2).contiguous(),
-            beta=beta.float().transpose(1, 2).contiguous(),
+    past, weight = conv[0].contiguous(), conv[1].float().contiguous()
+    log_decay, beta = (x.contiguous() for x in gates)
+    given = Convolution(with_channels_together(qkv), past, weight, as_bytes(reset_mask), silu=True, parts=3)
+    inputs = (given.x, past, weight, log_decay, beta, state)
+    if qkv.shape[1] > RECURRENT_TOKENS or _wants_gradient(inputs):
+        x = with_channels_together(qkv.to(products))
+        outputs: tuple[Tensor, Tensor, Tensor] = _ConvDeltaRule.apply(
+            query_scale, x, *given[1:4], log_decay, beta, state.contiguous()
+        )
+        return outputs
+    parts, after = triton_conv.forward(given)
+    q, k, v = parts.float().unflatten(-1, (state.shape[1], -1)).unbind(0)
+    with on_device(qkv):
+        o, memory = fused_recurrent_gated_delta_rule(
+            *(q, k, v),
+            g=log_decay,
+            beta=beta,
             scale=query_scale,
             use_qk_l2norm_in_kernel=True,
-            initial_state=state.float().contiguous(),
+            initial_state=state.contiguous(),
             output_final_state=True,
         )
-    return outputs.transpose(1, 2).to(state.dtype), after.to(state.dtype)
+    return o, memory, after
+
+
+def _wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 _pinned: set[int] = set()
@@ -80,8 +182,3 @@ def _order(config: Config) -> tuple[Any, ...]:
     blocks = sorted((str(name), value) for name, value in config.kwargs.items())
     sizes = sum(abs(value - 64) for _, value in blocks if isinstance(value, int) and not isinstance(value, bool))
     return abs(config.num_stages - 2), abs(config.num_warps - 4), sizes, str(blocks)
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch kernels on the device of ``x``: Triton takes the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

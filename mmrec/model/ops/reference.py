@@ -5,12 +5,16 @@ The letters of dimensions are those of :mod:`mmrec.model`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 LRU_EPSILON = 1e-8
 """Added to 1 - a^2 of the RG-LRU."""
+RESET_LOG_DECAY = -30.0
+"""Logarithm of a decay that leaves nothing in float32, and small enough for sums of many to stay exact."""
 
 
 def rg_lru(
@@ -72,6 +76,43 @@ def gated_delta_rule(
         state = state + k_t.unsqueeze(-1) * correction.unsqueeze(-2)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
     return torch.stack(outputs, dim=2), state
+
+
+class DeltaGates(NamedTuple):
+    """What the gates of the gated delta rule are made of.
+
+    Attributes:
+        decay: [B, T, H], before its bias and softplus.
+        beta: [B, T, H], before its bias and sigmoid.
+        log_rate: [H]: the decay is ``-exp(log_rate)`` times the softplus.
+        decay_bias: [H].
+        beta_bias: [H], or None.
+    """
+
+    decay: Tensor
+    beta: Tensor
+    log_rate: Tensor
+    decay_bias: Tensor
+    beta_bias: Tensor | None
+
+
+def delta_gates(given: DeltaGates, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the log-decay, and the writing strength as a share of its maximum: [B, T, H], in ``dtype``."""
+    log_decay = -given.log_rate.exp() * F.softplus(given.decay.to(dtype) + given.decay_bias)
+    beta = given.beta.to(dtype) if given.beta_bias is None else given.beta.to(dtype) + given.beta_bias
+    return log_decay, beta.sigmoid()
+
+
+def apply_reset(log_decay: Tensor, reset_mask: Tensor | None) -> Tensor:
+    """Return ``log_decay`` [B, T, any] with all forgotten at the tokens where ``reset_mask`` [B, T] is true."""
+    return log_decay if reset_mask is None else log_decay.masked_fill(reset_mask.unsqueeze(-1), RESET_LOG_DECAY)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys of any length, and values: [B, H, T, K], of a convolution's ``qkv`` [B, T, 3 H K]."""
+    rows, length, _ = qkv.shape
+    q, k, v = F.silu(qkv).view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def l2_normalize(x: Tensor) -> Tensor:

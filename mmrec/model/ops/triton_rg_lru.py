@@ -7,12 +7,11 @@ the second goes through each segment from the state that those before it lead to
 from the sizes alone, and nothing is tuned by time: the same inputs give the same bits.
 
 For the backward pass the three inputs and the outputs are kept: 10 bytes a token and channel where the inputs are of
-16 bits. Gates are computed again.
+16 bits. The gates are computed again, and so is the convolution before the recurrence.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmrec.model.ops import triton_conv
+from mmrec.model.ops.launch import as_bytes, on_device, row_strides, with_channels_together
 from mmrec.model.ops.reference import LRU_EPSILON
+from mmrec.model.ops.triton_conv import Convolution
 
 CHUNK, BLOCK = 32, 32
 """Tokens and channels that a program holds at a time: with twice as many the backward pass runs out of registers."""
@@ -53,10 +55,13 @@ def _root(opened, rate, kept):
 
 
 @triton.jit
-def _tile(pointer, row, t, d, stride_b, stride_t, length, width):
-    """Return the numbers of tokens ``t`` and channels ``d``, in float32; 0 beyond the ends."""
-    mask = (t[:, None] >= 0) & (t[:, None] < length) & (d[None, :] < width)
-    offsets = row * stride_b + t.to(tl.int64)[:, None] * stride_t + d[None, :]
+def _tile(pointer, t, d, stride, size):
+    """Return the numbers of tokens ``t`` and channels ``d`` of a row, in float32; 0 beyond the ends.
+
+    ``stride`` is that between tokens, and ``size`` the numbers of tokens and of channels that there are.
+    """
+    mask = (t[:, None] >= 0) & (t[:, None] < size[0]) & (d[None, :] < size[1])
+    offsets = t.to(tl.int64)[:, None] * stride + d[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -67,7 +72,7 @@ def _vector(pointer, d, width):
 
 @triton.jit
 def _resets(pointer, row, t, length, HAS_RESET: tl.constexpr):
-    """Return where the state is set to zero before tokens ``t``."""
+    """Return where the state is set to zero before tokens ``t`` of a row."""
     found = t < 0
     if HAS_RESET:
         inside = (t >= 0) & (t < length)
@@ -76,15 +81,19 @@ def _resets(pointer, row, t, length, HAS_RESET: tl.constexpr):
 
 
 @triton.jit
-def _steps(  # of a kernel
-    r_p, i_p, z_p, rate, r_bias, i_bias, reset_p, row, t, d, strides, length, width, HAS_RESET: tl.constexpr
-):
-    """Return the decays and inputs of the recurrence at tokens ``t``; beyond the end those that change nothing."""
-    r = _tile(r_p, row, t, d, strides[0], strides[1], length, width) + r_bias[None, :]
-    i = _tile(i_p, row, t, d, strides[2], strides[3], length, width) + i_bias[None, :]
-    z = _tile(z_p, row, t, d, strides[4], strides[5], length, width)
-    opened, kept, decay = _decay(r, rate, _resets(reset_p, row, t, length, HAS_RESET))
-    inside = (t < length)[:, None]
+def _steps(inputs, vectors, reset_p, place, stride, size, HAS_RESET: tl.constexpr):
+    """Return the decays and inputs of the recurrence at a ``place``; beyond the end those that change nothing.
+
+    ``inputs`` are where r, i (of one ``stride``) and z (without gaps) of the row begin, ``vectors`` the rate and the
+    biases of r and i, ``place`` the row, tokens and channels, and ``size`` how many of the last two there are.
+    """
+    _, t, d = place
+    rate, r_bias, i_bias = vectors
+    r = _tile(inputs[0], t, d, stride, size) + r_bias[None, :]
+    i = _tile(inputs[1], t, d, stride, size) + i_bias[None, :]
+    z = _tile(inputs[2], t, d, size[1], size)
+    opened, kept, decay = _decay(r, rate, _resets(reset_p, place[0], t, size[0], HAS_RESET))
+    inside = (t < size[0])[:, None]
     return tl.where(inside, decay, 1.0), tl.where(inside, _root(opened, rate, kept) * tl.sigmoid(i) * z, 0.0)
 
 
@@ -95,35 +104,21 @@ def _row_of(x, number, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _reduce_forward(  # of a kernel
+def _lru_reduce_forward(  # of a kernel
     r_p, i_p, z_p, rate_p, r_bias_p, i_bias_p, reset_p, product_p, end_p,
-    length, width, chunks, rb, rt, ib, it, zb, zt,
+    length, width, chunks, stride_b, stride_t,
     HAS_RESET: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the product of each segment's decays, and the state that it ends with from zero: [B, S, D] both."""
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rate, r_bias, i_bias = _vector(rate_p, d, width), _vector(r_bias_p, d, width), _vector(i_bias_p, d, width)
+    inputs = (r_p + row * stride_b, i_p + row * stride_b, z_p + row * length * width)
+    vectors = (_vector(rate_p, d, width), _vector(r_bias_p, d, width), _vector(i_bias_p, d, width))
     product, state = tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32)
     for chunk in range(0, chunks):
         t = (segment * chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
-        decay, x = _steps(
-            r_p,
-            i_p,
-            z_p,
-            rate,
-            r_bias,
-            i_bias,
-            reset_p,
-            row,
-            t,
-            d,
-            (rb, rt, ib, it, zb, zt),
-            length,
-            width,
-            HAS_RESET,
-        )
-        products, states = tl.associative_scan((decay, x), 0, _combine)
+        steps = _steps(inputs, vectors, reset_p, (row, t, d), stride_t, (length, width), HAS_RESET)
+        products, states = tl.associative_scan(steps, 0, _combine)
         last = _row_of(products, CHUNK - 1, CHUNK)
         state = last * state + _row_of(states, CHUNK - 1, CHUNK)
         product = product * last
@@ -133,38 +128,24 @@ def _reduce_forward(  # of a kernel
 
 
 @triton.jit
-def _forward(  # of a kernel
+def _lru_forward(  # of a kernel
     r_p, i_p, z_p, rate_p, r_bias_p, i_bias_p, reset_p, state_p, product_p, end_p, out_p,
-    length, width, chunks, rb, rt, ib, it, zb, zt,
+    length, width, chunks, stride_b, stride_t,
     HAS_RESET: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the state after each token, [B, T, D]."""
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rate, r_bias, i_bias = _vector(rate_p, d, width), _vector(r_bias_p, d, width), _vector(i_bias_p, d, width)
+    inputs = (r_p + row * stride_b, i_p + row * stride_b, z_p + row * length * width)
+    vectors = (_vector(rate_p, d, width), _vector(r_bias_p, d, width), _vector(i_bias_p, d, width))
     state = _vector(state_p + row * width, d, width)
     for before in range(0, segment):
         place = (row * tl.num_programs(1) + before) * width
         state = _vector(product_p + place, d, width) * state + _vector(end_p + place, d, width)
     for chunk in range(0, chunks):
         t = (segment * chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
-        decay, x = _steps(
-            r_p,
-            i_p,
-            z_p,
-            rate,
-            r_bias,
-            i_bias,
-            reset_p,
-            row,
-            t,
-            d,
-            (rb, rt, ib, it, zb, zt),
-            length,
-            width,
-            HAS_RESET,
-        )
-        products, states = tl.associative_scan((decay, x), 0, _combine)
+        steps = _steps(inputs, vectors, reset_p, (row, t, d), stride_t, (length, width), HAS_RESET)
+        products, states = tl.associative_scan(steps, 0, _combine)
         states = products * state[None, :] + states
         mask = (t < length)[:, None] & (d < width)[None, :]
         tl.store(out_p + (row * length + t.to(tl.int64)[:, None]) * width + d[None, :], states, mask=mask)
@@ -172,35 +153,34 @@ def _forward(  # of a kernel
 
 
 @triton.jit
-def _later(  # of a kernel
-    r_p, grad_p, rate, r_bias, reset_p, row, t, d, stride_b, stride_t, length, width, HAS_RESET: tl.constexpr
-):
-    """Return the decays and the inputs of the recurrence of the gradients, which runs from the end.
+def _later(r_p, grad_p, vectors, reset_p, place, stride, size, HAS_RESET: tl.constexpr):
+    """Return the decays and the inputs of the recurrence of the gradients of a row, which runs from the end.
 
     The gradient of the state after a token is that of its output and, times the next token's decay, that of the state
     after the next one.
     """
-    r = _tile(r_p, row, t + 1, d, stride_b, stride_t, length, width) + r_bias[None, :]
-    _, _, decay = _decay(r, rate, _resets(reset_p, row, t + 1, length, HAS_RESET))
-    grad = _tile(grad_p, row * length, t, d, width, width, length, width)
-    return tl.where((t + 1 < length)[:, None], decay, 1.0), grad
+    row, t, d = place
+    r = _tile(r_p, t + 1, d, stride, size) + vectors[1][None, :]
+    _, _, decay = _decay(r, vectors[0], _resets(reset_p, row, t + 1, size[0], HAS_RESET))
+    return tl.where((t + 1 < size[0])[:, None], decay, 1.0), _tile(grad_p, t, d, size[1], size)
 
 
 @triton.jit
-def _reduce_backward(  # of a kernel
+def _lru_reduce_backward(  # of a kernel
     r_p, grad_p, rate_p, r_bias_p, reset_p, product_p, end_p,
-    length, width, chunks, rb, rt,
+    length, width, chunks, stride_b, stride_t,
     HAS_RESET: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the same of the recurrence of the gradients."""
     segment, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rate, r_bias = _vector(rate_p, d, width), _vector(r_bias_p, d, width)
+    vectors = (_vector(rate_p, d, width), _vector(r_bias_p, d, width))
+    r_p, grad_p = r_p + row * stride_b, grad_p + row * length * width
     product, flow = tl.full([BLOCK], 1.0, tl.float32), tl.zeros([BLOCK], tl.float32)
     for chunk in range(0, chunks):
         t = (segment * chunks + chunks - 1 - chunk) * CHUNK + tl.arange(0, CHUNK)
-        decay, grad = _later(r_p, grad_p, rate, r_bias, reset_p, row, t, d, rb, rt, length, width, HAS_RESET)
-        products, flows = tl.associative_scan((decay, grad), 0, _combine, reverse=True)
+        later = _later(r_p, grad_p, vectors, reset_p, (row, t, d), stride_t, (length, width), HAS_RESET)
+        products, flows = tl.associative_scan(later, 0, _combine, reverse=True)
         first = _row_of(products, 0, CHUNK)
         flow = first * flow + _row_of(flows, 0, CHUNK)
         product = product * first
@@ -210,17 +190,19 @@ def _reduce_backward(  # of a kernel
 
 
 @triton.jit
-def _backward(  # of a kernel
+def _lru_backward(  # of a kernel
     r_p, i_p, z_p, rate_p, r_bias_p, i_bias_p, reset_p, state_p, out_p, grad_p, grad_state_p, product_p, end_p,
     to_r_p, to_i_p, to_z_p, to_state_p, to_vectors_p,
-    length, width, chunks, rb, rt, ib, it, zb, zt,
+    length, width, chunks, stride_b, stride_t,
     HAS_RESET: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients: of the inputs [B, T, D], of the state [B, D], and of each segment [B, S, 3, D] the sums
     of those of the rate and of both biases.
     """  # noqa: D205
     segment, segments, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d, size = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), (length, width)
+    r_p, i_p = r_p + row * stride_b, i_p + row * stride_b
+    z_p, out_p, grad_p = z_p + row * length * width, out_p + row * length * width, grad_p + row * length * width
     rate, r_bias, i_bias = _vector(rate_p, d, width), _vector(r_bias_p, d, width), _vector(i_bias_p, d, width)
     to_rate, to_r_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     to_i_bias = tl.zeros([BLOCK], tl.float32)
@@ -231,20 +213,19 @@ def _backward(  # of a kernel
         flow = _vector(product_p + place, d, width) * flow + _vector(end_p + place, d, width)
     for chunk in range(0, chunks):
         t = (segment * chunks + chunks - 1 - chunk) * CHUNK + tl.arange(0, CHUNK)
-        later, grad = _later(r_p, grad_p, rate, r_bias, reset_p, row, t, d, rb, rt, length, width, HAS_RESET)
-        products, flows = tl.associative_scan((later, grad), 0, _combine, reverse=True)
+        later = _later(r_p, grad_p, (rate, r_bias), reset_p, (row, t, d), stride_t, size, HAS_RESET)
+        products, flows = tl.associative_scan(later, 0, _combine, reverse=True)
         flows = products * flow[None, :] + flows
         flow = _row_of(flows, 0, CHUNK)
         mask = (t < length)[:, None] & (d < width)[None, :]
         flows = tl.where(mask, flows, 0.0)
 
-        r = _tile(r_p, row, t, d, rb, rt, length, width) + r_bias[None, :]
-        i = tl.sigmoid(_tile(i_p, row, t, d, ib, it, length, width) + i_bias[None, :])
-        z = _tile(z_p, row, t, d, zb, zt, length, width)
+        r = _tile(r_p, t, d, stride_t, size) + r_bias[None, :]
+        i = tl.sigmoid(_tile(i_p, t, d, stride_t, size) + i_bias[None, :])
+        z = _tile(z_p, t, d, width, size)
         opened, kept, decay = _decay(r, rate, _resets(reset_p, row, t, length, HAS_RESET))
         root = _root(opened, rate, kept)
-        before = _tile(out_p, row * length, t - 1, d, width, width, length, width)
-        before = tl.where((t == 0)[:, None], initial[None, :], before)
+        before = tl.where((t == 0)[:, None], initial[None, :], _tile(out_p, t - 1, d, width, size))
 
         entering = flows * root
         to_z, to_i = entering * i, entering * z * i * (1 - i)
@@ -276,74 +257,74 @@ def segments_of(rows: int, length: int, width: int) -> tuple[int, int]:
 
 
 class _TritonRGLRU(torch.autograd.Function):
+    """Of r, i, what the convolution reads, vectors, state, resets, and the convolution's past and weight."""
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        r, i, z, rate, r_bias, i_bias, state, reset_mask = inputs
-        assert z is not None
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r, i, x, rate, r_bias, i_bias, state, reset_mask, past, weight = inputs
+        z, past = _convolved(x, past, weight, reset_mask)
         rows, length, width = z.shape
         segments, chunks = segments_of(rows, length, width)
         grid = (triton.cdiv(width, BLOCK), segments, rows)
         outputs = torch.empty(rows, length, width, dtype=torch.float32, device=z.device)
         product, end = torch.empty(2, rows, segments, width, dtype=torch.float32, device=z.device)
-        strides = [stride for x in (r, i, z) if x is not None for stride in x.stride()[:2]]
+        sizes = (length, width, chunks, *row_strides(r))
         common = {"HAS_RESET": reset_mask is not None, "CHUNK": CHUNK, "BLOCK": BLOCK}
         given = (r, i, z, rate, r_bias, i_bias, reset_mask)
-        with _on(z):
+        with on_device(z):
             if segments > 1:
-                _reduce_forward[grid](*given, product, end, length, width, chunks, *strides, **common)
-            _forward[grid](*given, state, product, end, outputs, length, width, chunks, *strides, **common)
+                _lru_reduce_forward[grid](*given, product, end, *sizes, **common)
+            _lru_forward[grid](*given, state, product, end, outputs, *sizes, **common)
         ctx.save_for_backward(*inputs, outputs)
         # A copy: a view would keep the whole sequence in memory, and in checkpoints.
-        return outputs, outputs[:, -1].clone()
+        return outputs, outputs[:, -1].clone(), past
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-        r, i, z, rate, r_bias, i_bias, state, reset_mask, outputs = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor, grad_past: Tensor) -> tuple[Tensor | None, ...]:
+        r, i, x, rate, r_bias, i_bias, state, reset_mask, past, weight, outputs = ctx.saved_tensors
+        z, _ = _convolved(x, past, weight, reset_mask)
         rows, length, width = z.shape
         segments, chunks = segments_of(rows, length, width)
         grid = (triton.cdiv(width, BLOCK), segments, rows)
-        to_r, to_i, to_z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (r, i, z))
+        to_r, to_i, to_z = (torch.empty(z.shape, dtype=x.dtype, device=x.device) for x in (r, i, z))
         to_state = torch.empty_like(state)
         to_vectors = torch.empty(rows, segments, 3, width, dtype=torch.float32, device=z.device)
         product, end = torch.empty(2, rows, segments, width, dtype=torch.float32, device=z.device)
-        strides = [stride for x in (r, i, z) for stride in x.stride()[:2]]
         common = {"HAS_RESET": reset_mask is not None, "CHUNK": CHUNK, "BLOCK": BLOCK}
         grad, grad_state = grad.contiguous(), grad_state.contiguous()
-        sizes = (length, width, chunks)
-        with _on(z):
+        sizes = (length, width, chunks, *row_strides(r))
+        with on_device(z):
             if segments > 1:
-                _reduce_backward[grid](
-                    r, grad, rate, r_bias, reset_mask, product, end, *sizes, *strides[:2], **common
-                )
-            _backward[grid](
+                _lru_reduce_backward[grid](r, grad, rate, r_bias, reset_mask, product, end, *sizes, **common)
+            _lru_backward[grid](
                 *(r, i, z, rate, r_bias, i_bias, reset_mask, state, outputs, grad, grad_state, product, end),
-                *(to_r, to_i, to_z, to_state, to_vectors, *sizes, *strides),
+                *(to_r, to_i, to_z, to_state, to_vectors, *sizes),
                 **common,
             )
-        to_rate, to_r_bias, to_i_bias = to_vectors.sum((0, 1))
-        return to_r, to_i, to_z, to_rate, to_r_bias, to_i_bias, to_state, None
+        to_x, to_past, to_weight = triton_conv.backward(Convolution(x, past, weight, reset_mask), to_z, grad_past)
+        return to_r, to_i, to_x, *to_vectors.sum((0, 1)), to_state, None, to_past, to_weight
 
 
-def rg_lru(
-    r: Tensor,
-    i: Tensor,
-    z: Tensor,
+def _convolved(x: Tensor, past: Tensor, weight: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, after = triton_conv.forward(Convolution(x, past, weight, reset))
+    return y[0], after
+
+
+def conv_rg_lru(
+    gates: tuple[Tensor, Tensor],
+    biases: tuple[Tensor, Tensor],
+    x: Tensor,
+    conv: tuple[Tensor, Tensor],
     rate: Tensor,
     state: Tensor,
     reset_mask: Tensor | None = None,
-    biases: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`mmrec.model.ops.reference.rg_lru` of gates to which ``biases`` [D] are added; results are float32."""
-    zero = torch.zeros_like(rate, dtype=torch.float32)
-    r_bias, i_bias = (zero, zero) if biases is None else biases
-    r, i, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, i, z))
-    vectors = (x.float().contiguous() for x in (rate, r_bias, i_bias, state))
-    reset = None if reset_mask is None else reset_mask.contiguous().view(torch.uint8)
-    outputs, after = _TritonRGLRU.apply(r, i, z, *vectors, reset)
-    return outputs, after
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch kernels on the device of ``x``: Triton takes the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`mmrec.model.ops.dispatch.conv_rg_lru`; results are float32."""
+    r, i, x = (with_channels_together(part) for part in (*gates, x))
+    if row_strides(r) != row_strides(i):
+        r, i = r.contiguous(), i.contiguous()
+    vectors = (vector.float().contiguous() for vector in (rate, *biases, state))
+    past, weight = conv[0].contiguous(), conv[1].float().contiguous()
+    found: tuple[Tensor, Tensor, Tensor] = _TritonRGLRU.apply(r, i, x, *vectors, as_bytes(reset_mask), past, weight)
+    return found
