@@ -12,6 +12,8 @@ COPY . /source
 RUN python -m build --wheel --outdir /wheels /source
 
 FROM python:3.13-slim AS base
+# The compiler makes the kernels for a CPU, when they are first needed.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheels /wheels
 COPY constraints.txt /wheels/
 RUN useradd --create-home --uid 1000 mmrec && mkdir /work && chown mmrec /work
