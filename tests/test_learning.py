@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, make_text
+from helpers import kill_here
+from processes import start, wait
 from torch.nn import functional as F
 
 from mmrec import MemoryLM
@@ -323,3 +327,34 @@ def test_a_memory_that_nothing_has_learned_like_that_is_refused(
     write_checksummed(path, FORMAT, {name: x.contiguous() for name, x in tensors.items()}, metadata)
     with pytest.raises(UserError, match=message):
         load_memory(path, net, "hash")
+
+
+def die_at(name: str, after: bool) -> None:
+    """Have this process killed at its first call of ``os.NAME``, before or after the call itself."""
+    real = getattr(os, name)
+
+    def deadly(*arguments: object) -> None:
+        if after:
+            real(*arguments)
+        kill_here()
+
+    setattr(os, name, deadly)
+
+
+@pytest.mark.parametrize(("name", "after"), [("fsync", False), ("replace", False), ("replace", True)])
+def test_a_kill_leaves_the_memory_before_or_the_one_after(
+    name: str, after: bool, mmrec: Command, small_root: Path, text: str, tmp_path: Path
+) -> None:
+    shutil.copytree(small_root / "lightning_logs", "lightning_logs")
+    for part, some in (("first", text[:600]), ("second", text[600:900])):
+        Path(f"{part}.txt").write_text(some)
+    assert mmrec("read", "first.txt", "--learn", "--save", "book.mem") == 0
+    assert mmrec("read", "second.txt", "--memory", "book.mem", "--save", "expected.mem") == 0
+    model = MemoryLM.load("best")
+    before, expected = loaded(model, "book.mem"), loaded(model, "expected.mem")
+    command = ["read", "second.txt", "--memory", "book.mem", "--save", "book.mem"]
+    assert wait([start(tmp_path, command, die_at, name, after)]) == -signal.SIGKILL
+    assert_same(loaded(model, "book.mem"), expected if after else before)
+    if not after:
+        assert mmrec(*command) == 0
+        assert_same(loaded(model, "book.mem"), expected)

@@ -18,7 +18,16 @@ import torch
 from mmrec.core.files import write_file
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+)
 FOR_THIS_MACHINE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Of these the first are taken that the compiler knows."""
 DEFINED = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
