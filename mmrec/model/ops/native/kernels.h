@@ -5,7 +5,7 @@
    Each kernel gives the same results as its torch form, in fewer passes over memory.
 
    All sums and states are float32. Inputs and outputs of matrix products are `number`: float, or bfloat16 where the
-   file is compiled with -DBFLOAT16. Matrices are stored row by row. Nothing is allocated for the caller: native.py
+   file is compiled with -DBFLOAT16. Matrices are stored row by row. Nothing is allocated for the caller: functions.py
    gives every buffer, and a row of the batch is read and written by one thread alone. */
 
 #include <math.h>
@@ -70,7 +70,8 @@ static inline float sigmoid(float x) { return 1.0f / (2.0f + expm1_of(-x)); }
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 /* The causal convolution reads the last `width` rows from a ring of `places`; row t of the text is in place
-   (t + places) % places. `since` counts the tokens of the same document before this one: taps beyond them are left out. */
+   (t + places) % places. `since` counts the tokens of the same document before this one: taps beyond them are left
+   out. */
 static inline float *slot(float *ring, integer t, integer places, integer channels) {
     return ring + (t + places) % places * channels;
 }
@@ -78,8 +79,8 @@ static inline void fill_ring(float *ring, const float *past, integer width, inte
     for (integer t = 1 - width; t < 0; t++)
         memcpy(slot(ring, t, width, channels), past + (t + width - 1) * channels, channels * sizeof(float));
 }
-static inline void convolve(const float *weight, float *ring, integer places, integer t, integer since, integer width, integer channels,
-                     float *y) {
+static inline void convolve(const float *weight, float *ring, integer places, integer t, integer since, integer width,
+                            integer channels, float *y) {
     const float *now = slot(ring, t, places, channels), *tap = weight + (width - 1) * channels;
     VECTORIZE for (integer c = 0; c < channels; c++) y[c] = tap[c] * now[c];
     for (integer back = 1; back < width && back <= since; back++) {
@@ -88,18 +89,21 @@ static inline void convolve(const float *weight, float *ring, integer places, in
         VECTORIZE for (integer c = 0; c < channels; c++) y[c] += tap[c] * then[c];
     }
 }
-static inline void leave_ring(float *ring, integer length, integer since, integer width, integer channels, float *past_after) {
+static inline void leave_ring(float *ring, integer length, integer since, integer width, integer channels,
+                              float *past_after) {
     for (integer back = 0; back < width - 1; back++) {
         float *after = past_after + (width - 2 - back) * channels;
         if (back <= since) memcpy(after, slot(ring, length - 1 - back, width, channels), channels * sizeof(float));
         else memset(after, 0, channels * sizeof(float));
     }
 }
-static inline integer count_since(const uint8_t *reset, integer t, integer before) { return reset && reset[t] ? 0 : before + 1; }
+static inline integer count_since(const uint8_t *reset, integer t, integer before) {
+    return reset && reset[t] ? 0 : before + 1;
+}
 
 /* The value that row t (negative: from the past) had, as floats. */
-static inline const float *row_of(const number *x, integer stride, const float *past, integer t, integer width, integer channels,
-                           float *buffer) {
+static inline const float *row_of(const number *x, integer stride, const float *past, integer t, integer width,
+                                  integer channels, float *buffer) {
     if (t < 0) return past + (t + width - 1) * channels;
     x += t * stride;
     VECTORIZE for (integer c = 0; c < channels; c++) buffer[c] = load(x[c]);
@@ -108,8 +112,8 @@ static inline const float *row_of(const number *x, integer stride, const float *
 
 /* Gradients of the convolution at token t, going backwards: `ring` holds the gradients of its outputs, that of row t
    among them. Adds to `to_weight`, and writes the gradient of input row t, for which all later rows are known. */
-static inline void convolve_backward(const float *weight, float *ring, const integer *since, integer t, integer length, integer width,
-                              integer channels, float *to_input) {
+static inline void convolve_backward(const float *weight, float *ring, const integer *since, integer t,
+                                     integer length, integer width, integer channels, float *to_input) {
     memset(to_input, 0, channels * sizeof(float));
     for (integer ahead = t < 0 ? -t : 0; ahead < width && t + ahead < length; ahead++) {
         if (ahead > since[t + ahead]) continue;
@@ -117,16 +121,16 @@ static inline void convolve_backward(const float *weight, float *ring, const int
         VECTORIZE for (integer c = 0; c < channels; c++) to_input[c] += tap[c] * later[c];
     }
 }
-static inline void add_to_taps(const float *to_y, float *seen, integer places, integer t, integer since, integer width, integer channels,
-                        float *to_weight) {
+static inline void add_to_taps(const float *to_y, float *seen, integer places, integer t, integer since,
+                               integer width, integer channels, float *to_weight) {
     for (integer back = 0; back < width && back <= since; back++) {
         const float *then = slot(seen, t - back, places, channels);
         float *to_tap = to_weight + (width - 1 - back) * channels;
         VECTORIZE for (integer c = 0; c < channels; c++) to_tap[c] += to_y[c] * then[c];
     }
 }
-static inline void add_rows_to_come(const float *to_past_after, integer last_since, integer t, integer length, integer width,
-                             integer channels, float *to_input) {
+static inline void add_rows_to_come(const float *to_past_after, integer last_since, integer t, integer length,
+                                    integer width, integer channels, float *to_input) {
     integer back = length - 1 - t; /* what is handed on to the next call is an output, too */
     if (back >= width - 1 || back > last_since) return;
     const float *to_after = to_past_after + (width - 2 - back) * channels;

@@ -6,10 +6,10 @@ typedef struct {
     integer stride;                     /* numbers of a row of x, of which 3 H K + 2 H are read here */
     integer span;                       /* tokens from one kept state to the next */
     float beta_max, query_scale, eps;
-    integer silu;                       /* the output gate is SiLU, not a sigmoid */
-    const float *weight;             /* [C, 3 H K], of the convolution */
+    integer silu;                               /* the output gate is SiLU, not a sigmoid */
+    const float *weight;                        /* [C, 3 H K], of the convolution */
     const float *rate, *decay_bias, *beta_bias; /* [H]; the decay is exp(-rate softplus(x + decay_bias)) */
-    const float *norm;               /* [K] */
+    const float *norm;                          /* [K] */
 } LongMemory;
 
 static inline float dot(integer size, const float *a, const float *b) {
@@ -36,15 +36,17 @@ static inline float sum_of(const vector *x) {
 
 /* The columns that one pass over the rows of a state takes: few enough for registers, and a number that the compiler
    knows. `first` is that of the first column. */
-#define BY_COLUMNS(lanes, pass, ...)                                                       \
-    for (integer first = 0, left = (lanes) / LANES; left > 0; first += 4 * LANES, left -= 4)  \
-        left == 1 ? pass(1, first, __VA_ARGS__) : left == 2 ? pass(2, first, __VA_ARGS__) \
-        : left == 3 ? pass(3, first, __VA_ARGS__) : pass(4, first, __VA_ARGS__)
+#define BY_COLUMNS(lanes, pass, ...)                                                                                 \
+    for (integer first = 0, left = (lanes) / LANES; left > 0; first += 4 * LANES, left -= 4)                         \
+    left == 1   ? pass(1, first, __VA_ARGS__)                                                                        \
+    : left == 2 ? pass(2, first, __VA_ARGS__)                                                                        \
+    : left == 3 ? pass(3, first, __VA_ARGS__)                                                                        \
+                : pass(4, first, __VA_ARGS__)
 #define INLINE static inline __attribute__((always_inline)) void
 
 /* error = value - S^T k, where S is the state after its decay */
-INLINE predict(const integer n, integer first, integer size, integer lanes, float decay, const float *k, const float *v,
-               const float *state, float *error) {
+INLINE predict(const integer n, integer first, integer size, integer lanes, float decay, const float *k,
+               const float *v, const float *state, float *error) {
     vector held[4] = {0};
     for (integer i = 0; i < size; i++)
         for (integer j = 0; j < n; j++) held[j] += k[i] * *(const vector *)(state + i * lanes + first + j * LANES);
@@ -92,8 +94,8 @@ static void narrow(integer rows, integer size, const float *wide, float *state) 
 typedef struct {
     float decay, beta;
 } HeadGates;
-static HeadGates prepare(const LongMemory *m, integer h, const number *x, integer since, const float *u, float *q, float *k,
-                         float *v) {
+static HeadGates prepare(const LongMemory *m, integer h, const number *x, integer since, const float *u, float *q,
+                         float *k, float *v) {
     integer size = m->size, dim = m->heads * size;
     const float *query = u + h * size, *key = query + dim;
     float rates = m->rate[h] * softplus(load(x[3 * dim + h]) + m->decay_bias[h]);
@@ -186,8 +188,9 @@ static void gate_backward(const LongMemory *m, const float *o, const number *gat
 }
 
 /* to_state += q to_o^T; to_error = to_state^T k; products [K, LANES] of to_state and the correction, summed later */
-INLINE back_to_error(const integer n, integer first, integer size, integer lanes, float beta, const float *q, const float *k,
-                     const float *error, const float *to_o, float *to_state, float *to_error, vector *products) {
+INLINE back_to_error(const integer n, integer first, integer size, integer lanes, float beta, const float *q,
+                     const float *k, const float *error, const float *to_o, float *to_state, float *to_error,
+                     vector *products) {
     vector sums[4] = {0}, correction[4], grad[4];
     for (integer j = 0; j < n; j++) {
         correction[j] = beta * *(const vector *)(error + first + j * LANES);
@@ -226,8 +229,9 @@ INLINE back_to_state(const integer n, integer first, integer size, integer lanes
 
 /* One token of one head backwards. to_state [K, lanes] comes in as the gradient of the state after the token and
    leaves as that of the state before it; `products` [2 K] are room. */
-static void delta_step_backward(integer size, const Head *s, integer n, const float *to_o, float *to_state, float *to_q,
-                                float *to_k, float *to_v, vector *products, float *to_log_decay, float *to_beta) {
+static void delta_step_backward(integer size, const Head *s, integer n, const float *to_o, float *to_state,
+                                float *to_q, float *to_k, float *to_v, vector *products, float *to_log_decay,
+                                float *to_beta) {
     integer lanes = lanes_of(size);
     const float *q = s->q + n * lanes, *k = s->k + n * lanes, *error = s->error + n * lanes;
     const float *before = s->states + n * size * lanes;
@@ -292,9 +296,9 @@ static void head_backward(const LongMemory *m, const LongGradients *g, integer h
 }
 
 /* The gradients of the convolution and its SiLU in a span, from those of its outputs u. */
-static void convolution_backward(const LongMemory *m, const LongGradients *g, integer first, integer tokens, float *seen,
-                                 integer places, const float *z, const float *to_u, const integer *since, float *ring,
-                                 float *to_row) {
+static void convolution_backward(const LongMemory *m, const LongGradients *g, integer first, integer tokens,
+                                 float *seen, integer places, const float *z, const float *to_u, const integer *since,
+                                 float *ring, float *to_row) {
     integer channels = 3 * m->heads * m->size, width = m->width;
     for (integer t = first + tokens - 1; t >= first; t--) {
         float *to_z = slot(ring, t, width, channels);
@@ -314,15 +318,15 @@ static void convolution_backward(const LongMemory *m, const LongGradients *g, in
 /* `to_state` comes in as the gradient of the last state and leaves as that of the first; what is a sum over tokens
    (to_rate to to_norm) is added to, but for to_weight, which is written. */
 EXPORT int long_memory_backward(const LongMemory *m, const number *x, const number *gate, const uint8_t *reset,
-                                const number *grad, const float *past, const float *kept,
-                                const float *to_past_after, number *to_x, number *to_gate, float *to_past,
-                                float *to_state, float *to_weight, float *to_rate, float *to_decay_bias,
-                                float *to_beta_bias, float *to_norm) {
-    LongGradients all = {x, gate, grad, past, kept, to_past_after, to_x, to_gate, to_past, to_weight,
-                         to_rate, to_decay_bias, to_beta_bias, to_norm};
+                                const number *grad, const float *past, const float *kept, const float *to_past_after,
+                                number *to_x, number *to_gate, float *to_past, float *to_state, float *to_weight,
+                                float *to_rate, float *to_decay_bias, float *to_beta_bias, float *to_norm) {
+    LongGradients all = {x,       gate,    grad,      past,    kept,          to_past_after, to_x,
+                         to_gate, to_past, to_weight, to_rate, to_decay_bias, to_beta_bias,  to_norm};
     const LongGradients *g = &all;
     integer size = m->size, lanes = lanes_of(size), dim = m->heads * size, channels = 3 * dim, width = m->width;
-    integer span = m->span, length = m->length, places = span + width, of_span = span * channels, cells = size * lanes;
+    integer span = m->span, length = m->length, places = span + width, of_span = span * channels,
+            cells = size * lanes;
     float *scratch = calloc(3 * of_span + (span + 1) * cells + dim * lanes + (4 * span + 5) * lanes +
                                 2 * size * LANES + (places + width + 1) * channels,
                             sizeof(float));

@@ -1,7 +1,8 @@
 #include "kernels.h"
 
 /* Root mean square normalization of `rows` vectors; `scale` [rows] is kept for the gradients. */
-EXPORT int rms_norm(integer rows, integer dim, float eps, const float *x, const float *weight, number *y, float *scale) {
+EXPORT int rms_norm(integer rows, integer dim, float eps, const float *x, const float *weight, number *y,
+                    float *scale) {
     for (integer n = 0; n < rows; n++, x += dim, y += dim) {
         float sum = 0;
         SUMS(omp simd reduction(+ : sum))
@@ -14,7 +15,7 @@ EXPORT int rms_norm(integer rows, integer dim, float eps, const float *x, const 
 }
 
 EXPORT int rms_norm_backward(integer rows, integer dim, const float *x, const float *weight, const float *scale,
-                              const number *grad, float *to_x, float *to_weight) {
+                             const number *grad, float *to_x, float *to_weight) {
     memset(to_weight, 0, dim * sizeof(float));
     for (integer n = 0; n < rows; n++, x += dim, grad += dim, to_x += dim) {
         float by = scale[n], along = 0;
@@ -62,18 +63,18 @@ static inline uint32_t drawn(uint32_t seed, uint32_t place) {
 }
 
 /* sum = x + dropout(y): a number of y is left out where what is drawn is below `below`, and else grows by `scale`. */
-EXPORT int dropout_add(integer count, integer below, float scale, const int64_t *seed, const float *x, const number *y,
-                       float *sum) {
+EXPORT int dropout_add(integer count, integer below, float scale, const int64_t *seed, const float *x,
+                       const number *y, float *sum) {
     uint32_t start = (uint32_t)*seed, bound = (uint32_t)below;
-    VECTORIZE for (integer n = 0; n < count; n++)
-        sum[n] = x[n] + (drawn(start, (uint32_t)n) >= bound ? load(y[n]) * scale : 0.0f);
+    VECTORIZE for (integer n = 0; n < count; n++) sum[n] =
+        x[n] + (drawn(start, (uint32_t)n) >= bound ? load(y[n]) * scale : 0.0f);
     return 0;
 }
 
 EXPORT int dropout_add_backward(integer count, integer below, float scale, const int64_t *seed, const float *grad,
                                 number *to_y) {
     uint32_t start = (uint32_t)*seed, bound = (uint32_t)below;
-    VECTORIZE for (integer n = 0; n < count; n++)
-        to_y[n] = store(drawn(start, (uint32_t)n) >= bound ? grad[n] * scale : 0.0f);
+    VECTORIZE for (integer n = 0; n < count; n++) to_y[n] =
+        store(drawn(start, (uint32_t)n) >= bound ? grad[n] * scale : 0.0f);
     return 0;
 }

@@ -3,9 +3,9 @@
 /* The short memory: convolution, gates, RG-LRU and output gate, one row of the batch.
 
    x [T, 4 D]: values, recurrence gate, input gate, output gate. weight [C, D]. states [T, D] are kept. */
-EXPORT int short_memory(integer length, integer dim, integer width, const number *x, const float *past, const float *state,
-                        const float *weight, const float *r_bias, const float *i_bias, const float *rate,
-                        const uint8_t *reset, number *y, float *states, float *past_after) {
+EXPORT int short_memory(integer length, integer dim, integer width, const number *x, const float *past,
+                        const float *state, const float *weight, const float *r_bias, const float *i_bias,
+                        const float *rate, const uint8_t *reset, number *y, float *states, float *past_after) {
     float *scratch = malloc((width + 2) * dim * sizeof(float));
     if (!scratch) return 1;
     float *ring = scratch, *z = ring + width * dim, *zero = z + dim;
@@ -33,8 +33,8 @@ EXPORT int short_memory(integer length, integer dim, integer width, const number
     return 0;
 }
 
-/* Gradients: to_state comes in as that of the last state and leaves as that of the first; to_weight [C, D], to_r_bias,
-   to_i_bias, to_rate [D] are of this row alone. */
+/* Gradients: to_state comes in as that of the last state and leaves as that of the first; to_weight [C, D],
+   to_r_bias, to_i_bias, to_rate [D] are of this row alone. */
 EXPORT int short_memory_backward(integer length, integer dim, integer width, const number *x, const float *past,
                                  const float *state, const float *weight, const float *r_bias, const float *i_bias,
                                  const float *rate, const uint8_t *reset, const float *states, const number *grad,
