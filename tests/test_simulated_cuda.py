@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,9 +14,14 @@ from conftest import Command
 from helpers import assert_same_training, fit, last, losses
 from lightning.pytorch import Callback, LightningModule, Trainer
 from phantom import cuda
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.ops import chunked, reference
 from mmrec.training.cli import TrainingCLI
+from mmrec.training.compat import _AverageUpdate
+from mmrec.training.optim import make_optimizer
+from mmrec.training.options import OptimizerOptions
 
 pytestmark = pytest.mark.simulated_cuda
 
@@ -154,3 +159,55 @@ def test_the_recurrence_walks_over_the_chunks_in_few_steps(length: int, chunk: i
     expected = results(reference.rg_lru, "cpu")
     for ours, theirs in zip(results(chunked.rg_lru, "cuda", chunk), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_what_follows_the_gradient_waits_for_nothing(optimizer: Literal["muon", "adamw"]) -> None:
+    """The norm, clipping, the optimizer and the average of the weights can be captured.
+
+    What Muon updates is the same to the bit when it is replayed. AdamW keeps the number of its updates on the host,
+    and a replay takes that of the capture.
+    """
+    torch.manual_seed(0)
+    nets = [RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24), 7).to("cuda") for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    options = OptimizerOptions(optimizer)
+    optimizers = [make_optimizer(net, options) for net in nets]
+    averages = [AveragedModel(net, avg_fn=get_ema_avg_fn(0.9)) for net in nets]
+    averaging = [_AverageUpdate(average, get_ema_avg_fn(0.9), True) for average in averages]
+
+    def follow(which: int) -> None:
+        gradients = [p.grad for p in nets[which].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(nets[which].parameters(), 1.0, norm)
+        optimizers[which].step()
+        averaging[which](nets[which])
+
+    def set_gradients(number: int) -> None:
+        torch.manual_seed(number)
+        for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            gradient = torch.randn(one.shape).to("cuda")
+            for parameter in (one, other):
+                if parameter.grad is None:
+                    parameter.grad = gradient.clone()
+                else:
+                    parameter.grad.copy_(gradient)
+
+    set_gradients(0)
+    for which in (0, 1):
+        follow(which)  # momenta are made
+    graph = torch.cuda.CUDAGraph()
+    set_gradients(1)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        follow(1)  # refused, if the host waited
+    follow(0)
+    set_gradients(2)
+    follow(0)
+    with cuda.counted() as counts:
+        graph.replay()
+    assert counts.kernels == {"graph": 1}
+    matrices = {id(matrix) for matrix in nets[0].matrices()}
+    names = [name for name, parameter in nets[0].named_parameters() if id(parameter) in matrices]
+    for one, other in (nets, [average.module for average in averages]):
+        same = [torch.equal(one.get_parameter(name), other.get_parameter(name)) for name in names]
+        assert same == [optimizer == "muon"] * len(names)

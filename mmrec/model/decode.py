@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmrec.model.decode_rows import ConvolutionWindow, NormStep, as_rows, buffer, inverse_lengths, product
+from mmrec.model.decode_rows import ConvolutionWindow, NormStep, as_rows, buffer, lengths, product
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import RMSNorm
 from mmrec.model.lm import RecurrentLM
@@ -41,17 +41,17 @@ class Decoder:
     def __init__(self, net: RecurrentLM, state: State) -> None:
         rows = len(state[0][0])
         x = buffer(rows, net.config.dim)
-        self.embedding, self.stream = net.embedding.weight.detach().numpy(), x[:rows].numpy()
+        self.embedding, self.stream = net.embedding.weight.detach().numpy(), x.numpy()
         self.memories: list[RecurrentStep] = []
         self.steps: list[RecurrentStep | FeedForwardStep] = []
         for block, layer in zip(net.blocks, net.recurrent_layers(), strict=True):
-            norm = NormStep(block.get_submodule("memory_norm"), x, rows)
-            self.memories.append(STEPS.get(type(layer), ModuleStep)(layer, norm, x, rows))
-            norm = NormStep(block.get_submodule("ffn_norm"), x, rows)
-            self.steps += [self.memories[-1], FeedForwardStep(block.get_submodule("ffn"), norm, x, rows)]
-        self.norm, self.head = NormStep(net.norm, x, rows), net.head.weight.detach()
+            norm = NormStep(block.get_submodule("memory_norm"), x)
+            self.memories.append(STEPS.get(type(layer), ModuleStep)(layer, norm, x))
+            norm = NormStep(block.get_submodule("ffn_norm"), x)
+            self.steps += [self.memories[-1], FeedForwardStep(block.get_submodule("ffn"), norm, x)]
+        self.norm, self.head = NormStep(net.norm, x), net.head.weight.detach()
         logits = buffer(rows, len(self.head))
-        self.predict, self.logits = product(self.head, self.norm.normal, logits), logits[:rows]
+        self.predict, self.logits = product(self.head, self.norm.normal, logits), logits
         self.set_state(state)
 
     @torch.inference_mode()
@@ -81,12 +81,11 @@ class RecurrentStep(ABC):
     Args:
         layer: the layer.
         norm: the normalization before it, which reads the stream.
-        x: the residual stream, [R, D], a :func:`~mmrec.model.decode_rows.buffer`.
-        rows: number of texts, B.
+        x: the residual stream, [B, D], a :func:`~mmrec.model.decode_rows.buffer`.
     """
 
     @abstractmethod
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None: ...
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None: ...
 
     @abstractmethod
     def set_state(self, state: LayerState) -> None:
@@ -103,9 +102,9 @@ class RecurrentStep(ABC):
 class ModuleStep(RecurrentStep):
     """Any other layer, by its own ``forward``, which may round otherwise where it has more texts: each for itself."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None:
         self.layer, self.norm = layer, norm
-        self.rows = [(norm.normal[row].view(1, 1, -1), x[row]) for row in range(rows)]
+        self.rows = [(normal.view(1, 1, -1), row) for normal, row in zip(norm.normal, x, strict=True)]
 
     def set_state(self, state: LayerState) -> None:
         self.after = [*zip(state[0].clone().split(1), state[1].clone().split(1), strict=True)]
@@ -124,22 +123,23 @@ class ModuleStep(RecurrentStep):
 class RGLRUStep(RecurrentStep):
     """:class:`mmrec.model.RGLRU`."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None:
         assert isinstance(layer, RGLRU)
         self.norm = norm
         self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
         self.bias = torch.cat([layer.r_bias.detach(), layer.i_bias.detach()]).numpy()
         self.neg_rate = (-layer.decay_rate()).detach().numpy()
-        projected, width = buffer(rows, len(self.project)), len(self.neg_rate)
+        rows, width = len(x), len(self.neg_rate)
+        projected = buffer(rows, len(self.project))
         parts = layer.split(projected)
-        self.values, self.r, self.i, self.gated = (as_rows(part, rows) for part in parts)
-        self.gates = projected[:rows, width:]  # all but the values: three neighbours, opened by one sigmoid
-        self.biased = as_rows(self.gates[:, : 2 * width], rows)
-        self.log_decay, self.scale = (as_rows(torch.empty(rows, width), rows) for _ in range(2))
+        self.values, self.r, self.i, self.gated = (as_rows(part) for part in parts)
+        self.gates = projected[:, width:]  # all but the values: three neighbours, opened by one sigmoid
+        self.biased = as_rows(self.gates[:, : 2 * width])
+        self.log_decay, self.scale = (as_rows(torch.empty(rows, width)) for _ in range(2))
         self.conv = ConvolutionWindow(layer.conv.weight, rows)
-        self.convolved = as_rows(self.conv.sum, rows)
+        self.convolved = as_rows(self.conv.sum)
         self.state_tensor = torch.empty(rows, width)
-        self.h = as_rows(self.state_tensor, rows)
+        self.h = as_rows(self.state_tensor)
         self.read = product(self.project, norm.normal, projected)
         self.write = product(self.output, parts.output_gate, x, adds=True)
 
@@ -173,19 +173,19 @@ class RGLRUStep(RecurrentStep):
 class GatedDeltaNetStep(RecurrentStep):
     """:class:`mmrec.model.GatedDeltaNet`."""
 
-    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor, rows: int) -> None:
+    def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None:
         assert isinstance(layer, GatedDeltaNet)
         self.layer, self.norm = layer, norm
         self.project, self.output = layer.project.weight.detach(), layer.output.weight.detach()
-        heads, width = layer.heads, len(self.output)
+        rows, heads, width = len(x), layer.heads, len(self.output)
         size = width // heads
         projected, gated = buffer(rows, len(self.project)), buffer(rows, width)
         parts = layer.split(projected)
         # Views are made once: each costs as much as an operation.
-        self.values, self.pre_decay, self.beta = as_rows(parts.qkv, rows), parts.decay[:rows], parts.beta[:rows]
-        self.biased = as_rows(projected[:, 3 * width : 3 * width + 2 * heads], rows)
-        self.beta_rows = as_rows(self.beta, rows)[..., None]
-        self.gated, self.gated_rows = gated[:rows], as_rows(gated.unflatten(1, (heads, size)), rows)
+        self.values, self.pre_decay, self.beta = as_rows(parts.qkv), parts.decay, parts.beta
+        self.biased = as_rows(projected[:, 3 * width : 3 * width + 2 * heads])
+        self.beta_rows = as_rows(self.beta)[..., None]
+        self.gated, self.gated_rows = gated, as_rows(gated.unflatten(1, (heads, size)))
         self.neg_rate = -layer.log_rate.detach().exp().numpy()
         decay = torch.empty(rows, heads)
         self.decay, self.decay_per_head = decay.numpy(), decay.view(-1, 1, 1)
@@ -195,11 +195,11 @@ class GatedDeltaNetStep(RecurrentStep):
         self.q, self.k, self.v = qkv
         self.k_columns = self.k.mT
         self.qkv, self.qk = qkv.view(3, rows, width).numpy(), qkv[:2, :, 0].flatten(0, 1).numpy()
-        self.qk_scale = inverse_lengths(self.qk, 1e-6)
+        self.qk_lengths = lengths(self.qk, 1e-6)
         self.correction, self.o = torch.empty(2, rows * heads, 1, size)
-        self.correction_rows = as_rows(self.correction.view(rows, heads, size), rows)
-        self.o_rows = as_rows(self.o.view(rows, heads, size), rows)
-        self.o_scale = inverse_lengths(self.o_rows, self._epsilon(size))
+        self.correction_rows = as_rows(self.correction.view(rows, heads, size))
+        self.o_rows = as_rows(self.o.view(rows, heads, size))
+        self.o_lengths = lengths(self.o_rows, self._epsilon(size))
         self.norm_weight = (layer.norm.weight.detach() * size**0.5).numpy()  # as in NormStep
         self.state_tensor = torch.empty(rows, heads, size, size)
         self.matrices = self.state_tensor.flatten(0, 1)
@@ -213,7 +213,7 @@ class GatedDeltaNetStep(RecurrentStep):
         return RMSNorm.EPSILON * size
 
     def _take_gates(self, layer: GatedDeltaNet, pre_gate: Tensor, gated: Tensor) -> Tensor:
-        """Read the output gate from ``pre_gate`` [R, any] and write it to ``gated`` [R, D], from now on.
+        """Read the output gate from ``pre_gate`` [B, any] and write it to ``gated`` [B, D], from now on.
 
         Returns:
             The bias of the writing strength, [H].
@@ -240,7 +240,7 @@ class GatedDeltaNetStep(RecurrentStep):
         self.conv(self.values)
         F.silu(self.conv.sum, inplace=True)
         np.copyto(self.qkv, self.convolved)
-        np.multiply(self.qk, self.qk_scale(), out=self.qk)
+        np.divide(self.qk, self.qk_lengths(), out=self.qk)
         np.multiply(F.softplus(self.pre_decay).numpy(), self.neg_rate, out=self.decay)
         np.exp(self.decay, out=self.decay)
         self.matrices.mul_(self.decay_per_head)
@@ -249,7 +249,7 @@ class GatedDeltaNetStep(RecurrentStep):
         np.multiply(self.correction_rows, self.beta_rows, out=self.correction_rows)
         self.matrices.baddbmm_(self.k_columns, self.correction, alpha=self.layer.beta_max)
         torch.bmm(self.q, self.matrices, out=self.o)
-        np.multiply(self.o_rows, self.o_scale(), out=self.o_rows)
+        np.divide(self.o_rows, self.o_lengths(), out=self.o_rows)
         np.multiply(self.o_rows, self.norm_weight, out=self.o_rows)
         self._open_gate()
         np.multiply(self.gated_rows, self.o_rows, out=self.gated_rows)
@@ -267,7 +267,7 @@ class PortableStep(GatedDeltaNetStep):
         return RMSNorm.EPSILON * size * size  # in the place of the scale of the queries
 
     def _take_gates(self, layer: GatedDeltaNet, pre_gate: Tensor, gated: Tensor) -> Tensor:
-        self.pre_gate = pre_gate[: len(self.gated)]
+        self.pre_gate = pre_gate
         return torch.zeros(layer.heads)
 
     def _open_gate(self) -> None:
@@ -277,13 +277,13 @@ class PortableStep(GatedDeltaNetStep):
 class FeedForwardStep:
     """The feed-forward network of a block: reads and changes the residual stream, as :class:`RecurrentStep` does."""
 
-    def __init__(self, ffn: nn.Module, norm: NormStep, x: Tensor, rows: int) -> None:
+    def __init__(self, ffn: nn.Module, norm: NormStep, x: Tensor) -> None:
         self.norm = norm
         self.project = ffn.get_parameter("project.weight").detach()
         self.output = ffn.get_parameter("output.weight").detach()
-        projected = buffer(rows, len(self.project))
+        projected = buffer(len(x), len(self.project))
         value, gate = projected.chunk(2, dim=1)
-        self.gate, self.opening, self.content = gate[:rows], as_rows(gate, rows), as_rows(value, rows)
+        self.gate, self.opening, self.content = gate, as_rows(gate), as_rows(value)
         self.read = product(self.project, norm.normal, projected)
         self.write = product(self.output, value, x, adds=True)
 

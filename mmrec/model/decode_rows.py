@@ -1,7 +1,7 @@
 """Rows of numbers, one a text, and what decoding computes of them: the same bits however many rows there are.
 
-Libraries choose the order in which they add by the shape of what they are given. So a matrix is multiplied by two
-rows at a time, always, and what a row sums for itself is summed by a call of its own.
+Libraries choose the order in which they add by the shape of what they are given. So each row is multiplied by a
+matrix, and summed, by a call of its own; the matrix is in the cache then. All else is done for all rows at once.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ LINE = 16
 
 
 def buffer(rows: int, width: int) -> Tensor:
-    """Return zeros [R, width], R the even number that is not less than ``rows``.
+    """Return zeros [rows, width].
 
     Rows begin at lines of the cache, and lie apart. So an operation of torch goes along each of them by itself: the
     numbers at the end of what it goes along it computes one by one, by another function than those before.
     """
-    return torch.zeros(rows + rows % 2, (width // LINE + 1) * LINE)[:, :width]
+    return torch.zeros(rows, (width // LINE + 1) * LINE)[:, :width]
 
 
-def as_rows(x: Tensor, rows: int) -> np.ndarray:
-    """Return the first ``rows`` of ``x`` [R, ...] in the same memory, a single one without the first dimension.
+def as_rows(x: Tensor) -> np.ndarray:
+    """Return ``x`` [B, ...] in the same memory, of a single row without the first dimension.
 
     numpy goes along one dimension in half the time that it takes for two.
     """
-    found: np.ndarray = (x[0] if rows == 1 else x[:rows]).numpy()
+    found: np.ndarray = (x[0] if len(x) == 1 else x).numpy()
     return found
 
 
 def product(weight: Tensor, x: Tensor, out: Tensor, adds: bool = False) -> Callable[[], object]:
-    """Return what multiplies a matrix by vectors, two at a time.
+    """Return what multiplies a matrix by vectors.
 
     Args:
         weight: the matrix, [N, K].
-        x: the vectors, [R, K], of :func:`buffer`.
-        out: for the results [R, N], another.
+        x: the vectors, [B, K], of :func:`buffer`.
+        out: for the results [B, N], another.
         adds: to what is in ``out``, in the place of overwriting it.
     """
-    pairs = zip(x.split(2), out.split(2), strict=True)
+    rows = zip(x, out, strict=True)
     if adds:
-        calls = [partial(out.addmm_, x, weight.T) for x, out in pairs]
+        calls = [partial(y.addmv_, weight, row) for row, y in rows]
     else:
-        calls = [partial(torch.mm, x, weight.T, out=out) for x, out in pairs]
+        calls = [partial(torch.mv, weight, row, out=y) for row, y in rows]
 
     def multiply() -> None:
         for call in calls:
@@ -66,18 +66,17 @@ class NormStep:
 
     Args:
         norm: the module.
-        x: the stream, [R, D], of :func:`buffer`.
-        rows: number of texts.
+        x: the stream, [B, D], of :func:`buffer`.
 
     Attributes:
-        normal: [R, D], where the result goes.
+        normal: [B, D], where the result goes.
     """
 
-    def __init__(self, norm: nn.Module, x: Tensor, rows: int) -> None:
+    def __init__(self, norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, RMSNorm)
         size = x.shape[1]
-        self.normal = buffer(rows, size)
-        self.stream, self.out = as_rows(x, rows), as_rows(self.normal, rows)
+        self.normal = buffer(len(x), size)
+        self.stream, self.out = as_rows(x), as_rows(self.normal)
         # Of the sum of squares instead of their mean, which takes longer to compute.
         self.weight = (norm.weight.detach() * size**0.5).numpy()
         self.scale = inverse_lengths(self.stream, RMSNorm.EPSILON * size)
@@ -95,17 +94,37 @@ def inverse_lengths(vectors: np.ndarray, epsilon: float) -> Callable[[], Any]:
     """
     if vectors.ndim == 1:
         return lambda: 1 / math.sqrt(float(vectors.dot(vectors)) + epsilon)
-    rows, columns = vectors[..., None, :], vectors[..., None]
-    squares = np.empty((*vectors.shape[:-1], 1, 1), dtype=np.float32)
-    lengths, inverse = np.empty(columns[..., :1, 0].shape), squares[..., 0]
+    rows, columns, squares = _square_of(vectors)
+    roots, inverse = np.empty(squares.shape[:-1]), squares[..., 0]
 
     def compute() -> np.ndarray:
         np.matmul(rows, columns, out=squares)
-        np.add(inverse, epsilon, out=lengths, dtype=np.float64)
-        np.sqrt(lengths, out=lengths)
-        return np.divide(1, lengths, out=inverse, casting="same_kind")
+        np.add(inverse, epsilon, out=roots, dtype=np.float64)
+        np.sqrt(roots, out=roots)
+        np.divide(1, roots, out=inverse, casting="same_kind")
+        return inverse
 
     return compute
+
+
+def lengths(vectors: np.ndarray, epsilon: float) -> Callable[[], np.ndarray]:
+    """Return what computes sqrt(length^2 + epsilon), [..., 1], of several vectors in any case, in float32."""
+    rows, columns, squares = _square_of(vectors)
+    found, added = squares[..., 0], np.full_like(squares[..., 0], epsilon)
+
+    def compute() -> np.ndarray:
+        np.matmul(rows, columns, out=squares)
+        np.add(found, added, out=found)
+        np.sqrt(found, out=found)
+        return found
+
+    return compute
+
+
+def _square_of(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return two views of ``vectors`` [..., S], whose product is their squared lengths, and where that goes."""
+    squares = np.empty((*vectors.shape[:-1], 1, 1), dtype=np.float32)
+    return vectors[..., None, :], vectors[..., None], squares
 
 
 class ConvolutionWindow:
@@ -127,14 +146,14 @@ class ConvolutionWindow:
         self.ones = np.ones((1, width), dtype=np.float32)
         moves = 2 * width
         self.seen = torch.zeros(rows, moves + width - 1, channels)
-        seen = as_rows(self.seen, rows)
+        seen = as_rows(self.seen)
         self.windows = [seen[..., first : first + width, :] for first in range(moves)]
         self.places = [window[..., -1, :] for window in self.windows]
         self.begin, self.end = seen[..., : width - 1, :], seen[..., moves:, :]
         self.next = 0
         self.products = np.empty_like(self.windows[0])
-        self.sum = buffer(rows, channels)[:rows]
-        self.out = as_rows(self.sum[:, None], rows)
+        self.sum = buffer(rows, channels)
+        self.out = as_rows(self.sum[:, None])
 
     def __call__(self, x: np.ndarray) -> None:
         """Read ``x`` [B, channels]."""
