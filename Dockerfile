@@ -13,6 +13,7 @@ RUN python -m build --wheel --outdir /wheels /source
 
 FROM python:3.13-slim AS base
 # The compiler makes the kernels for a CPU, when they are first needed.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheels /wheels
 COPY constraints.txt /wheels/

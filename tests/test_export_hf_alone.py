@@ -130,7 +130,8 @@ def test_the_folder_runs_where_mmrec_is_not(tmp_path: Path) -> None:
     assert found["written"] == prompt.tolist() + ours(trained, prompt, 9)
     with torch.no_grad():
         expected, _ = trained.net(prompt[None], trained.net.zero_state(1))
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected[0])
+    # Kernels of mmrec in C, where there are any, round otherwise.
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected[0], atol=1e-4, rtol=0)
     for before, after in (found["trained"], found.get("lora", (1, 0))):
         assert after < before
     assert (tmp_path / "again" / "modeling_mmrec.py").read_text(encoding="utf-8") == bundled_code()
