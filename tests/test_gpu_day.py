@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from mmrec.bench import gpu_stages
 from mmrec.bench.gpu_stages import STAGES, Day
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import configure
@@ -98,6 +99,21 @@ def test_a_stage_that_fails_is_one_line_and_the_next_begins(
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"learn: failed after 0 s: RuntimeError: of the device ({tmp_path / 'learn.log'})"
     assert second.startswith("read: failed")
+
+
+def test_a_model_that_is_not_here_or_fails_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The other rows are as they would be."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("of another package\nand more of it")
+
+    monkeypatch.setattr(gpu_stages, "find_spec", lambda name: None)
+    monkeypatch.setitem(gpu_stages.MODELS, "gpt", broken)
+    rows = gpu_day.run_stage("speed", Day("cpu", tmp_path, tmp_path, toy=True, seconds=0))
+    found = {row["model"]: row for row in rows if row["length"] == 16}
+    assert found["mmrec"]["tokens_per_second"] > 0
+    assert found["gpt"]["failed"] == "RuntimeError: of another package and more of it"
+    assert found["fla"]["left_out"] == "its package is not here"
 
 
 def test_nothing_is_read_without_a_model(tmp_path: Path) -> None:

@@ -219,7 +219,10 @@ def _fla_model(config: ModelConfig, vocab_size: int, length: int) -> nn.Module |
     made = models.GatedDeltaNetConfig(
         **sizes, **inner, vocab_size=vocab_size, tie_word_embeddings=True, use_cache=False
     )
-    return Wrapped(models.GatedDeltaNetForCausalLM(made))
+    model = Wrapped(models.GatedDeltaNetForCausalLM(made))
+    # As ours: the time of the stage would go into trials of the forms of its kernels.
+    import_module("mmrec.model.ops.fla_delta_rule").pin_choices()
+    return model
 
 
 MODELS: dict[str, Callable[[ModelConfig, int, int], nn.Module | None]] = {

@@ -42,6 +42,13 @@ def find_device(name: str) -> torch.device:
     return torch.device(CPU)
 
 
+def device_of_accelerator(name: str) -> torch.device:
+    """Return what is computed on with Lightning's accelerator ``name``: CUDA where it may be, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if name != CPU and _cuda_count() else CPU)
+
+
 def check_device_name(name: str) -> None:
     """Raise UserError where ``name`` is the name of no device, whether it is here or not."""
     if name not in KNOWN and not re.fullmatch(r"cuda:[0-9]{1,3}", name):

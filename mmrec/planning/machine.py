@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
@@ -52,7 +53,7 @@ def seconds_per_update(
     """
     batches = batches or choose_batches(config, text.train_tokens)
     use_threads(config.dim, batches.rows * batches.seq_len)  # as the training will
-    device = torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of_accelerator(accelerator)
     random = torch.random.get_rng_state()
     try:
         net = RecurrentLM(config, text.vocab_size).to(device)
@@ -102,7 +103,7 @@ def measure_rates(
     """
     # What other programs take of the processor differs from one moment to the next: models are compared by the time
     # that they take themselves, and the wait for others is that of all trials together.
-    is_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    is_cpu = device_of_accelerator(accelerator).type == "cpu"
     clock = time.process_time if is_cpu else time.perf_counter
     own: list[tuple[ModelConfig, float]] = []
     waited = worked = 0.0
