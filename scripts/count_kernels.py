@@ -10,6 +10,7 @@ gpu, whose launches are counted and compute nothing; and the bytes that both kee
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -135,16 +136,20 @@ def print_layers() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("configs", nargs="*", default=CONFIGS)
+    parser.add_argument("--layers", action="store_true", help="a single layer and its block, of each kind")
+    options = parser.parse_args()
     cuda.install()
-    if sys.argv[1:] == ["--layers"]:
+    if options.layers:
         print_layers()
         return
-    chosen = sys.argv[1:] or CONFIGS
+    chosen = options.configs
     counted = []
     for _ in range(2):
         for name in chosen:
-            options = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-            model, length = options["model"], options["data"]["seq_len"]
+            given = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+            model, length = given["model"], given["data"]["seq_len"]
             config = ModelConfig(**(model["config"] | NARROW))
             counted.append((config.layers, length, count(config, length, model.get("dropout", 0.0))))
         launches_compute_nothing()
