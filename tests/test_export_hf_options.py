@@ -19,7 +19,9 @@ from test_export_hf import exported, folders
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel
-from mmrec.model import ModelConfig
+from mmrec.core.errors import UserError
+from mmrec.export.hf import saving
+from mmrec.model import LAYER_TYPES, ModelConfig
 from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer
 
 __all__ = ["folders"]  # a fixture that every test here takes
@@ -524,3 +526,11 @@ def test_a_folder_of_the_first_version_loads(tmp_path: Path, exports: tuple[Load
     old = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     ids = torch.arange(9)[None]
     assert torch.equal(old(ids).logits, exports[1](ids).logits)
+
+
+def test_a_layer_whose_code_does_not_travel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYER_TYPES, "yours", LAYER_TYPES["short"])
+    trained = made(ByteTokenizer(), ModelConfig(dim=16, layers=1, layer_types=("yours",), heads=2))
+    with pytest.raises(UserError, match="the model has yours layers; only short, long, portable are exported"):
+        saving.save(tmp_path, trained)
+    assert not list(tmp_path.iterdir())

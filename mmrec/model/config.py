@@ -80,3 +80,5 @@ LAYER_TYPES: dict[str, Callable[[ModelConfig], RecurrentLayer]] = {
     "portable": lambda c: PortableGatedDeltaNet(c.dim, c.heads, c.conv_width, c.negative_eigenvalues),
 }
 """The recurrent layers by the names that ``layer_types`` knows: how each is made from a config."""
+BUILT_IN = tuple(LAYER_TYPES)
+"""Those of this package; other programs register more."""

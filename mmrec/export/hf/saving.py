@@ -9,10 +9,12 @@ from transformers.utils import logging
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.weights import describe_exported
+from mmrec.core.errors import UserError
 from mmrec.export.hf.configuration import MmrecConfig
 from mmrec.export.hf.modeling import MmrecForCausalLM
 from mmrec.export.hf.tokenization import MmrecTokenizer
 from mmrec.export.tokenizer import fast_tokenizer
+from mmrec.model.config import BUILT_IN
 from mmrec.tokenizers import Tokenizer
 
 PAD = "<|pad|>"
@@ -32,8 +34,15 @@ def hf_tokenizer(tokenizer: Tokenizer) -> MmrecTokenizer:
 
 
 def save(folder: Path, trained: LoadedModel) -> None:
-    """Write a model with its tokenizer and chat template as a folder that ``from_pretrained`` reads."""
+    """Write a model with its tokenizer and chat template as a folder that ``from_pretrained`` reads.
+
+    Raises:
+        UserError: the model has a recurrent layer whose code would not be in the folder.
+    """
     net, tokenizer = trained.net, trained.tokenizer
+    foreign = next((kind for kind in net.layer_types() if kind not in BUILT_IN), None)
+    if foreign is not None:
+        raise UserError(f"--format hf: the model has {foreign} layers; only {', '.join(BUILT_IN)} are exported")
     fast = hf_tokenizer(tokenizer)
     fast.chat_template = None if trained.chat is None else trained.chat.jinja()
     with torch.device("meta"):
