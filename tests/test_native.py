@@ -165,7 +165,7 @@ def test_kernels_are_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     build.library.cache_clear()
     assert dispatch.choose_native()
     kept = [path.suffix for path in tmp_path.rglob("kernels-*")]
-    assert kept == [".so"]
+    assert kept == [".so", ".so"]  # of float32 and of bfloat16
     monkeypatch.setattr(build, "_build", None)  # a second compilation would fail
     build.library.cache_clear()
     assert dispatch.choose_native()

@@ -53,9 +53,9 @@ def choose_native(wanted: bool = True) -> bool:
 
 
 def uses_native() -> bool:
-    """Return whether the kernels of :mod:`mmrec.model.ops.native` are used on a CPU."""
+    """Return whether the kernels of :mod:`mmrec.model.ops.native` are used on a CPU, which builds them if need be."""
     functions = native_functions()
-    return functions is not None and functions.library(torch.float32) is not None
+    return functions is not None and bool(functions.is_built())
 
 
 def native_problem() -> str | None:

@@ -48,6 +48,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
 
 
+def is_built() -> bool:
+    """Return whether there are kernels for every dtype; they are built where they are not yet."""
+    return all(library(dtype) is not None for dtype in DEFINED)
+
+
 def problem() -> str | None:
     """Return why there are no kernels, and what helps; None where there are, or nobody wants any."""
     if library(torch.float32) is not None or os.environ.get(SWITCH) == "0":

@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmrec.model.ops.native.build import library, problem
+from mmrec.model.ops.native.build import is_built, library, problem
 
-__all__ = ["dropout_add", "library", "long_memory", "problem", "rms_norm", "short_memory", "swiglu", "takes"]
+__all__ = [
+    "dropout_add",
+    "is_built",
+    "library",
+    "long_memory",
+    "problem",
+    "rms_norm",
+    "short_memory",
+    "swiglu",
+    "takes",
+]
 
 SPAN = 32
 """Tokens from one kept state of the long memory to the next; between them it is computed once more."""
