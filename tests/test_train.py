@@ -71,7 +71,7 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, nov
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     best = Path("lightning_logs/novel/checkpoints/best.ckpt")
     assert load(best)["global_step"] == 8
-    assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=0.9", "--model.min_lr_ratio=1") == 0
+    assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=9", "--model.min_lr_ratio=1") == 0
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]
