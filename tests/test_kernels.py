@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import REPOSITORY
 from phantom import build
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.model import ModelConfig, RecurrentLM
@@ -263,3 +265,29 @@ def test_on_cuda_the_kernels_are_given_what_the_layer_has(monkeypatch: pytest.Mo
 def test_what_is_compiled_is_kept_outside_of_the_repository() -> None:
     assert REPOSITORY not in (build.cache() / "triton").parents
     assert Path(build.cache()).is_absolute()
+
+
+class Adapted(nn.Linear):
+    """As an adapter of LoRA stands in the place of a linear map, and has its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) + 1
+        return y
+
+
+def test_an_adapter_in_the_place_of_an_output_map_is_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, adapted = nn.Linear(6, 6, bias=False), Adapted(6, 6, bias=False)
+    adapted.weight = plain.weight
+    h, gate, heads = torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 2, 3)
+    norm = (torch.ones(3), 1e-6)
+    calls: list[Callable[[nn.Linear], Tensor]] = [
+        lambda output: dispatch.swiglu_linear(torch.cat([h, gate], dim=-1), output),
+        lambda output: dispatch.gated_linear(h, gate, output, torch.float32),
+        lambda output: dispatch.normed_linear(heads, norm, gate, False, output, torch.float32),
+    ]
+    expected = [call(plain) + 1 for call in calls]
+    monkeypatch.setattr(dispatch, "_kernels_for", lambda *inputs: SimpleNamespace())  # as on CUDA, but without any
+    for call, values in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(adapted), values)
+        with pytest.raises(AttributeError):
+            call(plain)  # the kernels are asked for

@@ -187,7 +187,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, feeds_product: bool = False)
 
 def swiglu_linear(x: Tensor, output: nn.Linear) -> Tensor:
     """Return what ``output`` makes of :func:`mmrec.model.ops.reference.swiglu` of ``x`` [..., 2F]."""
-    if kernels := _kernels_for(x):
+    if (kernels := _kernels_for(x)) and _is_plain(output):
         found: Tensor = kernels.swiglu_linear(x, output.weight, _linear_dtype(x))
     else:
         functions = native(x)
@@ -212,7 +212,7 @@ def dropout_add(x: Tensor, y: Tensor, dropout: float) -> Tensor:
 
 def gated_linear(h: Tensor, gate: Tensor, output: nn.Linear, dtype: torch.dtype) -> Tensor:
     """Return what ``output`` makes of ``h``, rounded to ``dtype``, times the sigmoid of ``gate``; both [..., D]."""
-    if kernels := _kernels_for(h):
+    if (kernels := _kernels_for(h)) and _is_plain(output):
         found: Tensor = kernels.gated_linear(h, gate, output.weight, _linear_dtype(gate))
     else:
         found = output(h.to(dtype) * gate.sigmoid())
@@ -232,13 +232,18 @@ def normed_linear(
         output: [D, H V].
         dtype: what is normalized is rounded to.
     """
-    if kernels := _kernels_for(o):
+    if (kernels := _kernels_for(o)) and _is_plain(output):
         found: Tensor = kernels.normed_linear(o, norm, gate, silu, output.weight, _linear_dtype(gate))
     else:
         # In the layout that the recurrence has: sums of gradients keep their order.
         normal = fused.rms_norm(o.transpose(1, 2), *norm).to(dtype).transpose(1, 2).flatten(2)
         found = output(normal * (F.silu(gate) if silu else gate.sigmoid()))
     return found
+
+
+def _is_plain(output: nn.Linear) -> bool:
+    """Whether ``output`` is what its weight says, and nothing else: no adapter of LoRA in its place, and no hooks."""
+    return type(output) is nn.Linear and not output._forward_hooks and not output._forward_pre_hooks
 
 
 def _linear_dtype(x: Tensor) -> torch.dtype:
