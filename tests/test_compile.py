@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import Command
+from helpers import fit, losses
 
 from mmrec.inference.metrics import token_nll
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.captured import StaticStep
+from mmrec.model.ops.native.build import SWITCH
 
 
 @pytest.mark.slow
@@ -52,3 +58,30 @@ def test_a_step_of_generating_is_one_graph_and_stays_in_its_buffers() -> None:
     torch.testing.assert_close(step.state, state)
     assert [buffer.data_ptr() for buffer in buffers] == addresses
     assert buffers[1] is step.logits
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's compiler
+def test_a_training_can_be_compiled_and_resumed(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as for a GPU; what makes kernels of the graph is left out, which would take minutes here."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend=count))
+    monkeypatch.setenv(SWITCH, "0")
+    exact = ["--trainer.precision=32-true", "--trainer.max_epochs=-1"]
+    assert mmrec(*fit(prepared, "--run=plain", *exact, "--trainer.max_steps=6")) == 0
+    assert not graphs
+    compiled = [*exact, "--run=compiled", "--model.compile=true"]
+    assert mmrec(*fit(prepared, *compiled, "--trainer.max_steps=3")) == 0
+    assert mmrec(*fit(prepared, *compiled, "--trainer.max_steps=6", "--ckpt_path=last")) == 0
+    assert graphs
+    ours, theirs = (losses(run) for run in ("compiled", "plain"))
+    assert ours.keys() == theirs.keys()
+    for step, loss in theirs.items():  # Muon and AdamW make much of rounding
+        assert ours[step] == pytest.approx(loss, rel=1e-6 if step == min(theirs) else 1e-3), step

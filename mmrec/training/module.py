@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -70,6 +71,7 @@ class RecurrentLMModule(LightningModule):
         self._steps_by_options: int | None = None
         self._steps_in_time: int | None = None
         self._reader: Reader | None = None
+        self._compiled: Callable[..., tuple[Tensor, State]] | None = None
 
     @property
     def planned_steps(self) -> int | None:
@@ -100,6 +102,8 @@ class RecurrentLMModule(LightningModule):
     def on_train_start(self) -> None:
         self.restore_training_state()
         average_without_waiting(self.trainer)
+        if self.options.compile:
+            self._compiled = torch.compile(self.net.hidden, dynamic=False)
 
     def restore_training_state(self) -> None:
         """Set the schedule and the rates, and restore the random numbers of a resumed run, after all that draws some.
@@ -200,7 +204,8 @@ class RecurrentLMModule(LightningModule):
             state = self.net.zero_state(rows, self.device, dtype)
         separator = self.tokenizer.separator if self.options.reset_at_documents else None
         starts = None if separator is None else batch.inputs == separator
-        return self.net.hidden(batch.inputs, reset_state_rows(state, batch.reset_mask), starts)
+        hidden = self._compiled if self._compiled is not None and self.training else self.net.hidden
+        return hidden(batch.inputs, reset_state_rows(state, batch.reset_mask), starts)
 
     def reset_carried_state(self) -> None:
         """Drop what was read, which a number that is not finite may have reached."""

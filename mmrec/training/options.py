@@ -101,6 +101,8 @@ class TrainingOptions(OptimizerOptions):
             it is carried on from one to the next.
         activation_checkpointing: keep what goes into each block alone, and compute the block once more for the
             gradients: a third more work, and a fraction of the memory. The bits are the same.
+        compile: compile the model as one graph by torch.compile, in the place of the kernels that it has for the
+            device: meant for a GPU, where the first update then takes minutes; on a CPU all take longer.
     """
 
     dropout: float = 0.0
@@ -108,6 +110,7 @@ class TrainingOptions(OptimizerOptions):
     confidence_penalty: float = 0.0
     reset_at_documents: bool = False
     activation_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -135,7 +135,7 @@ def conv_gated_delta_rule(
     Returns:
         The outputs [B, T, H, V], the state, and the last inputs of the convolution.
     """
-    if qkv.is_cuda and state.dtype == torch.float32:
+    if qkv.is_cuda and state.dtype == torch.float32 and not torch.compiler.is_compiling():
         products, kernels = product_dtype(qkv.device.type), delta_rule_kernels(qkv.device)
         if kernels is not None and (products is not None or _reads_one_by_one(kernels, qkv.shape[1])):
             found: tuple[Tensor, Tensor, Tensor] = kernels.conv_gated_delta_rule(
@@ -264,7 +264,7 @@ def _reads_one_by_one(kernels: ModuleType, length: int) -> bool:
 
 def _kernels_for(*inputs: Tensor) -> ModuleType | None:
     """Return the kernels of this program where ``inputs`` are on a device that has them, in 32 bits at most."""
-    if not inputs[0].is_cuda or any(x.dtype == torch.float64 for x in inputs):
+    if not inputs[0].is_cuda or any(x.dtype == torch.float64 for x in inputs) or torch.compiler.is_compiling():
         return None
     return own_kernels(inputs[0].device)
 
