@@ -18,7 +18,7 @@ from mmrec.checkpoints.loading import LoadedModel
 from mmrec.serve.authentication import Access
 from mmrec.serve.command import Server, listen
 from mmrec.serve.limits import Limits
-from mmrec.serve.protocol import CompletionRequest
+from mmrec.serve.protocol import CompletionRequest, ScoreRequest
 from mmrec.serve.service import Event, Service, Tokens
 from mmrec.serve.state_store import StateStore
 from mmrec.serve.workers import Workers
@@ -102,6 +102,18 @@ def running(service: Service, access: Access = OPEN, template: ChatTemplate = PL
 
 def make_service(trained: LoadedModel, folder: Path, limits: Limits = LIMITS) -> Service:
     return Service("a", trained, StateStore(folder, trained, limits), limits)
+
+
+def hold_scores(service: Service) -> threading.Event:
+    """Make every score wait for the event that is returned."""
+    go_on = threading.Event()
+
+    def waits(_: ScoreRequest) -> Iterator[dict[str, Any]]:
+        assert go_on.wait(30)
+        yield {"done": True}
+
+    service.score = waits  # type: ignore[method-assign, assignment]
+    return go_on
 
 
 def events(service: Service, request: CompletionRequest) -> Iterator[Event | None]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import LIMITS, Client, make_service, running
+from serving import LIMITS, Client, hold_scores, make_service, running
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.inference.batch import Batch, Row
-from mmrec.serve.protocol import ScoreRequest
 
 
 @pytest.fixture
@@ -73,13 +71,7 @@ def test_one_that_reads_or_fails_holds_up_no_other(
     small_model: LoadedModel, memories: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
 ) -> None:
     service = make_service(small_model, memories, replace(LIMITS, running=1, memories=1))
-    go_on = threading.Event()
-
-    def waits(_: ScoreRequest) -> Iterator[dict[str, Any]]:
-        assert go_on.wait(30)
-        yield {"done": True}
-
-    service.score = waits  # type: ignore[method-assign, assignment]
+    go_on = hold_scores(service)
     with running(service) as client, ThreadPoolExecutor(3) as pool:
         client.good("POST", "/v1/memories", {"name": "a", "text": "to be"})
         writing = pool.submit(client.text, prompt="to be", max_tokens=200)

@@ -10,9 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,13 +19,13 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Command
-from serving import KEY, LIMITS, Client, make_service, running
+from serving import KEY, LIMITS, Client, hold_scores, make_service, running
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.core.errors import UserError
 from mmrec.serve.authentication import Access
 from mmrec.serve.command import listen
-from mmrec.serve.protocol import CompletionRequest, ScoreRequest
+from mmrec.serve.protocol import CompletionRequest
 
 # What is refused
 
@@ -134,13 +132,7 @@ def test_the_key(small_model: LoadedModel, memories: Path) -> None:
 
 def test_more_than_may_wait_are_told_to_come_back(small_model: LoadedModel, memories: Path) -> None:
     service = make_service(small_model, memories, replace(LIMITS, running=1, waiting=1))
-    go_on = threading.Event()
-
-    def waits(_: ScoreRequest) -> Iterator[dict[str, Any]]:
-        assert go_on.wait(30)
-        yield {"done": True}
-
-    service.score = waits  # type: ignore[method-assign, assignment]
+    go_on = hold_scores(service)
     with running(service) as client, ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(client.ask, "POST", "/v1/score", {"text": "to be"}) for _ in range(2)]
         assert client.workers is not None

@@ -60,7 +60,7 @@ def save(folder: Path, trained: LoadedModel, weights: str = "f32") -> None:
 
 
 def _check(config: ModelConfig) -> None:
-    other = next((kind for kind in config.layer_types if kind != "portable"), None)
+    other = config.layer_other_than(["portable"])
     if other is not None:
         raise UserError(
             f"--format gguf: the model has {other} layers, which GGUF has no form for; train one of portable layers "

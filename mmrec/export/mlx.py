@@ -23,7 +23,7 @@ def save(folder: Path, trained: LoadedModel) -> None:
         UserError: the model has a recurrent layer that the code has no form of.
     """
     config = trained.net.config
-    other = next((kind for kind in config.layer_types if kind not in LAYER_TYPES), None)
+    other = config.layer_other_than(LAYER_TYPES)
     if other is not None:
         known = ", ".join(LAYER_TYPES)
         raise UserError(f"--format mlx: the model has {other} layers; there is code for MLX of {known} alone")

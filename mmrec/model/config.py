@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,12 +48,16 @@ class ModelConfig:
             raise UserError(f"model.config.dim {self.dim} is not a multiple of model.config.heads {self.heads}")
         if not self.layer_types:
             raise UserError(f"model.config.layer_types is empty; name at least one of {', '.join(LAYER_TYPES)}")
-        for kind in self.layer_types:
-            if kind not in LAYER_TYPES:
-                hint = nearest(kind, LAYER_TYPES)
-                raise UserError(
-                    f"model.config.layer_types: unknown kind {kind!r}; known: {', '.join(LAYER_TYPES)}{hint}"
-                )
+        other = self.layer_other_than(LAYER_TYPES)
+        if other is not None:
+            hint = nearest(other, LAYER_TYPES)
+            raise UserError(
+                f"model.config.layer_types: unknown kind {other!r}; known: {', '.join(LAYER_TYPES)}{hint}"
+            )
+
+    def layer_other_than(self, known: Collection[str]) -> str | None:
+        """Return the first of the recurrent layers that is not ``known``; None where all are."""
+        return next((kind for kind in self.layer_types if kind not in known), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, under the names that files of models know them by.

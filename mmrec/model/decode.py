@@ -120,7 +120,26 @@ class ModuleStep(RecurrentStep):
         return torch.cat(past), torch.cat(memory)
 
 
-class RGLRUStep(RecurrentStep):
+class BufferedStep(RecurrentStep):
+    """A layer whose state is held in buffers.
+
+    Attributes:
+        conv: the inputs of its convolution.
+        state_tensor: what else it keeps, [B, ...].
+    """
+
+    conv: ConvolutionWindow
+    state_tensor: Tensor
+
+    def set_state(self, state: LayerState) -> None:
+        self.conv.set_past(state[0])
+        self.state_tensor.copy_(state[1])
+
+    def state(self) -> LayerState:
+        return self.conv.past(), self.state_tensor
+
+
+class RGLRUStep(BufferedStep):
     """:class:`mmrec.model.RGLRU`."""
 
     def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None:
@@ -143,10 +162,6 @@ class RGLRUStep(RecurrentStep):
         self.read = product(self.project, norm.normal, projected)
         self.write = product(self.output, parts.output_gate, x, adds=True)
 
-    def set_state(self, state: LayerState) -> None:
-        self.conv.set_past(state[0])
-        self.state_tensor.copy_(state[1])
-
     def __call__(self) -> None:
         self.norm()
         self.read()
@@ -166,11 +181,8 @@ class RGLRUStep(RecurrentStep):
         np.multiply(self.h, self.gated, out=self.gated)
         self.write()
 
-    def state(self) -> LayerState:
-        return self.conv.past(), self.state_tensor
 
-
-class GatedDeltaNetStep(RecurrentStep):
+class GatedDeltaNetStep(BufferedStep):
     """:class:`mmrec.model.GatedDeltaNet`."""
 
     def __init__(self, layer: RecurrentLayer, norm: NormStep, x: Tensor) -> None:
@@ -229,10 +241,6 @@ class GatedDeltaNetStep(RecurrentStep):
         self.open()
         self.gated.sigmoid_()
 
-    def set_state(self, state: LayerState) -> None:
-        self.conv.set_past(state[0])
-        self.state_tensor.copy_(state[1])
-
     def __call__(self) -> None:
         self.norm()
         self.read()
@@ -254,9 +262,6 @@ class GatedDeltaNetStep(RecurrentStep):
         self._open_gate()
         np.multiply(self.gated_rows, self.o_rows, out=self.gated_rows)
         self.write()
-
-    def state(self) -> LayerState:
-        return self.conv.past(), self.state_tensor
 
 
 class PortableStep(GatedDeltaNetStep):

@@ -102,10 +102,11 @@ def measure_rates(
         shapes: the models.
         law: what is expected of them.
     """
-    dispatch.uses_native()  # or building the kernels would count as time of the first trial
     # What other programs take of the processor differs from one moment to the next: models are compared by the time
     # that they take themselves, and the wait for others is that of all trials together.
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
+    if is_cpu:
+        dispatch.uses_native()  # or building the kernels would count as time of the first trial
     clock = time.process_time if is_cpu else time.perf_counter
     own: list[tuple[ModelConfig, float]] = []
     waited = worked = 0.0

@@ -40,7 +40,7 @@ def save(folder: Path, trained: LoadedModel) -> None:
         UserError: the model has a recurrent layer whose code would not be in the folder.
     """
     net, tokenizer = trained.net, trained.tokenizer
-    foreign = next((kind for kind in net.layer_types() if kind not in BUILT_IN), None)
+    foreign = net.config.layer_other_than(BUILT_IN)
     if foreign is not None:
         raise UserError(f"--format hf: the model has {foreign} layers; only {', '.join(BUILT_IN)} are exported")
     fast = hf_tokenizer(tokenizer)

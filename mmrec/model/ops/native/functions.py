@@ -20,7 +20,6 @@ from mmrec.model.ops.native.build import is_built, library, problem
 __all__ = [
     "dropout_add",
     "is_built",
-    "library",
     "long_memory",
     "problem",
     "rms_norm",
@@ -54,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         rows, length, dim = x.shape
         y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(rows, length)
-        _run("rms_norm", dtype, x, length, dim, eps, x, _whole(weight), y, scale)
+        _run("rms_norm", dtype, x, length, dim, eps, x, _Whole(weight), y, scale)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -65,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, length, dim = x.shape
         to_x, to_weight = torch.empty_like(x), x.new_empty(rows, dim)
         grad = grad.contiguous()
-        _run("rms_norm_backward", grad.dtype, x, length, dim, x, _whole(weight), scale, grad, to_x, to_weight)
+        _run("rms_norm_backward", grad.dtype, x, length, dim, x, _Whole(weight), scale, grad, to_x, to_weight)
         return to_x, to_weight.sum(0), None, None
 
 
@@ -161,7 +160,7 @@ class _ShortMemory(torch.autograd.Function):
         )
         sizes = (length, dim, width)
         _run(
-            "short_memory", x.dtype, x, *sizes, x, past, state, *map(_whole, (taps, r_bias, i_bias, rate)),
+            "short_memory", x.dtype, x, *sizes, x, past, state, *map(_Whole, (taps, r_bias, i_bias, rate)),
             reset_mask, y, states, past_after,
         )  # fmt: skip
         ctx.save_for_backward(x, past, state, taps, r_bias, i_bias, rate, reset_mask, states)
@@ -177,7 +176,7 @@ class _ShortMemory(torch.autograd.Function):
         to_taps, (to_r_bias, to_i_bias, to_rate) = past.new_empty(rows, width, dim), past.new_empty(3, rows, dim)
         _run(
             "short_memory_backward", x.dtype, x, *ctx.sizes, x, past, state,
-            *map(_whole, (taps, r_bias, i_bias, rate)), reset_mask, states, grad.contiguous(),
+            *map(_Whole, (taps, r_bias, i_bias, rate)), reset_mask, states, grad.contiguous(),
             to_past_after.contiguous(), to_x, to_past, to_state, to_taps, to_r_bias, to_i_bias, to_rate,
         )  # fmt: skip
         shared = (to_taps.sum(0).t(), to_r_bias.sum(0), to_i_bias.sum(0), to_rate.sum(0))
@@ -278,9 +277,6 @@ class _Whole(NamedTuple):
     """An argument of a kernel that is the same for all rows."""
 
     tensor: Tensor
-
-
-_whole = _Whole
 
 
 def _run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
