@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.ops import dispatch
-from mmrec.model.ops.native import build, functions
+from mmrec.model.ops.native import build, functions, muon
+from mmrec.training.muon import orthogonalize
 
 needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 FORMS = [
@@ -231,3 +232,42 @@ def test_a_layer_is_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     net(torch.zeros(1, 5, dtype=torch.int64), net.zero_state(1))[0].sum().backward()
     forward = {"rms_norm", "swiglu", "short_memory", "long_memory", "dropout_add"}
     assert called == forward | {f"{name}_backward" for name in forward}
+
+
+@pytest.mark.skipif(not muon.is_supported(), reason="no compiled kernels, or no tile units for bfloat16")
+@pytest.mark.parametrize("shape", [(128, 128), (96, 32), (32, 96), (70, 33), (13, 130), (130, 13), (1, 5), (5, 1)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nesterov: bool) -> None:
+    gradient, average, coefficients = torch.randn(shape), torch.randn(shape), (3.4445, -4.7750, 2.0315)
+    after = average.lerp(gradient, 0.05)
+    direction = gradient.lerp(after, 0.95) if nesterov else after
+    exact = orthogonalize(direction.double()[None], coefficients, 5, 1e-7)[0]
+    of_torch = orthogonalize(direction.bfloat16()[None], coefficients, 5, 1e-7)[0]
+
+    ours = torch.empty(shape, dtype=torch.bfloat16)
+    other = average.clone()
+    muon.orthogonalize(gradient, average, muon.Momentum(0.95, nesterov, coefficients, 5, 1e-7), ours)
+    torch.testing.assert_close(average, after)
+    muon.bring_up_to_date(other, gradient, 0.95)
+    assert torch.equal(other, average)
+
+    def error(found: Tensor) -> float:
+        return float((found - exact).norm() / exact.norm())
+
+    assert 0 < error(ours) < 1.2 * error(of_torch) + 1e-3
+    weight = torch.randn(shape)
+    expected = 0.9 * weight - 0.01 * ours.float()
+    muon.apply(weight, ours, 0.9, 0.01)
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.skipif(not muon.is_supported(), reason="no compiled kernels, or no tile units for bfloat16")
+def test_muon_leaves_zeros_and_says_nothing_of_numbers_that_are_not_finite() -> None:
+    how, update = (
+        muon.Momentum(0.95, True, (3.4445, -4.7750, 2.0315), 5, 1e-7),
+        torch.ones(24, 40, dtype=torch.bfloat16),
+    )
+    muon.orthogonalize(torch.zeros(24, 40), torch.zeros(24, 40), how, update)
+    assert not update.any()
+    muon.orthogonalize(torch.full((24, 40), torch.nan), torch.zeros(24, 40), how, update)
+    assert update.isnan().all()

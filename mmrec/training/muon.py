@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from torch import Tensor, distributed
 from torch.optim import Muon
 
 from mmrec.core.runtime import MIXED, native_precision
+from mmrec.model.ops import dispatch
+
+GRAM_PAYS = 2
+"""Columns a row from which on iterating over X X^T alone takes fewer multiplications than over X."""
+
+EXACT_STEPS = 5
+"""Iterations over X X^T alone, after which it is made anew: what rounding leaves of small values grows twelvefold."""
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -30,17 +38,38 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
         return tall
     a, b, c = coefficients
     x: Tensor = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=eps)
+    if x.shape[2] >= GRAM_PAYS * x.shape[1] and x.dtype != torch.bfloat16:
+        for step in range(0, steps, EXACT_STEPS):
+            x = _polynomial(x @ x.mT, coefficients, min(EXACT_STEPS, steps - step)) @ x
+        return x
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
+def _polynomial(gram: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Return what ``steps`` iterations multiply X by, from the small ``gram`` = X X^T [M, rows, rows] alone.
+
+    All are polynomials of one symmetric matrix, so their order does not matter. In bfloat16 what rounding leaves
+    of a small eigenvalue may be negative, and would grow.
+    """
+    a, b, c = coefficients
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    product = identity.expand_as(gram)
+    for step in range(steps):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = factor @ product if step else factor
+        if step < steps - 1:
+            gram = factor @ gram @ factor
+    return product
+
+
 class BatchedMuon(Muon):
     """torch's Muon with its options and its state, so that either continues what the other began.
 
     It orthogonalizes in bfloat16, as torch's, but on processors without units for it in float32: there bfloat16 is
-    emulated, and slower. Of several processes each orthogonalizes a share of the matrices, and all get the results.
+    emulated, and slower. Where there are compiled kernels for it (:mod:`mmrec.model.ops.native.muon`), they do all. Of several processes each orthogonalizes a share of the matrices, and all get the results.
     """
 
     @torch.no_grad()
@@ -64,27 +93,51 @@ class BatchedMuon(Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        # Scaled to the size of AdamW's (Liu et al. 2025).
+        decay, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+        kernels = dispatch.native_muon(parameters)
+        if kernels is not None:
+            for parameter, update in zip(parameters, self._by_kernels(kernels, group, parameters), strict=True):
+                kernels.apply(parameter, update, decay, rate)
+            return
+        updates = self._by_torch(group, parameters)
+        parameters = [_local(parameter) for parameter in parameters]
+        torch._foreach_mul_(parameters, decay)
+        torch._foreach_add_(parameters, updates.to(parameters[0].dtype).unbind(), alpha=-rate)
+
+    def _by_kernels(self, kernels: ModuleType, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
+        """Return the nearly orthogonal matrices [M, rows, columns] by compiled code, in bfloat16."""
+        how = kernels.Momentum(
+            *(group[name] for name in ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps"))
+        )
+        pairs = [(parameter.grad, self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+
+        def own(mine: range) -> Tensor:
+            updates = torch.empty(len(mine), *parameters[0].shape, dtype=torch.bfloat16)
+            for number, (gradient, average) in enumerate(pairs):
+                if number in mine:
+                    kernels.orthogonalize(gradient, average, how, updates[number - mine.start])
+                else:
+                    kernels.bring_up_to_date(average, gradient, how.momentum)
+            return updates
+
+        return shared_out(len(pairs), own)
+
+    def _by_torch(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
+        """Return the nearly orthogonal matrices [M, rows, columns]; of a sharded model the rows of this process."""
         averages = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        sharded, parameters = parameters[0], [_local(parameter) for parameter in parameters]
         momentum = group["momentum"]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, averages, momentum) if group["nesterov"] else averages
-        matrices = torch.stack(list(directions)).to(_dtype(parameters[0].device))
+        matrices = torch.stack(list(directions)).to(_dtype(gradients[0].device))
 
         def orthogonal(whole: Tensor) -> Tensor:
             return orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
-        if sharded is not parameters[0]:
-            updates = _by_matrices(matrices, sharded, orthogonal)
-        elif distributed.is_initialized() and distributed.get_world_size() > 1:
-            updates = shared_out(matrices, orthogonal)
-        else:
-            updates = orthogonal(matrices)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        # Scaled to the size of AdamW's (Liu et al. 2025).
-        scale = 0.2 * max(sharded.shape) ** 0.5
-        torch._foreach_add_(parameters, updates.to(parameters[0].dtype).unbind(), alpha=-group["lr"] * scale)
+        if _local(parameters[0]) is not parameters[0]:
+            return _by_matrices(matrices, parameters[0], orthogonal)
+        return shared_out(len(matrices), lambda mine: orthogonal(matrices[mine.start : mine.stop]))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -93,16 +146,22 @@ def _local(tensor: Tensor) -> Tensor:
     return part
 
 
-def shared_out(matrices: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what ``function`` makes of matrices [M, rows, columns] that all processes hold, a share in each."""
-    share = -(-len(matrices) // distributed.get_world_size())
-    mine = matrices[share * distributed.get_rank() :][:share]
-    own = matrices.new_zeros(share, *matrices.shape[1:])
-    gathered = matrices.new_empty(share * distributed.get_world_size(), *matrices.shape[1:])
-    if len(mine):
-        own[: len(mine)] = function(mine)
+def shared_out(count: int, function: Callable[[range], Tensor]) -> Tensor:
+    """Return ``count`` results, of which each process computes a share.
+
+    Args:
+        count: number of results, the same in all processes.
+        function: of the numbers that this process has, possibly none; it returns their results [M, ...].
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return function(range(count))
+    share, rank = -(-count // distributed.get_world_size()), distributed.get_rank()
+    found = function(range(min(count, share * rank), min(count, share * (rank + 1))))
+    own = found.new_zeros(share, *found.shape[1:])
+    own[: len(found)] = found
+    gathered = found.new_empty(share * distributed.get_world_size(), *found.shape[1:])
     distributed.all_gather_into_tensor(gathered, own)
-    return gathered[: len(matrices)]
+    return gathered[:count]
 
 
 def _by_matrices(parts: Tensor, sharded: Any, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -77,6 +77,14 @@ def native_functions() -> ModuleType | None:
     return import_module("mmrec.model.ops.native.functions")
 
 
+def native_muon(parameters: list[Tensor]) -> ModuleType | None:
+    """Return :mod:`mmrec.model.ops.native.muon` if its kernels are to update ``parameters``, matrices."""
+    if native_functions() is None:
+        return None
+    kernels = import_module("mmrec.model.ops.native.muon")
+    return kernels if kernels.takes(parameters) else None
+
+
 def conv_rg_lru(
     gates: tuple[Tensor, Tensor],
     biases: tuple[Tensor, Tensor],

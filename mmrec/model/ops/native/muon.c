@@ -1,0 +1,237 @@
+/* Muon's update of a matrix: momentum, the Newton-Schulz iterations, and the step of the weights.
+
+   The iterations need the tile units for bfloat16 of a processor (Intel's AMX): X <- a X + (b R + c R R) X with
+   R = X X^T, in bfloat16 with sums in float32, each product rounded once. A matrix lies in tiles of 16 x 32 numbers;
+   what is multiplied from the right lies in tiles of 32 x 16, in which pairs of rows are interleaved. Both are padded
+   with zeros, which stay zeros. */
+
+#define _GNU_SOURCE
+#include "kernels.h"
+
+/* The momentum's average of the gradients, for a matrix that another process orthogonalizes. */
+EXPORT int muon_average(integer count, float momentum, const float *grad, float *average) {
+    VECTORIZE for (integer n = 0; n < count; n++) average[n] += (1.0f - momentum) * (grad[n] - average[n]);
+    return 0;
+}
+
+/* weight <- decay weight - rate update; `update` is bfloat16. */
+EXPORT int muon_apply(integer count, float decay, float rate, const uint16_t *update, float *weight) {
+    VECTORIZE for (integer n = 0; n < count; n++) {
+        uint32_t bits = (uint32_t)update[n] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        weight[n] = decay * weight[n] - rate * value;
+    }
+    return 0;
+}
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SIDE 16            /* rows of a tile, and its numbers of 32 bits a row */
+#define TILE (SIDE * 32)   /* numbers of a tile */
+#define BLOCK (2 * SIDE)   /* rows and columns of a result that are computed at once */
+typedef uint16_t half;
+
+static integer padded(integer size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
+
+/* Linux gives a process the tile units when it asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
+EXPORT int muon_supported(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = SIDE;
+    _tile_loadconfig(&config);
+}
+
+/* Transposes 16 x 16 numbers of 32 bits. */
+static inline void transpose(__m512i r[SIDE]) {
+    __m512i s[SIDE];
+    for (int n = 0; n < SIDE; n += 2) {
+        s[n] = _mm512_unpacklo_epi32(r[n], r[n + 1]);
+        s[n + 1] = _mm512_unpackhi_epi32(r[n], r[n + 1]);
+    }
+    for (int n = 0; n < SIDE; n += 4) {
+        r[n] = _mm512_unpacklo_epi64(s[n], s[n + 2]);
+        r[n + 1] = _mm512_unpackhi_epi64(s[n], s[n + 2]);
+        r[n + 2] = _mm512_unpacklo_epi64(s[n + 1], s[n + 3]);
+        r[n + 3] = _mm512_unpackhi_epi64(s[n + 1], s[n + 3]);
+    }
+    for (int n = 0; n < SIDE; n += 8)
+        for (int m = 0; m < 4; m++) {
+            s[n + m] = _mm512_shuffle_i32x4(r[n + m], r[n + m + 4], 0x88);
+            s[n + m + 4] = _mm512_shuffle_i32x4(r[n + m], r[n + m + 4], 0xdd);
+        }
+    for (int m = 0; m < 8; m++) {
+        r[m] = _mm512_shuffle_i32x4(s[m], s[m + 8], 0x88);
+        r[m + 8] = _mm512_shuffle_i32x4(s[m], s[m + 8], 0xdd);
+    }
+}
+
+/* Right tiles of X^T from the left tiles of X [rows, columns]: tile (k, j) is the transpose of tile (j, k). */
+static void right_of_transposed(integer rows, integer columns, const half *x, half *right) {
+    for (integer j = 0; j < rows / SIDE; j++)
+        for (integer k = 0; k < columns / BLOCK; k++) {
+            __m512i r[SIDE];
+            const half *from = x + (j * (columns / BLOCK) + k) * TILE;
+            half *to = right + (k * (rows / SIDE) + j) * TILE;
+            for (int n = 0; n < SIDE; n++) r[n] = _mm512_loadu_si512(from + n * 32);
+            transpose(r);
+            for (int n = 0; n < SIDE; n++) _mm512_storeu_si512(to + n * 32, r[n]);
+        }
+}
+
+/* Right tiles of X from its left tiles: rows 2 n and 2 n + 1 are interleaved. */
+static void right_of(integer rows, integer columns, const half *x, half *right) {
+    static const half order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i places = _mm512_loadu_si512(order);
+    for (integer k = 0; k < rows / BLOCK; k++)
+        for (integer j = 0; j < columns / SIDE; j++) {
+            half *to = right + (k * (columns / SIDE) + j) * TILE;
+            for (int n = 0; n < SIDE; n++) {
+                const half *from = x + ((2 * k + n / 8) * (columns / BLOCK) + j / 2) * TILE + (2 * n % 16) * 32 + j % 2 * 16;
+                __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)from));
+                __m512i second = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)(from + 32)));
+                _mm512_storeu_si512(to + n * 32, _mm512_permutex2var_epi16(first, places, second));
+            }
+        }
+}
+
+static inline __m512 widened(const half *x) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
+}
+static inline void narrowed(__m512 value, half *to) {
+    _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+/* result <- scale left right + share base, in left tiles; base may be NULL.
+   left: rows x inner, right: inner x columns, base and result: rows x columns. */
+static void multiply(integer rows, integer inner, integer columns, const half *left, const half *right, float scale,
+                     const half *base, float share, half *result) {
+    float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
+    integer steps = inner / BLOCK, across = columns / SIDE;
+    for (integer j = 0; j < across; j += 2)
+        for (integer i = 0; i < rows / SIDE; i += 2) {
+            const half *a = left + i * steps * TILE, *b = right + j * TILE;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (integer k = 0; k < steps; k++, a += TILE, b += across * TILE) {
+                _tile_loadd(4, a, 64);
+                _tile_loadd(6, b, 64);
+                _tile_loadd(5, a + steps * TILE, 64);
+                _tile_loadd(7, b + TILE, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, sums[0], 64);
+            _tile_stored(1, sums[1], 64);
+            _tile_stored(2, sums[2], 64);
+            _tile_stored(3, sums[3], 64);
+            for (int part = 0; part < 4; part++) {
+                integer place = ((i + part / 2) * (across / 2) + j / 2) * TILE + part % 2 * SIDE;
+                for (int n = 0; n < SIDE; n++, place += 32) {
+                    __m512 value = _mm512_mul_ps(_mm512_load_ps(sums[part] + n * SIDE), _mm512_set1_ps(scale));
+                    if (base) value = _mm512_fmadd_ps(_mm512_set1_ps(share), widened(base + place), value);
+                    narrowed(value, result + place);
+                }
+            }
+        }
+}
+
+static inline __mmask16 mask_of(integer left) { return left >= SIDE ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+/* Left tiles of x [height, width] times `scale`, padded; of its transpose if it is `tall`. */
+static void to_tiles(integer height, integer width, int tall, const float *x, float scale, half *tiles) {
+    integer across = padded(tall ? height : width) / BLOCK;
+    for (integer i = 0; i < padded(height); i += SIDE)
+        for (integer j = 0; j < padded(width); j += SIDE) {
+            __m512i r[SIDE];
+            for (integer n = 0; n < SIDE; n++)
+                r[n] = i + n < height && j < width
+                           ? _mm512_castps_si512(_mm512_mul_ps(
+                                 _mm512_set1_ps(scale), _mm512_maskz_loadu_ps(mask_of(width - j), x + (i + n) * width + j)))
+                           : _mm512_setzero_si512();
+            if (tall) transpose(r);
+            integer row = (tall ? j : i) / SIDE, column = (tall ? i : j) / SIDE;
+            half *to = tiles + (row * across + column / 2) * TILE + column % 2 * SIDE;
+            for (int n = 0; n < SIDE; n++) narrowed(_mm512_castsi512_ps(r[n]), to + n * 32);
+        }
+}
+
+/* The other way, rounded to nothing: the tiles are bfloat16 already. */
+static void from_tiles(integer height, integer width, int tall, const half *tiles, half *x) {
+    integer across = padded(tall ? height : width) / BLOCK;
+    for (integer i = 0; i < height; i += SIDE)
+        for (integer j = 0; j < width; j += SIDE) {
+            __m512i r[SIDE];
+            integer row = (tall ? j : i) / SIDE, column = (tall ? i : j) / SIDE;
+            const half *from = tiles + (row * across + column / 2) * TILE + column % 2 * SIDE;
+            for (int n = 0; n < SIDE; n++) r[n] = _mm512_castps_si512(widened(from + n * 32));
+            if (tall) transpose(r);
+            for (integer n = 0; n < SIDE && i + n < height; n++)
+                _mm256_mask_storeu_epi16(x + (i + n) * width + j, mask_of(width - j),
+                                         (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[n])));
+        }
+}
+
+/* update <- the orthogonal matrix nearest to the momentum of a matrix [height, width], nearly.
+
+   `average` is the momentum's, which is brought up to date; `scratch` has room for what muon_scratch says. */
+EXPORT integer muon_scratch(integer height, integer width) {
+    integer tall = height > width, rows = padded(tall ? width : height), columns = padded(tall ? height : width);
+    return (height * width + 31) / 32 * 32 * 2 + 3 * rows * columns + 3 * rows * rows; /* numbers of 16 bits */
+}
+
+EXPORT int muon_orthogonalize(integer height, integer width, integer steps, float a, float b, float c, float eps,
+                              float momentum, integer nesterov, const float *grad, float *average, half *scratch,
+                              half *update) {
+    int tall = height > width;
+    integer rows = padded(tall ? width : height), columns = padded(tall ? height : width);
+    float *direction = (float *)scratch, squares = 0;
+    half *x = scratch + (height * width + 31) / 32 * 32 * 2, *next = x + rows * columns, *right = next + rows * columns;
+    half *r = right + rows * columns, *r_right = r + rows * rows, *p = r_right + rows * rows;
+    float new = 1.0f - momentum;
+    SUMS(omp simd reduction(+ : squares))
+    for (integer n = 0; n < height * width; n++) {
+        average[n] += new * (grad[n] - average[n]);
+        direction[n] = nesterov ? grad[n] + momentum * (average[n] - grad[n]) : average[n];
+        squares += direction[n] * direction[n];
+    }
+    float norm = sqrtf(squares);
+    to_tiles(height, width, tall, direction, 1.0f / (norm > eps ? norm : eps), x);
+    configure_tiles();
+    for (integer step = 0; step < steps; step++) {
+        right_of_transposed(rows, columns, x, right);
+        multiply(rows, columns, rows, x, right, 1.0f, NULL, 0, r);
+        right_of_transposed(rows, rows, r, r_right); /* r is its own transpose */
+        multiply(rows, rows, rows, r, r_right, c, r, b, p);
+        right_of(rows, columns, x, right);
+        multiply(rows, rows, columns, p, right, 1.0f, x, a, next);
+        half *last = x;
+        x = next, next = last;
+    }
+    _tile_release();
+    from_tiles(height, width, tall, x, update);
+    return 0;
+}
+
+#else
+
+EXPORT int muon_supported(void) { return 0; }
+
+#endif
