@@ -31,13 +31,17 @@ def is_supported() -> bool:
 
 def takes(parameters: list[Tensor]) -> bool:
     """Whether :func:`orthogonalize` and :func:`apply` take ``parameters``, which are matrices with gradients."""
-    return is_supported() and all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    return is_supported() and all(map(_takes, [*parameters, *gradients]))
+
+
+def _takes(tensor: Tensor | None) -> bool:
+    return (
+        tensor is not None
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
         and tensor.is_contiguous()
-        for parameter in parameters
-        for tensor in (parameter, parameter.grad)
     )
 
 
