@@ -69,7 +69,8 @@ class BatchedMuon(Muon):
     """torch's Muon with its options and its state, so that either continues what the other began.
 
     It orthogonalizes in bfloat16, as torch's, but on processors without units for it in float32: there bfloat16 is
-    emulated, and slower. Where there are compiled kernels for it (:mod:`mmrec.model.ops.native.muon`), they do all. Of several processes each orthogonalizes a share of the matrices, and all get the results.
+    emulated, and slower. Where there are compiled kernels for it (:mod:`mmrec.model.ops.native.muon`), they do all.
+    Of several processes each orthogonalizes a share of the matrices, and all get the results.
     """
 
     @torch.no_grad()
