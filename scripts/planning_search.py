@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,15 +88,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--table", type=Path, default=Path("docs/planning_search.csv"))
+    parser.add_argument("--changes", nargs="+", help="those trainings alone, by their name in the table")
+    parser.add_argument("--curves", type=Path, help="folder for the losses on the way, a file each")
     options = parser.parse_args()
     for folder in options.data_dirs:
         for seed in options.seeds:
-            search(options.table, folder, options.seconds, seed)
+            search(options.table, folder, options.seconds, seed, options.changes, options.curves)
     report(options.table)
 
 
-def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
-    """Train what is not in ``table`` yet."""
+def search(
+    table: Path,
+    folder: Path,
+    seconds: float,
+    seed: int,
+    changes: Sequence[str] | None = None,
+    curves: Path | None = None,
+) -> None:
+    """Train what is not in ``table`` yet: all, or those of ``changes``; the losses on the way go into ``curves``."""
     opened = open_tokens(folder)
     text, rates = describe_text(opened), dict[tuple[int, Batches], float]()
 
@@ -112,11 +121,12 @@ def search(table: Path, folder: Path, seconds: float, seed: int) -> None:
     plan = make_plan(text, likely, seconds)
     for arm in arms(plan):
         key = {"sha256": digest(opened), "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
-        if is_there(table, key):
+        if is_there(table, key) or (changes is not None and arm.change not in changes):
             continue
+        curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
         changed = carry_out(arm, plan, rate(arm.shape, arm.batches) * seconds)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        reached = bits_per_byte(folder, changed, seed, arm.options)
+        reached = bits_per_byte(folder, changed, seed, arm.options, curve)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         append(
             table,

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.checkpoints.loading import load_model
 from mmrec.data.store import TokenFolder, open_tokens
+from mmrec.planning.comparison import bits_per_byte as scored_bits_per_byte
+from mmrec.planning.comparison import carried_nll
 from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options, layer_parameters
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
@@ -116,8 +118,18 @@ def rows(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, options: Sequence[str] = ()) -> float:
-    """Return the lowest bits per byte on the validation text of a training by ``plan``, changed by ``options``."""
+def bits_per_byte(
+    folder: Path, plan: TrainingPlan, seed: int, options: Sequence[str] = (), curve: Path | None = None
+) -> float:
+    """Return the bits per byte of the best checkpoint of a training by ``plan``, on the whole validation text.
+
+    Args:
+        folder: has the text.
+        plan: what is trained.
+        seed: of the weights and of the order.
+        options: of ``mmrec fit``, which win over the plan's.
+        curve: file for the losses on the way, as Lightning's CSVLogger writes them; None for none.
+    """
     with tempfile.TemporaryDirectory() as root:
         command = [sys.executable, "-m", "mmrec", "fit", "--run=study", f"--data.data_dir={folder.absolute()}"]
         command += [
@@ -126,12 +138,18 @@ def bits_per_byte(folder: Path, plan: TrainingPlan, seed: int, options: Sequence
             f"--trainer.max_steps={plan.steps}",
             f"--seed_everything={seed}",
             "--trainer.enable_progress_bar=false",
+            f"--trainer.default_root_dir={root}",
         ]
-        command += [f"--trainer.default_root_dir={root}", "--trainer.logger=false"]
+        if curve is None:
+            command.append("--trainer.logger=false")
+        else:
+            command += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={root}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        best = read_checkpoint(Path(root, "lightning_logs", "study", "checkpoints", "best.ckpt"))
-    states = [state for name, state in best["callbacks"].items() if name.startswith("BestCheckpoint")]
-    return float(states[0]["best_model_score"]) / math.log(2) / plan.text.bytes_per_token
+        if curve is not None:
+            shutil.copy(next(Path(root).rglob("metrics.csv")), curve)
+        opened = open_tokens(folder)
+        best = load_model(Path(root, "lightning_logs", "study", "checkpoints", "best.ckpt"))
+        return scored_bits_per_byte(carried_nll(best, opened), opened)
 
 
 if __name__ == "__main__":
