@@ -1,9 +1,10 @@
-"""Train nanoGPT's CPU preset and two larger shapes of it for as long as a plan of mmrec train, and add a row for each.
+"""Train nanoGPT's CPU preset and two larger shapes of it for as long as a plan, and add a row for each.
 
 Time is that of the processor. Each is given whatever helps it: the rate of updates is measured before, so that the
-learning rate has fallen when the time is up; the precision that is faster here; 10 validations that do not count as
-time, of which the best decides; scores on windows that overlap by half, so that no token but the first ones has less
-than half a window before it. The plan's own time has its start and its validations in it.
+learning rate has fallen when the time is up; the precision that is faster here; 10 validations on a part of the text
+that do not count as time, of which the best decides; the score of that one on windows that overlap by half, so that
+no token but the first ones has less than half a window before it. The plan's own time has its start and its
+validations in it.
 
     python scripts/planning_baseline.py data/plays data/manual --seconds 60
 
@@ -13,11 +14,13 @@ Rows that the table holds already are not trained again. The plans are rows of d
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from planning_study import append, digest, is_there, rows
 from torch import Tensor
@@ -48,7 +51,8 @@ COLUMNS = (
     "commit",
     "processor",
 )
-VALIDATIONS = 10
+VALIDATIONS, VALIDATED = 10, 16_384
+"""How many there are, and the first tokens of the validation text that each scores."""
 TRIED = 30
 """Updates whose median time is taken."""
 SCORED_ROWS = 64
@@ -80,11 +84,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--table", type=Path, default=Path("docs/planning_baseline.csv"))
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--plans", type=Path, default=Path("docs/planning_search.csv"))
     options = parser.parse_args()
     for folder in options.data_dirs:
         for seed in options.seeds:
-            for name in SIZES:
+            for name in options.models:
                 add_row(options.table, folder, name, options.seconds, seed)
     report(options.table, options.plans)
 
@@ -145,21 +150,25 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def train(model: GPT, size: Size, folder: TokenFolder, steps: int, seed: int, precision: str) -> tuple[float, float]:
-    """Return the seconds of all updates, and the best of the validations."""
+    """Return the seconds of all updates, and the bits per byte on the whole validation text at the best one."""
     loop = TrainingLoop(model, size.hyperparameters, steps, precision)
     batches = RandomWindows(model, folder.train, size.hyperparameters, seed)
-    taken, best = 0.0, float("inf")
+    window = size.hyperparameters.seq_len
+    taken, best, weights = 0.0, float("inf"), model.state_dict()
     for step in range(1, steps + 1):
         taken += timed(lambda: train_step(loop, batches))
         if step * VALIDATIONS // steps > (step - 1) * VALIDATIONS // steps:
-            best = min(best, bits_per_byte(windowed_nll(model, folder, size.hyperparameters.seq_len), folder))
-    return taken, best
+            reached = float(windowed_nll(model, folder.val[:VALIDATED], window).mean())
+            if reached < best:
+                best, weights = reached, copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    return taken, bits_per_byte(windowed_nll(model, folder.val, window), folder)
 
 
 @torch.inference_mode()
-def windowed_nll(model: GPT, folder: TokenFolder, window: int) -> Tensor:
-    """Return the negative log-likelihood of each validation token, [T], in nats, on windows that overlap by half."""
-    tokens = torch.from_numpy(folder.val.astype("int64"))
+def windowed_nll(model: GPT, text: np.ndarray, window: int) -> Tensor:
+    """Return the negative log-likelihood of each token of ``text``, [T], in nats, on windows that overlap by half."""
+    tokens = torch.from_numpy(text.astype("int64"))
     nll = torch.zeros(len(tokens))
     begins = [*range(0, max(1, len(tokens) - 1 - window), window // 2), max(0, len(tokens) - 1 - window)]
     for first in range(0, len(begins), SCORED_ROWS):
