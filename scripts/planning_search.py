@@ -150,10 +150,10 @@ def carry_out(arm: Arm, plan: TrainingPlan, tokens: float) -> TrainingPlan:
 
 def report(table: Path) -> None:
     """Print the regret of the plan on each text and time."""
-    cells: dict[tuple[str, str], list[dict[str, str]]] = {}
+    cells: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows(table):
-        cells.setdefault((row["text"], row["seconds"]), []).append(row)
-    for (text, seconds), found in cells.items():
+        cells.setdefault((row["text"], row["sha256"], row["seconds"]), []).append(row)
+    for (text, _, seconds), found in cells.items():
         planned = [float(row["bits_per_byte"]) for row in found if row["change"] == "plan"]
         best = min(found, key=lambda row: float(row["bits_per_byte"]))
         if planned:

@@ -156,8 +156,8 @@ def regularization(epochs: float) -> dict[str, float]:
 
     The shares of dropout are those of docs/planning_search.csv that did best.
     """
-    dropout = 0.0 if epochs <= 2 else 0.1 if epochs <= 10 else 0.2 if epochs <= 20 else 0.3
-    return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 2 else 0.5, "confidence_penalty": 0.1}
+    dropout = 0.0 if epochs <= 4 else 0.1 if epochs <= 10 else 0.2 if epochs <= 20 else 0.3
+    return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 4 else 0.5, "confidence_penalty": 0.1}
 
 
 def has_second_token(text: Text) -> bool:
