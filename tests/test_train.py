@@ -222,6 +222,20 @@ def test_a_text_that_is_not_there_is_refused(mmrec: Command, capsys: pytest.Capt
     assert "nothing.txt" in capsys.readouterr().err
 
 
+def test_a_text_of_a_few_characters_is_refused_before_anything_is_planned(
+    mmrec: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("ten.txt").write_text("abcdefghij", encoding="utf-8")
+    assert mmrec("train", "ten.txt") == 2
+    out, err = capsys.readouterr()
+    assert err.strip() == (
+        "mmrec: error: the text has 10 tokens, too few to train on and to validate with; "
+        "give one of a few hundred characters at least"
+    )
+    assert "expected" not in out
+    assert not Path("lightning_logs").exists()
+
+
 def test_another_run_of_that_name_is_left_alone(
     mmrec: Command, novel: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

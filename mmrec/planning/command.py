@@ -19,7 +19,7 @@ from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.machine import check_accelerator, measure_rates
 from mmrec.planning.options import TrainOptions, split_arguments
 from mmrec.planning.outcome import report
-from mmrec.planning.plan import FORWARD_SHARE, fit_options, make_plan
+from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, fit_options, make_plan
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
@@ -79,6 +79,11 @@ def _seconds_left(deadline: float) -> float:
 def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
     """Plan a training from nothing, and say so."""
     start, deadline = time.monotonic(), _deadline(options)
+    if len(folder.train) <= SHORTEST_ROW:
+        raise UserError(
+            f"the text has {len(folder.train) + len(folder.val)} tokens, too few to train on and to validate with; "
+            "give one of a few hundred characters at least"
+        )
     text = describe_text(folder)
     accelerator = options.on or "auto"
     rates = measure_rates(text, _seconds_left(deadline), accelerator)

@@ -22,6 +22,8 @@ SHAPES = (
 ``quickstart``, ``tiny``, ``mini`` and ``small``."""
 MOST_EPOCHS = 60
 """A text is not read more often, however much time there is."""
+SHORTEST_ROW = 16
+"""Tokens of a row of a short text."""
 MOST_VALIDATIONS = 20
 VALIDATION_SHARE = 0.06
 """Most of the time that all validations of a training may take."""
@@ -125,7 +127,7 @@ class TrainingPlan:
 def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
     """Return the batches of a model: small ones for small models, and such that a short text has several of them."""
     wanted = Batches(8, 128, 8) if config.dim <= 128 else Batches(4 if config.dim < 512 else 8, 512, 1)
-    while wanted.tokens * 2 > train_tokens and wanted.seq_len > 16:
+    while wanted.tokens * 2 > train_tokens and wanted.seq_len > SHORTEST_ROW:
         wanted = replace(wanted, seq_len=wanted.seq_len // 2, interleave=1)
     while wanted.tokens * 2 > train_tokens and wanted.rows > 1:
         wanted = replace(wanted, rows=wanted.rows // 2, interleave=1)
