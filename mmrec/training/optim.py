@@ -88,12 +88,13 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     """
     matrices, embeddings, rest = split_parameters(model, mtp_head)
     weight_decay, rate = options.weight_decay, options.learning_rate
-    fused = True if embeddings[0].device.type == "cpu" else None  # one operation, where torch would make a dozen
     by_adamw = [{"params": embeddings, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if options.optimizer == "adamw":
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})
-        return AdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)
+        return AdamW(by_adamw, lr=rate, betas=options.betas)
     muon = BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    # One operation, where torch would make a dozen. Lightning clips no gradients of one that is fused and alone.
+    fused = True if embeddings[0].device.type == "cpu" else None
     return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)])
 
 
