@@ -163,10 +163,11 @@ def test_sizes_in_evals() -> None:
     written = find(r"shape \(([\d.]+) M parameters with bytes\)", "docs/evals.md")[1]
     assert same(written, model("quickstart", ByteTokenizer().vocab_size).parameter_count() / 1e6)
     rows = re.findall(r"^\| (mmrec|GPT|LSTM)(?:, 3 seeds)? \|.* ([\d,]{7,}) \|$", page("docs/evals.md"), re.M)
-    assert len(rows) == 3
-    for name, count in rows:
-        net = make_model(name.lower(), SMALL["mqar"].config, 2, 64)
-        assert number(count) == layer_parameters(net), name
+    assert len(rows) == 6
+    for task, part in (("mqar", rows[:3]), ("copy", rows[3:])):
+        for name, count in part:
+            net = make_model(name.lower(), SMALL[task].config, 2, 64)
+            assert number(count) == layer_parameters(net), (task, name)
 
 
 def test_the_file_of_a_memory(tmp_path: Path) -> None:

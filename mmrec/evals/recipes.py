@@ -21,7 +21,8 @@ SMALL: dict[str, Recipe] = {
     "mqar": Recipe(MQAR, _config(128, 1, "long"), (4, 8, 16, 32, 64, 128), (4, 16, 64, 128), 500),
     "passkey": Recipe(Passkey, BOTH, (64, 256, 1024, 4096), (1024, 4096, 16384, 65536), 600),
     "kv": Recipe(KeyValue, BOTH, (16, 32, 64), (64, 128, 256), 300),
-    "copy": Recipe(Copy, BOTH, (8, 16, 32, 64), (32, 64, 128), 400),
+    # One head, as for mqar: what is overwritten depends on the directions that the keys can have.
+    "copy": Recipe(Copy, _config(128, 1, "short", "long"), (8, 16, 32, 64, 96), (64, 96, 128, 256), 400),
     "induction": Recipe(Induction, BOTH, (64, 128, 256), (256, 4096, 65536), 300),
     "parity": Recipe(Parity, LONG, (4, 8, 16, 32, 64), (64, 256, 1024), 400, tokens=4096),
     "s5": Recipe(S5, LONG, (4, 8, 16, 32, 64), (16, 64, 256), 2000, tokens=4096),
