@@ -8,12 +8,12 @@ validations in it.
 
     python scripts/planning_baseline.py data/plays data/manual --seconds 60
 
-Rows that the table holds already are not trained again. The plans are rows of docs/planning_search.csv.
+Rows that the table holds already are not trained again; without folders it only reports. The plans are rows of
+docs/planning_search.csv.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from planning_study import append, digest, is_there, rows
+from planning_study import append, digest, is_there, rows, table_parser
 from torch import Tensor
 
 from mmrec.baselines.learning import RandomWindows, train_step
@@ -79,11 +79,8 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data_dirs", nargs="*", type=Path, help="token folders; none: only report")
+    parser = table_parser(__doc__, "docs/planning_baseline.csv", "*")
     parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--table", type=Path, default=Path("docs/planning_baseline.csv"))
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--plans", type=Path, default=Path("docs/planning_search.csv"))
     options = parser.parse_args()

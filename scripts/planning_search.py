@@ -12,14 +12,13 @@ byte above the best of the search, as a share of that.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planning_study import append, bits_per_byte, digest, is_there, row_of, rows
+from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser
 
 from mmrec.data.store import open_tokens
 from mmrec.planning.machine import seconds_per_update
@@ -83,11 +82,8 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data_dirs", nargs="+", type=Path, help="token folders")
+    parser = table_parser(__doc__, "docs/planning_search.csv")
     parser.add_argument("--seconds", type=float, default=60, help="of the processor, for each training")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--table", type=Path, default=Path("docs/planning_search.csv"))
     parser.add_argument("--changes", nargs="+", help="those trainings alone, by their name in the table")
     parser.add_argument("--curves", type=Path, help="folder for the losses on the way, a file each")
     options = parser.parse_args()

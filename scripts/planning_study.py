@@ -46,20 +46,32 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data_dirs", nargs="+", type=Path, help="token folders")
+    parser = table_parser(__doc__, "docs/planning.csv")
     parser.add_argument(
         "--shapes", nargs="+", type=int, default=[0, 1, 2], help="numbers of mmrec.planning.plan.SHAPES"
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[500_000, 1_500_000], help="tokens to read")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--table", type=Path, default=Path("docs/planning.csv"))
     options = parser.parse_args()
     for tokens in options.tokens:
         for number in options.shapes:
             for folder in options.data_dirs:
                 for seed in options.seeds:
                     add_row(options.table, folder, number, tokens, seed)
+
+
+def table_parser(doc: str | None, table: str, folders: str = "+") -> argparse.ArgumentParser:
+    """Return a parser of what every study has: texts, seeds, and the table that rows are added to.
+
+    Args:
+        doc: of the script; its first line says what it does.
+        table: path of the table where none is given.
+        folders: how many there are: "+", or "*" where a script without any reports on its table alone.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("data_dirs", nargs=folders, type=Path, help="token folders")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", type=Path, default=Path(table))
+    return parser
 
 
 def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> None:
