@@ -56,12 +56,15 @@ def _polynomial(gram: Tensor, coefficients: tuple[float, float, float], steps: i
     """
     a, b, c = coefficients
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    product = identity.expand_as(gram)
-    for step in range(steps):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
-        product = factor @ product if step else factor
-        if step < steps - 1:
-            gram = factor @ gram @ factor
+
+    def factor_of(gram: Tensor) -> Tensor:
+        return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+
+    product = factor = factor_of(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        product = factor @ product
     return product
 
 
@@ -154,13 +157,14 @@ def shared_out(count: int, function: Callable[[range], Tensor]) -> Tensor:
         count: number of results, the same in all processes.
         function: of the numbers that this process has, possibly none; it returns their results [M, ...].
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if processes == 1:
         return function(range(count))
-    share, rank = -(-count // distributed.get_world_size()), distributed.get_rank()
+    share, rank = -(-count // processes), distributed.get_rank()
     found = function(range(min(count, share * rank), min(count, share * (rank + 1))))
     own = found.new_zeros(share, *found.shape[1:])
     own[: len(found)] = found
-    gathered = found.new_empty(share * distributed.get_world_size(), *found.shape[1:])
+    gathered = found.new_empty(share * processes, *found.shape[1:])
     distributed.all_gather_into_tensor(gathered, own)
     return gathered[:count]
 

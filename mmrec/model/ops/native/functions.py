@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         rows, length, dim = x.shape
         y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(rows, length)
-        _run("rms_norm", dtype, x, length, dim, eps, x, _Whole(weight), y, scale)
+        run("rms_norm", dtype, x, length, dim, eps, x, Whole(weight), y, scale)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -64,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, length, dim = x.shape
         to_x, to_weight = torch.empty_like(x), x.new_empty(rows, dim)
         grad = grad.contiguous()
-        _run("rms_norm_backward", grad.dtype, x, length, dim, x, _Whole(weight), scale, grad, to_x, to_weight)
+        run("rms_norm_backward", grad.dtype, x, length, dim, x, Whole(weight), scale, grad, to_x, to_weight)
         return to_x, to_weight.sum(0), None, None
 
 
@@ -80,7 +80,7 @@ class _SwiGLU(torch.autograd.Function):
         x = x.contiguous()
         rows, length, dim = x.shape
         y = x.new_empty(rows, length, dim // 2)
-        _run("swiglu", x.dtype, x, length, dim // 2, x, y)
+        run("swiglu", x.dtype, x, length, dim // 2, x, y)
         ctx.save_for_backward(x)
         return y
 
@@ -89,7 +89,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         to_x = torch.empty_like(x)
-        _run("swiglu_backward", x.dtype, x, x.shape[1], x.shape[2] // 2, x, grad.contiguous(), to_x)
+        run("swiglu_backward", x.dtype, x, x.shape[1], x.shape[2] // 2, x, grad.contiguous(), to_x)
         return to_x
 
 
@@ -109,7 +109,7 @@ class _DropoutAdd(torch.autograd.Function):
         seeds = torch.randint(1 << 32, (len(x),))
         ctx.arguments = x[0].numel(), int(dropout * (1 << 32)), 1 / (1 - dropout), seeds
         total = torch.empty_like(x)
-        _run("dropout_add", y.dtype, x, *ctx.arguments, x, y, total)
+        run("dropout_add", y.dtype, x, *ctx.arguments, x, y, total)
         ctx.dtype = y.dtype
         return total
 
@@ -118,7 +118,7 @@ class _DropoutAdd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous()
         to_y = torch.empty_like(grad, dtype=ctx.dtype)
-        _run("dropout_add_backward", ctx.dtype, grad, *ctx.arguments, grad, to_y)
+        run("dropout_add_backward", ctx.dtype, grad, *ctx.arguments, grad, to_y)
         return grad, to_y, None
 
 
@@ -159,8 +159,8 @@ class _ShortMemory(torch.autograd.Function):
             torch.empty_like(past),
         )
         sizes = (length, dim, width)
-        _run(
-            "short_memory", x.dtype, x, *sizes, x, past, state, *map(_Whole, (taps, r_bias, i_bias, rate)),
+        run(
+            "short_memory", x.dtype, x, *sizes, x, past, state, *map(Whole, (taps, r_bias, i_bias, rate)),
             reset_mask, y, states, past_after,
         )  # fmt: skip
         ctx.save_for_backward(x, past, state, taps, r_bias, i_bias, rate, reset_mask, states)
@@ -174,9 +174,9 @@ class _ShortMemory(torch.autograd.Function):
         rows, (_, dim, width) = len(x), ctx.sizes
         to_x, to_past, to_state = torch.empty_like(x), torch.empty_like(past), to_last.clone()
         to_taps, (to_r_bias, to_i_bias, to_rate) = past.new_empty(rows, width, dim), past.new_empty(3, rows, dim)
-        _run(
+        run(
             "short_memory_backward", x.dtype, x, *ctx.sizes, x, past, state,
-            *map(_Whole, (taps, r_bias, i_bias, rate)), reset_mask, states, grad.contiguous(),
+            *map(Whole, (taps, r_bias, i_bias, rate)), reset_mask, states, grad.contiguous(),
             to_past_after.contiguous(), to_x, to_past, to_state, to_taps, to_r_bias, to_i_bias, to_rate,
         )  # fmt: skip
         shared = (to_taps.sum(0).t(), to_r_bias.sum(0), to_i_bias.sum(0), to_rate.sum(0))
@@ -236,7 +236,7 @@ class _LongMemory(torch.autograd.Function):
             past.new_empty(rows, -(-length // SPAN), heads, size, -(-size // LANES) * LANES) if is_learning else None
         )
         layer = _LongMemoryArguments(*numbers, *(each.data_ptr() for each in shared))
-        _run("long_memory", x.dtype, x, layer, x, gate, reset_mask, past_after, after, y, kept)
+        run("long_memory", x.dtype, x, layer, x, gate, reset_mask, past_after, after, y, kept)
         ctx.save_for_backward(x, gate, past, kept, reset_mask, *shared)
         ctx.numbers = numbers
         return y, past_after, after
@@ -257,7 +257,7 @@ class _LongMemory(torch.autograd.Function):
         to_taps, to_norm = past.new_empty(rows, *taps.shape), past.new_zeros(rows, size)
         to_rate, to_decay_bias, to_beta_bias = past.new_zeros(3, rows, heads)
         layer = _LongMemoryArguments(*ctx.numbers, *(each.data_ptr() for each in shared))
-        _run(
+        run(
             "long_memory_backward", x.dtype, x, layer, x, gate, reset_mask, grad.contiguous(), past, kept,
             to_past_after.contiguous(), to_x, to_gate, to_past, to_state, to_taps, to_rate, to_decay_bias,
             to_beta_bias, to_norm,
@@ -273,20 +273,20 @@ def _contiguous(tensor: Any) -> Any:
     return None if tensor is None else tensor.contiguous()
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """An argument of a kernel that is the same for all rows."""
 
     tensor: Tensor
 
 
-def _run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
+def run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
     """Call a kernel for each row of the batch.
 
     Args:
         name: of the kernel.
         dtype: of matrix products.
         x: its input, by whose size threads are judged.
-        arguments: a tensor is given as the address of the row, one that is :class:`_Whole` by its own; numbers and
+        arguments: a tensor is given as the address of the row, one that is :class:`Whole` by its own; numbers and
             None are given as they are, structures by their address.
     """
     kernel = _kernel(name, dtype)
@@ -312,7 +312,7 @@ def _run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
 
 def _fixed(argument: Any) -> Any:
     match argument:
-        case _Whole(tensor):
+        case Whole(tensor):
             return c_void_p(tensor.data_ptr())
         case int():
             return c_int64(argument)

@@ -8,20 +8,19 @@
 #define _GNU_SOURCE
 #include "kernels.h"
 
+static inline float averaged(float average, float grad, float momentum) {
+    return average + (1.0f - momentum) * (grad - average);
+}
+
 /* The momentum's average of the gradients, for a matrix that another process orthogonalizes. */
 EXPORT int muon_average(integer count, float momentum, const float *grad, float *average) {
-    VECTORIZE for (integer n = 0; n < count; n++) average[n] += (1.0f - momentum) * (grad[n] - average[n]);
+    VECTORIZE for (integer n = 0; n < count; n++) average[n] = averaged(average[n], grad[n], momentum);
     return 0;
 }
 
-/* weight <- decay weight - rate update; `update` is bfloat16. */
-EXPORT int muon_apply(integer count, float decay, float rate, const uint16_t *update, float *weight) {
-    VECTORIZE for (integer n = 0; n < count; n++) {
-        uint32_t bits = (uint32_t)update[n] << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        weight[n] = decay * weight[n] - rate * value;
-    }
+/* weight <- decay weight - rate update. */
+EXPORT int muon_apply(integer count, float decay, float rate, const number *update, float *weight) {
+    VECTORIZE for (integer n = 0; n < count; n++) weight[n] = decay * weight[n] - rate * load(update[n]);
     return 0;
 }
 
@@ -173,7 +172,7 @@ static void to_tiles(integer height, integer width, int tall, const float *x, fl
         }
 }
 
-/* The other way, rounded to nothing: the tiles are bfloat16 already. */
+/* The other way; nothing is rounded, as the tiles are bfloat16 already. */
 static void from_tiles(integer height, integer width, int tall, const half *tiles, half *x) {
     integer across = padded(tall ? height : width) / BLOCK;
     for (integer i = 0; i < height; i += SIDE)
@@ -191,24 +190,20 @@ static void from_tiles(integer height, integer width, int tall, const half *tile
 
 /* update <- the orthogonal matrix nearest to the momentum of a matrix [height, width], nearly.
 
-   `average` is the momentum's, which is brought up to date; `scratch` has room for what muon_scratch says. */
-EXPORT integer muon_scratch(integer height, integer width) {
-    integer tall = height > width, rows = padded(tall ? width : height), columns = padded(tall ? height : width);
-    return (height * width + 31) / 32 * 32 * 2 + 3 * rows * columns + 3 * rows * rows; /* numbers of 16 bits */
-}
-
+   `average` is the momentum's, which is brought up to date. */
 EXPORT int muon_orthogonalize(integer height, integer width, integer steps, float a, float b, float c, float eps,
-                              float momentum, integer nesterov, const float *grad, float *average, half *scratch,
-                              half *update) {
+                              float momentum, integer nesterov, const float *grad, float *average, half *update) {
     int tall = height > width;
     integer rows = padded(tall ? width : height), columns = padded(tall ? height : width);
-    float *direction = (float *)scratch, squares = 0;
-    half *x = scratch + (height * width + 31) / 32 * 32 * 2, *next = x + rows * columns, *right = next + rows * columns;
+    /* The direction fits into the padded matrix. Lines of the cache hold whole rows of tiles. */
+    float *direction = aligned_alloc(64, rows * columns * sizeof(float)), squares = 0;
+    half *scratch = aligned_alloc(64, 3 * rows * (columns + rows) * sizeof(half));
+    if (!direction || !scratch) return free(direction), free(scratch), 1;
+    half *x = scratch, *next = x + rows * columns, *right = next + rows * columns;
     half *r = right + rows * columns, *r_right = r + rows * rows, *p = r_right + rows * rows;
-    float new = 1.0f - momentum;
     SUMS(omp simd reduction(+ : squares))
     for (integer n = 0; n < height * width; n++) {
-        average[n] += new * (grad[n] - average[n]);
+        average[n] = averaged(average[n], grad[n], momentum);
         direction[n] = nesterov ? grad[n] + momentum * (average[n] - grad[n]) : average[n];
         squares += direction[n] * direction[n];
     }
@@ -227,6 +222,8 @@ EXPORT int muon_orthogonalize(integer height, integer width, integer steps, floa
     }
     _tile_release();
     from_tiles(height, width, tall, x, update);
+    free(direction);
+    free(scratch);
     return 0;
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_float, c_int64, c_void_p
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmrec.model.ops.native import functions
 from mmrec.model.ops.native.build import library
 
 
@@ -31,15 +31,13 @@ def is_supported() -> bool:
 
 def takes(parameters: list[Tensor]) -> bool:
     """Whether :func:`orthogonalize` and :func:`apply` take ``parameters``, which are matrices with gradients."""
-    gradients = [parameter.grad for parameter in parameters]
-    return is_supported() and all(map(_takes, [*parameters, *gradients]))
+    return is_supported() and all(_takes(tensor) for each in parameters for tensor in (each, each.grad))
 
 
 def _takes(tensor: Tensor | None) -> bool:
     return (
         tensor is not None
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and functions.takes(tensor, torch.bfloat16)
         and tensor.dtype == torch.float32
         and tensor.is_contiguous()
     )
@@ -56,34 +54,21 @@ def orthogonalize(gradient: Tensor, average: Tensor, how: Momentum, update: Tens
         how: options of Muon.
         update: [rows, columns], bfloat16; it is written.
     """
-    kernels, sizes = _kernels(), (c_int64(gradient.shape[0]), c_int64(gradient.shape[1]))
-    scratch = torch.empty(kernels.muon_scratch(*sizes), dtype=torch.bfloat16)
-    kernels.muon_orthogonalize(
-        *sizes,
-        c_int64(how.steps),
-        *map(c_float, how.coefficients),
-        c_float(how.eps),
-        c_float(how.momentum),
-        c_int64(how.nesterov),
-        *(c_void_p(tensor.data_ptr()) for tensor in (gradient, average, scratch, update)),
-    )
+    numbers = (*gradient.shape, how.steps, *how.coefficients, how.eps, how.momentum, how.nesterov)
+    _run("muon_orthogonalize", *numbers, gradient, average, update)
 
 
 def bring_up_to_date(average: Tensor, gradient: Tensor, momentum: float) -> None:
     """Make ``average`` that of the gradients with ``gradient``, as :func:`orthogonalize` does."""
-    addresses = c_void_p(gradient.data_ptr()), c_void_p(average.data_ptr())
-    _kernels().muon_average(c_int64(gradient.numel()), c_float(momentum), *addresses)
+    _run("muon_average", gradient.numel(), momentum, gradient, average)
 
 
 def apply(weight: Tensor, update: Tensor, decay: float, rate: float) -> None:
     """Make ``weight`` [rows, columns], float32, ``decay`` of itself less ``rate`` of ``update``, bfloat16."""
-    addresses = c_void_p(update.data_ptr()), c_void_p(weight.data_ptr())
-    _kernels().muon_apply(c_int64(weight.numel()), c_float(decay), c_float(rate), *addresses)
+    _run("muon_apply", weight.numel(), decay, rate, update, weight)
 
 
-@cache
-def _kernels() -> CDLL:
-    kernels = library(torch.bfloat16)
-    assert kernels is not None
-    kernels.muon_scratch.restype = c_int64
-    return kernels
+def _run(name: str, *arguments: float | Tensor) -> None:
+    """Call a kernel, which takes whole matrices: to :func:`mmrec.model.ops.native.functions.run` each is one row."""
+    rows = [each.detach()[None] if isinstance(each, Tensor) else each for each in arguments]
+    functions.run(name, torch.bfloat16, next(each for each in rows if isinstance(each, Tensor)), *rows)
