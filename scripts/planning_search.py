@@ -6,8 +6,9 @@ matter.
 
     python scripts/planning_search.py data/plays data/manual --seconds 60
 
-Rows that the table holds already are not trained again. The regret of the plan on a text is what it needs in bits per
-byte above the best of the search, as a share of that.
+Rows that the table holds already are not trained again; what is added to them reads as many tokens as they did, since
+another trial would find another pace. The regret of the plan on a text is what it needs in bits per byte above the
+best of the search, as a share of that.
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ from pathlib import Path
 from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser
 
 from mmrec.data.store import open_tokens
+from mmrec.model import ModelConfig
+from mmrec.planning.law import LAW
 from mmrec.planning.machine import seconds_per_update
-from mmrec.planning.plan import SHAPES, VALIDATION_SHARE, Batches, TrainingPlan, choose_batches, make_plan
+from mmrec.planning.plan import (
+    SHAPES,
+    VALIDATION_SHARE,
+    Batches,
+    Text,
+    TrainingPlan,
+    choose_batches,
+    layer_parameters,
+    make_plan,
+    regularization,
+)
 from mmrec.planning.text import describe_text
 
 COLUMNS = (
@@ -44,6 +57,12 @@ COLUMNS = (
     "commit",
     "processor",
 )
+
+
+REGULARIZED = (("dropout 0", 0.0, 0.1), ("dropout 0.1", 0.1, 0.5), ("dropout 0.3", 0.3, 0.5))
+"""Names, dropout and weight decay of what is tried against overfitting."""
+INSTEAD_OF_PLAN = ("dropout 0.05", 0.05, 0.3)
+"""The same, for the one of them that is the plan itself."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,9 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
             yield Arm(f"shape {shape}, rate x {factor}", shape, batches, (f"--model.learning_rate={rate * factor}",))
     for factor in (0.5, 2, 3):
         yield Arm(f"rate x {factor}", planned, plan.batches, (f"--model.learning_rate={rate * factor}",))
-    regularized = (("dropout 0", 0.0, 0.1), ("dropout 0.1", 0.1, 0.5), ("dropout 0.3", 0.3, 0.5))
-    for name, dropout, decay in regularized:
+    for name, dropout, decay in REGULARIZED:
+        if regularization(plan.epochs) == {"model.dropout": dropout, "model.weight_decay": decay}:
+            name, dropout, decay = INSTEAD_OF_PLAN
         yield Arm(name, planned, plan.batches, (f"--model.dropout={dropout}", f"--model.weight_decay={decay}"))
     yield Arm("no second token", planned, plan.batches, ("--model.mtp_loss_weight=0",))
     yield Arm("cosine", planned, plan.batches, ("--model.schedule=cosine",))
@@ -103,24 +123,22 @@ def search(
 ) -> None:
     """Train what is not in ``table`` yet: all, or those of ``changes``; the losses on the way go into ``curves``."""
     opened = open_tokens(folder)
-    text, rates = describe_text(opened), dict[tuple[int, Batches], float]()
-
-    def rate(shape: int, batches: Batches) -> float:
-        if (shape, batches) not in rates:
-            pace = seconds_per_update(SHAPES[shape], text, "cpu", 3.0, batches, time.process_time)
-            rates[shape, batches] = batches.tokens / pace
-        return rates[shape, batches]
-
-    likely = [
-        (config, rate(number, choose_batches(config, text.train_tokens))) for number, config in enumerate(SHAPES[:4])
-    ]
-    plan = make_plan(text, likely, seconds)
+    text, name = describe_text(opened), digest(opened)
+    trained = {row["change"]: row for row in rows(table) if (row["sha256"], row["seconds"]) == (name, f"{seconds:g}")}
+    plan = planned_before(trained, text) or plan_by_trials(text, seconds)
+    steps = {(SHAPES.index(plan.config), plan.batches): plan.steps}
     for arm in arms(plan):
-        key = {"sha256": digest(opened), "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
+        if arm.change in trained:
+            steps.setdefault((arm.shape, arm.batches), int(trained[arm.change]["tokens"]) // arm.batches.tokens)
+    for arm in arms(plan):
+        key = {"sha256": name, "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
         if is_there(table, key) or (changes is not None and arm.change not in changes):
             continue
         curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
-        changed = carry_out(arm, plan, rate(arm.shape, arm.batches) * seconds)
+        if (arm.shape, arm.batches) not in steps:
+            tokens = rate(SHAPES[arm.shape], text, arm.batches) * seconds * (1 - VALIDATION_SHARE)
+            steps[arm.shape, arm.batches] = max(1, int(tokens / arm.batches.tokens))
+        changed = replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps[arm.shape, arm.batches])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         reached = bits_per_byte(folder, changed, seed, arm.options, curve)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -138,10 +156,26 @@ def search(
         )
 
 
-def carry_out(arm: Arm, plan: TrainingPlan, tokens: float) -> TrainingPlan:
-    """Return the plan of an arm that reads about ``tokens``."""
-    steps = max(1, int(tokens * (1 - VALIDATION_SHARE) / arm.batches.tokens))
-    return replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps)
+def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
+    """Return the tokens that a second of the processor trains on."""
+    return batches.tokens / seconds_per_update(config, text, "cpu", 3.0, batches, time.process_time)
+
+
+def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
+    """Return the plan of a text that has no row yet."""
+    batches = [(config, choose_batches(config, text.train_tokens)) for config in SHAPES[:4]]
+    return make_plan(text, [(config, rate(config, text, each)) for config, each in batches], seconds)
+
+
+def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:
+    """Return the plan of the row that a table has of it, since another trial would find another pace; or None."""
+    if "plan" not in trained:
+        return None
+    config = SHAPES[int(trained["plan"]["shape"])]
+    batches = choose_batches(config, text.train_tokens)
+    tokens = int(trained["plan"]["tokens"])
+    expected = text.ngram * LAW.relative_loss(layer_parameters(config), text.train_tokens, tokens)
+    return TrainingPlan(config, batches, tokens // batches.tokens, text, expected, LAW.spread)
 
 
 def report(table: Path) -> None:
