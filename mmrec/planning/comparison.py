@@ -29,6 +29,8 @@ COUNTED, COMPRESSED = 50_000, 1_000_000
 """Tokens whose n-grams are counted in a second, and bytes that PPMd takes: fewer than on a slow core."""
 CACHE = 16
 """MiB of the cache of n-grams."""
+WEIGHED = 1024
+"""Last tokens of what is counted, by which the n-grams and the model are weighed."""
 
 
 def comparison_seconds(minutes: float) -> float:
@@ -87,10 +89,7 @@ def compare(trained: LoadedModel, folder: TokenFolder, nll: Tensor, seconds: flo
     memory = SavedState.empty(trained.net).learning(trained.net)
     counts = trained.tokenizer.vocab_size <= LARGEST_VOCABULARY
     if counts:
-        memory = memory.caching(CACHE)
-        assert memory.cached is not None
-        before = folder.train[-max(1, int(COUNTED * seconds / 4)) :]
-        memory = replace(memory, cached=with_counted(memory.cached, [before], len(memory.logits)))
+        memory = with_weighed_counts(trained, memory, folder.train[-max(1, int(COUNTED * seconds / 4)) :])
     found = torch.cat([*_read_for(Reader(trained.net, memory), folder, len(nll), seconds / 2)])
     if len(found) < 2:
         return None
@@ -101,6 +100,25 @@ def compare(trained: LoadedModel, folder: TokenFolder, nll: Tensor, seconds: flo
     return Comparison(
         len(found), bits_per_byte(nll[: len(found)], folder), bits_per_byte(found, folder), counts, ppmd
     )
+
+
+def with_weighed_counts(trained: LoadedModel, memory: SavedState, text: np.ndarray) -> SavedState:
+    """Return ``memory`` with a cache of the n-grams of ``text`` [T], T at least 1.
+
+    The end of the text is read with what was counted before: a few n-grams can be far from what the model expects,
+    and how much they are to be believed is only known from a text that they have not counted.
+    """
+    empty = SavedState.empty(trained.net).caching(CACHE)
+    assert empty.cached is not None
+    counted = with_counted(empty.cached, [text[:-WEIGHED]], len(empty.logits))
+    reader = Reader(trained.net, replace(empty, cached=counted))
+    for _ in reader.read(text[-WEIGHED:]):
+        pass
+    read, begun = reader.memory.cached, memory.caching(CACHE)
+    assert read is not None
+    assert begun.cached is not None
+    cached = replace(begun.cached, table=read.table, weights=read.weights, curvature=read.curvature)
+    return replace(begun, cached=cached)
 
 
 def _read_for(reader: Reader, folder: TokenFolder, tokens: int, seconds: float) -> Iterator[Tensor]:

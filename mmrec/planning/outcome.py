@@ -69,11 +69,12 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
 def _with_memory(beside: Comparison, scored: int) -> list[str]:
     """Return the lines about the memory: where it read a part of the text alone, with the others' figures for it."""
     how = "learning and counting n-grams" if beside.counts else "learning"
-    lines = [f"memory      {beside.memory:.3f} bits/byte, {how} as it reads"]
-    if beside.tokens < scored:
+    part = f" on the first {beside.tokens:,} tokens" if beside.tokens < scored else ""
+    lines = [f"memory      {beside.memory:.3f} bits/byte{part}, {how} as it reads"]
+    if part:
         ppmd = "" if beside.ppmd is None else f", and {beside.ppmd:.3f} by PPMd"
-        lines[0] += ","
-        lines.append(f"            on the first {beside.tokens:,} tokens: {beside.state:.3f} there without{ppmd}")
+        lines[0] += ";"
+        lines.append(f"            on these tokens it has {beside.state:.3f} without{ppmd}")
     return lines
 
 
