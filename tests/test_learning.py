@@ -220,7 +220,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     _, memory = read(net, torch.randint(7, (PART,)), learning_memory(net))
     learned = memory.learned
     assert learned is not None
-    gradients = {name: torch.full_like(x, torch.nan) for name, x in learned.difference.items()}
+    gradients = {name: torch.full(x.shape, torch.nan) for name, x in learned.difference.items()}
     difference, squares = learning.updated_weights(learned, gradients)
     assert difference is learned.difference
     assert squares is learned.squares
@@ -231,7 +231,8 @@ def test_the_difference_is_bounded_whatever_the_gradients_are() -> None:
     learned = learning_memory(net, "small").learned
     assert learned is not None
     for number in range(300):
-        gradients = {name: torch.full_like(x, 10.0 ** (number % 40 - 20)) for name, x in learned.difference.items()}
+        size = 10.0 ** (number % 40 - 20)
+        gradients = {name: torch.full(x.shape, size) for name, x in learned.difference.items()}
         difference, squares = learning.updated_weights(learned, gradients)
         learned = replace(learned, difference=difference, squares=squares, updates=number + 1)
     assert max(float(x.abs().max()) for x in learned.difference.values()) < 10 * 3e-3 / 1e-3

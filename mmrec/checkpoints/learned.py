@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM, State, state_to
+from mmrec.model.ops import dispatch
 
 Form = Literal["full", "small"]
 """Which weights learn: all, or vectors, convolutions and embeddings."""
@@ -29,7 +30,9 @@ class LearnedWeights:
 
     Attributes:
         form: which weights learn.
-        difference: of each parameter that learns to the trained one, by its name; numbers of float16, in float32.
+        compiled: whether compiled kernels are used on a CPU, as where the memory was begun: their sums differ from
+            torch's in the last bits, and what is learned is not to depend on where a text was cut.
+        difference: of each parameter that learns to the trained one, by its name, float16.
         squares: running means of squared gradients by the names of :func:`statistics_shapes`, float32.
         updates: parts that were learned from.
         state: of the model with what it has learned, after the last whole part.
@@ -42,6 +45,7 @@ class LearnedWeights:
     """
 
     form: Form
+    compiled: bool
     difference: dict[str, Tensor]
     squares: dict[str, Tensor]
     updates: int
@@ -58,7 +62,11 @@ class LearnedWeights:
         device, weights = logits.device, learned_parameters(net, form)
         return cls(
             form=form,
-            difference={name: torch.zeros(weight.shape, device=device) for name, weight in weights.items()},
+            compiled=device.type != "cpu" or dispatch.has_native(torch.float32),
+            difference={
+                name: torch.zeros(weight.shape, dtype=torch.float16, device=device)
+                for name, weight in weights.items()
+            },
             squares={name: torch.zeros(shape, device=device) for name, shape in statistics_shapes(net, form).items()},
             updates=0,
             state=[(past.clone(), memory.clone()) for past, memory in state],
@@ -83,7 +91,7 @@ class LearnedWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the numbers by their names in the file."""
-        tensors = {f"learned.difference.{name}": x.to(torch.float16) for name, x in self.difference.items()}
+        tensors = {f"learned.difference.{name}": x for name, x in self.difference.items()}
         tensors |= {f"learned.squares.{name}": x for name, x in self.squares.items()}
         for title, state in (("state", self.state), ("untouched", self.untouched)):
             for number, (past, memory) in enumerate(state):
@@ -94,7 +102,8 @@ class LearnedWeights:
 
     def metadata(self) -> dict[str, str]:
         """Return what the file says of them beside the numbers."""
-        return {"learned": self.form, "learned_updates": str(self.updates)}
+        metadata = {"learned": self.form, "learned_updates": str(self.updates)}
+        return metadata if self.compiled else metadata | {"learned_kernels": "none"}
 
     @classmethod
     def from_file(cls, net: RecurrentLM, tensors: dict[str, Tensor], metadata: dict[str, str]) -> LearnedWeights:
@@ -112,7 +121,7 @@ class LearnedWeights:
         if tokens.dim() != 1 or len(tokens) >= PART or ((tokens < 0) | (tokens >= vocab_size)).any():
             raise UserError("holds tokens that the model does not have")
         form = form_of(metadata)
-        difference = {n: tensors[f"learned.difference.{n}"].float() for n in learned_parameters(net, form)}
+        difference = {n: tensors[f"learned.difference.{n}"] for n in learned_parameters(net, form)}
         squares = {name: tensors[f"learned.squares.{name}"] for name in statistics_shapes(net, form)}
         if any((x.abs() > LARGEST_DIFFERENCE).any() for x in difference.values()):
             raise UserError("holds weights larger than learning ever makes them")
@@ -128,6 +137,7 @@ class LearnedWeights:
         }
         return cls(
             form=form,
+            compiled=metadata.get("learned_kernels") != "none",
             difference=difference,
             squares=squares,
             updates=int(updates),

@@ -10,12 +10,13 @@ difference is mostly noise, the mixture takes a part of it; on text unlike what 
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmrec.checkpoints.learned import Form, LearnedWeights, learned_parameters
-from mmrec.model import RecurrentLM
+from mmrec.model import RecurrentLM, State
 
 LEARNING_RATES: dict[Form, float] = {"full": 6e-4, "small": 3e-3}
 """Size of an update where the gradient is as large as it has been on average; fewer weights go further."""
@@ -37,18 +38,42 @@ MIX_RANGE = (-0.5, 1.5)
 """Of the mixture's weights."""
 
 
+class PartRead(NamedTuple):
+    """A part of a text, or its begin, that was read.
+
+    Attributes:
+        learned: after it; what its weights are from now on.
+        state: of the model that learns, after the last token.
+        expected: [N], logits of the next token.
+        mixture: [T, N], logits that predicted each token.
+        logits: [2, T + 1, N], of each token and of the one after them, by the untouched model and by the one that
+            learns.
+    """
+
+    learned: LearnedWeights
+    state: State
+    expected: Tensor
+    mixture: Tensor
+    logits: Tensor
+
+
 class LearningNet:
     """A copy of a model whose weights are the trained ones and a difference; those that never learn are shared.
 
     Args:
         net: the model; it is not changed.
         form: which weights learn.
+
+    Attributes:
+        net: the copy.
+        parameters: those of it that learn, by their names.
+        trained: what they are without the difference.
     """
 
     @torch.inference_mode(False)  # what is made in it has no gradients
     def __init__(self, net: RecurrentLM, form: Form) -> None:
         trained = learned_parameters(net, form)
-        self._trained = {name: parameter.detach() for name, parameter in trained.items()}
+        self.trained = {name: parameter.detach() for name, parameter in trained.items()}
         memo: dict[int, object] = {}
         for parameter in net.parameters():
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -61,7 +86,7 @@ class LearningNet:
     def set_difference(self, difference: dict[str, Tensor]) -> None:
         """Make the weights the trained ones and ``difference``."""
         for name, parameter in self.parameters.items():
-            torch.add(self._trained[name], difference[name].to(parameter.dtype), out=parameter.detach())
+            torch.add(self.trained[name], difference[name].to(parameter.dtype), out=parameter.detach())
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """Return the gradient of ``loss`` by each parameter that learns, in float32."""
@@ -90,8 +115,8 @@ def updated_weights(
             squares[name] = torch.lerp(learned.squares[name], gradient.square().add_(LEAST_SQUARE), 1 - BETA2)
             update = gradient * (squares[name] / correction).rsqrt_()
         update.clamp_(-LARGEST_UPDATE, LARGEST_UPDATE)
-        moved = (learned.difference[name] * keep).sub_(update, alpha=rate * keep)
-        difference[name] = moved.half().float()  # as the file keeps it
+        moved = (learned.difference[name].float() * keep).sub_(update, alpha=rate * keep)
+        difference[name] = moved.half()
     if not all(bool((square < LARGEST_GRADIENT**2).all()) for square in squares.values()):
         return learned.difference, learned.squares
     return difference, squares

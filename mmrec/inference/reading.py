@@ -18,10 +18,10 @@ from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
 from mmrec.inference.cached_reading import CachedGenerating, CachedReading, with_counted
 from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
-from mmrec.inference.learning import LearningNet, mix_part, mixed, updated_weights
+from mmrec.inference.learner import Learner
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.text_input import iter_file_tokens
-from mmrec.model import RecurrentLM, State, detach_state
+from mmrec.model import RecurrentLM, State
 from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
@@ -129,10 +129,7 @@ class Reader:
     def __init__(self, net: RecurrentLM, memory: SavedState) -> None:
         self.memory = memory
         self._net = net
-        self._learning: LearningNet | None = None
-        if memory.learned is not None:
-            self._learning = LearningNet(net, memory.learned.form)
-            self._learning.set_difference(memory.learned.difference)
+        self._learner = None if memory.learned is None else Learner(net, memory.learned)
         self._cached = None if memory.cached is None else CachedReading(memory.cached, len(memory.logits))
 
     def read(self, tokens: np.ndarray | Tensor) -> Iterator[ReadPart]:
@@ -160,25 +157,19 @@ class Reader:
         self.memory = SavedState(state, logits[0, -1].clone(), memory.position + len(tokens))
         return torch.cat([memory.logits[None].to(logits), logits[0, :-1]]).float()
 
+    @torch.inference_mode(False)
     def _read_learning(self, new: Tensor, learned: LearnedWeights) -> Tensor:
         """Read what fits into the part that was begun, and learn from the part where it ends; return the logits."""
-        is_whole = len(learned.tokens) + len(new) == PART
-        with torch.inference_mode(False), torch.set_grad_enabled(is_whole):
-            tokens = torch.cat([learned.tokens, new])
-            both, state, untouched = self._forward(learned, tokens)
-            predictions, last = both[:, :-1].detach(), both[:, -1].detach()
-            mixture, mix, curvature = mix_part(learned, predictions, tokens)
-            after = replace(learned, tokens=tokens)
-            if is_whole:
-                after = self._learn(learned, token_nll(both[1, :-1], tokens, "mean"))
-                after = replace(after, state=state, untouched=untouched, logits=last.clone(), tokens=tokens[:0])
-                after = replace(after, mix=mix, curvature=curvature)
-            if self._cached is not None:
-                scores = both.detach().flip(0).log_softmax(-1)
-                mixture = self._cached.read(scores, tokens, self._scored(learned.tokens), is_whole)
+        assert self._learner is not None
+        tokens = torch.cat([learned.tokens, new])
+        part = self._learner.read(learned, tokens)
+        mixture, cached = part.mixture, None
+        if self._cached is not None:
+            scores, is_whole = part.logits.flip(0).log_softmax(-1), len(tokens) == PART
+            mixture = self._cached.read(scores, tokens, self._scored(learned.tokens), is_whole)
+            cached = self._cached.ngrams
         position = self.memory.position + len(new)
-        cached = None if self._cached is None else self._cached.ngrams
-        self.memory = SavedState(state, mixed(last, mix), position, learned=after, cached=cached)
+        self.memory = SavedState(part.state, part.expected, position, learned=part.learned, cached=cached)
         return mixture[-len(new) :]
 
     @torch.inference_mode()
@@ -202,27 +193,6 @@ class Reader:
         """Return those tokens of a part that something predicts: all, but for the first of a text."""
         return slice(1 if self.memory.position == len(begun) else 0, None)
 
-    def _forward(self, learned: LearnedWeights, tokens: Tensor) -> tuple[Tensor, State, State]:
-        """Read the tokens of a part from its begin by both models.
-
-        Returns:
-            Logits [2, T + 1, N], float32, of each token and of the one after them, of the untouched model and of the
-            one that learns, the latter with a graph; the state after them of the one that learns; and of the other.
-        """
-        assert self._learning is not None
-        logits, state = self._learning.net(tokens[None], _usable(learned.state))
-        with torch.no_grad():
-            untouched, untouched_state = self._net(tokens[None], _usable(learned.untouched))
-        both = torch.cat([learned.logits[:, None].clone(), torch.cat([untouched, logits]).float()], dim=1)
-        return both, detach_state(state), detach_state(untouched_state)
-
-    def _learn(self, learned: LearnedWeights, loss: Tensor) -> LearnedWeights:
-        """Return ``learned`` after an update of the weights by the ``loss`` of a part."""
-        assert self._learning is not None
-        difference, squares = updated_weights(learned, self._learning.gradients(loss))
-        self._learning.set_difference(difference)
-        return replace(learned, difference=difference, squares=squares, updates=learned.updates + 1)
-
     @torch.inference_mode()
     def generating(self, length: int, verbatim: int = 0) -> tuple[Tensor, TokenDecoder]:
         """Return what text is generated with: the logits [N] of the next token, and what reads on from the memory.
@@ -242,33 +212,17 @@ class Reader:
             raise UserError("verbatim is for a memory with a cache of n-grams; read the text with one: --cache")
         models = [(self._net, memory.state)]
         logits, mix = memory.logits[None], None
-        if memory.learned is not None and self._learning is not None:
-            logits, untouched, mix = self._at_the_end(memory.learned)
-            models = [(self._net, untouched), (self._learning.net, memory.state)]
+        if memory.learned is not None and self._learner is not None:
+            logits, untouched, mix = self._learner.at_the_end(memory.learned)
+            models = [(self._net, untouched), (self._learner.net, memory.state)]
         decoders = [make_decoder(net, state, length) for net, state in models]
         if verbatim and memory.cached is not None:
             ngrams = CachedGenerating(memory.cached, len(memory.logits), verbatim)
             return ngrams.mixed(logits.flip(0).log_softmax(-1)), CachedDecoder(ngrams, *reversed(decoders))
         return memory.logits, decoders[0] if mix is None else MixedDecoder(mix, *decoders)
 
-    def _at_the_end(self, learned: LearnedWeights) -> tuple[Tensor, State, Tensor]:
-        """Return, after the part that was begun, both models' logits [2, N], the untouched one's state, the mix."""
-        if not len(learned.tokens):
-            return learned.logits, learned.untouched, learned.mix
-        both, _, untouched = self._forward(learned, learned.tokens)
-        _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
-        return both[:, -1], untouched, mix
-
 
 def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:
     """Read tokens [T] on from ``memory``; yield :attr:`ReadPart.nll` and the memory after it, part by part."""
     for part in Reader(net, memory).read(tokens):
         yield part.nll, part.memory
-
-
-def _usable(state: State) -> State:
-    """Return a state that gradients can be computed from: made in inference mode, it must be copied."""
-    return [
-        (past.clone() if past.is_inference() else past, memory.clone() if memory.is_inference() else memory)
-        for past, memory in state
-    ]

@@ -8,6 +8,9 @@ but for their matrix products. Everywhere else all is computed by torch (:mod:`c
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,6 +40,8 @@ def native(x: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
     """
     if x.device.type != "cpu" or x.dim() != 3 or x.shape[1] == 1 or torch.compiler.is_compiling():
         return None
+    if _leaves_out_native.get():
+        return None
     functions = native_functions()
     return functions if functions is not None and functions.takes(x, dtype or x.dtype) else None
 
@@ -58,6 +63,21 @@ def uses_native() -> bool:
     return functions is not None and bool(functions.is_built())
 
 
+def has_native(dtype: torch.dtype) -> bool:
+    """Return whether those for matrix products of ``dtype`` are used here on a CPU; they are built if need be."""
+    return native(torch.zeros(1, 2, 1, dtype=dtype)) is not None
+
+
+@contextmanager
+def without_native() -> Iterator[None]:
+    """Compute by torch, within, what the kernels of :mod:`mmrec.model.ops.native` compute; in this thread alone."""
+    token = _leaves_out_native.set(True)
+    try:
+        yield
+    finally:
+        _leaves_out_native.reset(token)
+
+
 def native_problem() -> str | None:
     """Return why the kernels of :mod:`mmrec.model.ops.native` cannot be used; None where nobody wants them."""
     functions = native_functions()
@@ -66,6 +86,7 @@ def native_problem() -> str | None:
 
 
 _chosen = {"native": True}
+_leaves_out_native = ContextVar("leaves_out_native", default=False)
 
 
 @cache

@@ -6,6 +6,7 @@ is summed over rows is summed in their order, so the bits do not depend on the n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from functools import cache
@@ -210,7 +211,9 @@ def long_memory(
     return _LongMemory.apply(x, gate, past, state, *weights, reset_mask, form)  # type: ignore[no-any-return]
 
 
-class _LongMemoryArguments(Structure):
+class LongMemoryArguments(Structure):
+    """The form of a long layer and the addresses of its weights, as long_memory.c has them."""
+
     _fields_ = [
         *((name, c_int64) for name in ("length", "heads", "size", "width", "stride", "span")),
         *((name, c_float) for name in ("beta_max", "query_scale", "eps")),
@@ -235,7 +238,7 @@ class _LongMemory(torch.autograd.Function):
         kept = (
             past.new_empty(rows, -(-length // SPAN), heads, size, -(-size // LANES) * LANES) if is_learning else None
         )
-        layer = _LongMemoryArguments(*numbers, *(each.data_ptr() for each in shared))
+        layer = LongMemoryArguments(*numbers, *(each.data_ptr() for each in shared))
         run("long_memory", x.dtype, x, layer, x, gate, reset_mask, past_after, after, y, kept)
         ctx.save_for_backward(x, gate, past, kept, reset_mask, *shared)
         ctx.numbers = numbers
@@ -256,7 +259,7 @@ class _LongMemory(torch.autograd.Function):
         to_x[..., 3 * heads * size + 2 * heads :] = 0
         to_taps, to_norm = past.new_empty(rows, *taps.shape), past.new_zeros(rows, size)
         to_rate, to_decay_bias, to_beta_bias = past.new_zeros(3, rows, heads)
-        layer = _LongMemoryArguments(*ctx.numbers, *(each.data_ptr() for each in shared))
+        layer = LongMemoryArguments(*ctx.numbers, *(each.data_ptr() for each in shared))
         run(
             "long_memory_backward", x.dtype, x, layer, x, gate, reset_mask, grad.contiguous(), past, kept,
             to_past_after.contiguous(), to_x, to_gate, to_past, to_state, to_taps, to_rate, to_decay_bias,
@@ -308,6 +311,27 @@ def run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
     failed = sum(_pool(threads).map(row, rows)) if threads > 1 else sum(map(row, rows))
     if failed:
         raise MemoryError(f"no memory for {name}")
+
+
+def prepared(name: str, *arguments: Any) -> Callable[[], None]:
+    """Return a call of a kernel of float32 products with the same arguments each time.
+
+    Args:
+        name: of the kernel.
+        arguments: tensors, contiguous, on the CPU, whose memory every call reads and writes; whole numbers, numbers
+            of float32, structures and None.
+    """
+    kernel, given = _kernel(name, torch.float32), []
+    for each in arguments:
+        if isinstance(each, Tensor) and not each.is_contiguous():
+            raise ValueError("a kernel takes contiguous tensors")
+        given.append(_fixed(Whole(each) if isinstance(each, Tensor) else each))
+
+    def call(kept_alive: object = arguments) -> None:
+        if kernel(*given):
+            raise MemoryError(f"no memory for {name}")
+
+    return call
 
 
 def _fixed(argument: Any) -> Any:

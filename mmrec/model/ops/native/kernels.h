@@ -44,9 +44,8 @@ static inline float load(number x) { return x; }
 static inline number store(float value) { return value; }
 #endif
 
-/* e^x - 1, to 2 units in the last place also where x is close to 0; x at most 88, below -87 it is -1. */
-static inline float expm1_of(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+/* e^x in two factors, of x between -87 and 88: a power of 2, and 1 more than what is returned. */
+static inline float exp_series(float x, float *power) {
     float whole = x * 1.44269504f + 12582912.0f; /* its last bits are the nearest integer */
     uint32_t bits;
     memcpy(&bits, &whole, 4);
@@ -60,11 +59,24 @@ static inline float expm1_of(float x) {
     series = series * rest + 0.5f;
     series = series * rest * rest + rest;
     bits = (bits + 127) << 23; /* the low bits of the sum hold the integer; the rest is shifted out */
-    float power;
-    memcpy(&power, &bits, 4);
+    memcpy(power, &bits, 4);
+    return series;
+}
+
+/* e^x - 1, to 2 units in the last place also where x is close to 0; x at most 88, below -87 it is -1. */
+static inline float expm1_of(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float power, series = exp_series(x, &power);
     return power * series + (power - 1.0f);
 }
 static inline float exp_of(float x) { return expm1_of(x) + 1.0f; }
+
+/* e^x to 2 units in the last place however small it is, where exp_of has the precision of a sum with 1; x at most 88,
+   below -87 it is 0. */
+static inline float power_of(float x) {
+    float power, series = exp_series(x < -87.0f ? -87.0f : x, &power);
+    return x < -87.0f ? 0.0f : power * series + power;
+}
 static inline float sigmoid(float x) { return 1.0f / (2.0f + expm1_of(-x)); }
 
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
