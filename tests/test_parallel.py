@@ -52,6 +52,17 @@ def test_two_processes_learn_what_one_does(
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_gradients_through_shared_memory_are_those_of_ddp(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
+    options = ["--trainer.precision=32-true", *LOSSES, "--data.batch_size=2"]
+    options += ["--trainer.max_epochs=-1", "--trainer.max_steps=4"]
+    ways = {"ddp": [*DDP, "--trainer.accumulate_grad_batches=2"]}
+    ways["cores"] = ["--trainer.devices=2", "--trainer.strategy=cores", "--trainer.accumulate_grad_batches=2"]
+    for way, strategy in ways.items():
+        run(tmp_path, *fit(prepared, *options, *strategy, f"--run={way}"), ranks=2)
+    ddp, cores = (trained(way, tmp_path) for way in ways)
+    assert all(torch.equal(ddp[name], cores[name]) for name in ddp)
+
+
 def test_a_model_cut_over_processes_goes_on(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
     """FSDP: each process keeps a part of every weight, and writes its own part of the checkpoint."""
     options = [*EXACT[1:3], "--trainer.precision=32-true", "--model.optimizer=adamw"]

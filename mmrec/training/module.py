@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints import contents
@@ -22,7 +22,8 @@ from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.arithmetic import arithmetic, choose_arithmetic
 from mmrec.training.carried_state import CarriedState, gather, join_states
-from mmrec.training.compat import average_without_waiting, updates_to_come
+from mmrec.training.compat import average_without_waiting, is_logging_step, updates_to_come
+from mmrec.training.exchange import gather_all
 from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
@@ -160,7 +161,8 @@ class RecurrentLMModule(LightningModule):
         hidden, state = self._read(batch, self._carried.get(batch.stream))
         self._carried.update(batch.stream, state)
         loss, learned = self._losses(hidden, batch.targets)
-        self.log("train/loss", loss)  # not for the bar: Lightning would wait for the device at every update
+        if is_logging_step(self.trainer) or self.trainer.is_last_batch:
+            self.log("train/loss", loss)  # not for the bar: Lightning would wait for the device at every update
         if self.mtp_head is None:
             return learned
         weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
@@ -182,19 +184,19 @@ class RecurrentLMModule(LightningModule):
     def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
         nll, confident = summed_losses(self.net.head, hidden, targets, self.options.confidence_penalty > 0)
-        loss = self._mean_over_processes(targets, nll)
+        count = self._count(targets)
+        loss = nll / count
         if not self.options.confidence_penalty:
             return loss, loss
         weight = confidence_weight(self.options.confidence_penalty, self.global_step, self._planned_steps)
-        return loss, loss + weight * self._mean_over_processes(targets, confident)
+        return loss, loss + weight * (confident / count)
 
-    def _mean_over_processes(self, targets: Tensor, total: Tensor) -> Tensor:
-        """Return this process's share of the mean over the tokens of all: they may score unequal numbers of them."""
+    def _count(self, targets: Tensor) -> Tensor:
+        """Return how many tokens are scored, by each process in the mean: their gradients are averaged."""
         count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # the second token of a row of one is not scored
         if self.trainer.world_size > 1:
-            distributed.all_reduce(count)
-            return total / count * self.trainer.world_size
-        return total / count
+            return gather_all(count[None]).sum() / self.trainer.world_size
+        return count
 
     def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         rows = len(batch.inputs)

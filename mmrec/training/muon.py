@@ -13,6 +13,7 @@ from torch.optim import Muon
 
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.model.ops import dispatch
+from mmrec.training.exchange import gather_all
 
 GRAM_PAYS = 2
 """Columns a row from which on iterating over X X^T alone takes fewer multiplications than over X."""
@@ -84,48 +85,52 @@ class BatchedMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            kernels = dispatch.native_muon(parameters)
+            if kernels is not None:
+                self._update_by_kernels(kernels, group, parameters)
+                continue
             shapes: dict[tuple[torch.Size, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes[parameter.shape, parameter.device, parameter.dtype].append(parameter)
-            for parameters in shapes.values():
-                self._update(group, parameters)
+            for parameter in parameters:
+                shapes[parameter.shape, parameter.device, parameter.dtype].append(parameter)
+            for alike in shapes.values():
+                updates = self._by_torch(group, alike)
+                decay, rate = _factors(group, alike[0])
+                local = [_local(parameter) for parameter in alike]
+                torch._foreach_mul_(local, decay)
+                torch._foreach_add_(local, updates.to(local[0].dtype).unbind(), alpha=-rate)
         return loss
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update ``parameters``, which are of one shape."""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        # Scaled to the size of AdamW's (Liu et al. 2025).
-        decay, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        kernels = dispatch.native_muon(parameters)
-        if kernels is not None:
-            for parameter, update in zip(parameters, self._by_kernels(kernels, group, parameters), strict=True):
-                kernels.apply(parameter, update, decay, rate)
-            return
-        updates = self._by_torch(group, parameters)
-        parameters = [_local(parameter) for parameter in parameters]
-        torch._foreach_mul_(parameters, decay)
-        torch._foreach_add_(parameters, updates.to(parameters[0].dtype).unbind(), alpha=-rate)
-
-    def _by_kernels(self, kernels: ModuleType, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
-        """Return the nearly orthogonal matrices [M, rows, columns] by compiled code, in bfloat16."""
+    def _update_by_kernels(self, kernels: ModuleType, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Update ``parameters`` by compiled code; of several processes each orthogonalizes some, in bfloat16."""
         how = kernels.Momentum(
             *(group[name] for name in ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps"))
         )
-        pairs = [(parameter.grad, self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-
-        def own(mine: range) -> Tensor:
-            updates = torch.empty(len(mine), *parameters[0].shape, dtype=torch.bfloat16)
-            for number, (gradient, average) in enumerate(pairs):
-                if number in mine:
-                    kernels.orthogonalize(gradient, average, how, updates[number - mine.start])
-                else:
-                    kernels.bring_up_to_date(average, gradient, how.momentum)
-            return updates
-
-        return shared_out(len(pairs), own)
+        processes, rank = _processes()
+        owners = share_out([min(each.shape) * each.numel() for each in parameters], processes)
+        places = [0] * processes
+        room = max(sum(each.numel() for each, of in zip(parameters, owners, strict=True) if of == one)
+                   for one in range(processes))  # fmt: skip
+        own, spans = torch.empty(room, dtype=torch.bfloat16), []
+        for parameter, owner in zip(parameters, owners, strict=True):
+            start = places[owner]
+            places[owner] += parameter.numel()
+            spans.append((owner, start))
+            gradient, average = parameter.grad, self.state[parameter]["momentum_buffer"]
+            if owner == rank:
+                mine = own[start : places[owner]].view(parameter.shape)
+                kernels.orthogonalize(gradient, average, how, mine)
+            else:
+                kernels.bring_up_to_date(average, gradient, how.momentum)
+        everyone = own[None] if processes == 1 else gather_all(own[None])
+        for parameter, (owner, start) in zip(parameters, spans, strict=True):
+            update = everyone[owner, start : start + parameter.numel()].view(parameter.shape)
+            kernels.apply(parameter, update, *_factors(group, parameter))
 
     def _by_torch(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
         """Return the nearly orthogonal matrices [M, rows, columns]; of a sharded model the rows of this process."""
@@ -144,10 +149,32 @@ class BatchedMuon(Muon):
         return shared_out(len(matrices), lambda mine: orthogonal(matrices[mine.start : mine.stop]))
 
 
+def _factors(group: dict[str, Any], parameter: Tensor) -> tuple[float, float]:
+    """Return what a parameter is multiplied by, and the rate of its update: scaled to AdamW's (Liu et al. 2025)."""
+    rate: float = group["lr"]
+    return 1 - rate * group["weight_decay"], rate * 0.2 * max(parameter.shape) ** 0.5
+
+
 def _local(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process has, in the same memory; another is returned itself."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def _processes() -> tuple[int, int]:
+    """Return how many processes train together, and the number of this one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0
+
+
+def share_out(costs: list[int], processes: int) -> list[int]:
+    """Return for each of ``costs`` the process that bears it, so that all bear about as much."""
+    borne, owners = [0] * processes, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        owners[number] = borne.index(min(borne))
+        borne[owners[number]] += costs[number]
+    return owners
 
 
 def shared_out(count: int, function: Callable[[range], Tensor]) -> Tensor:
@@ -157,16 +184,14 @@ def shared_out(count: int, function: Callable[[range], Tensor]) -> Tensor:
         count: number of results, the same in all processes.
         function: of the numbers that this process has, possibly none; it returns their results [M, ...].
     """
-    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    processes, rank = _processes()
     if processes == 1:
         return function(range(count))
-    share, rank = -(-count // processes), distributed.get_rank()
+    share = -(-count // processes)
     found = function(range(min(count, share * rank), min(count, share * (rank + 1))))
     own = found.new_zeros(share, *found.shape[1:])
     own[: len(found)] = found
-    gathered = found.new_empty(share * processes, *found.shape[1:])
-    distributed.all_gather_into_tensor(gathered, own)
-    return gathered[:count]
+    return gather_all(own)[:count]
 
 
 def _by_matrices(parts: Tensor, sharded: Any, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,7 +31,8 @@ class GradientGuard(Callback):
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):  # the one place where an update waits for the device
-            pl_module.log("train/grad_norm", norm)
+            if is_logging_step(trainer):
+                pl_module.log("train/grad_norm", norm)
         elif getattr(trainer.precision_plugin, "scaler", None) is not None:
             pass  # float16's loss scaling meets overflows as a matter of course, and skips them itself
         else:

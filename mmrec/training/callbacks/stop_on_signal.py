@@ -14,6 +14,7 @@ from torch import distributed
 
 from mmrec.training.callbacks.checkpointing import LastCheckpoint
 from mmrec.training.compat import is_accumulating
+from mmrec.training.exchange import gather_all
 from mmrec.training.slurm import REQUEUE_SIGNAL, current_job, requeue
 
 
@@ -84,6 +85,8 @@ class StopOnSignal(Callback):
         mine = self._signal or 0
         if trainer.world_size == 1:
             return mine
+        if trainer.strategy.root_device.type == "cpu":
+            return int(gather_all(torch.tensor([mine])).max())
         if self._group is None:
             # On the CPUs: to agree by the devices would be to wait for them at every update.
             self._group = distributed.new_group(backend="gloo")

@@ -1,0 +1,179 @@
+"""Means over the processes of one machine through memory that they share, without waiting for the system.
+
+What one process computes in a few milliseconds waits for the other's, thousands of times a minute. gloo sends that
+through sockets, and each time the system wakes a process, which takes as long as the sum itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor, distributed
+
+from mmrec.core.errors import UserError
+from mmrec.model.ops.native.build import library
+
+LINE = 64
+"""Bytes of what each process says of itself."""
+SETS = 2
+"""Sets of slots, which are used in turn."""
+ROOM = 1 << 22
+"""Numbers of 4 bytes in a slot, at the most; what is larger is exchanged in parts."""
+LIMIT = 1800.0
+"""Seconds that a process waits for another: one may write a checkpoint or score a text meanwhile."""
+SHARED_MEMORY = Path("/dev/shm")
+FAILURES = {
+    1: f"another process of this training has ended, or did not answer for {LIMIT:.0f} seconds",
+    2: "the processes of this training exchange different things: they do not train one model",
+}
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("lines", "slots")),
+        *((name, ctypes.c_int64) for name in ("room", "rank", "processes")),
+        ("limit", ctypes.c_double),
+    ]
+
+
+class Exchange:
+    """Memory that all processes of a group on one machine share; all must call its methods in the same order.
+
+    Args:
+        numbers: float32 numbers that are exchanged at once, if there is room for them.
+
+    Raises:
+        UserError: there are no compiled kernels.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        kernels = library(torch.float32)
+        if kernels is None or not hasattr(kernels, "exchange_mean"):
+            raise UserError("the strategy 'cores' needs the compiled kernels, and there are none; use ddp instead")
+        self._kernels = kernels
+        rank, processes = distributed.get_rank(), distributed.get_world_size()
+        room = -(-min(numbers, ROOM) // LINE) * LINE
+        self._memory = self._map(processes * (LINE + SETS * room * 4))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        ctypes.c_int64.from_address(start + rank * LINE + 3 * 8).value = os.getpid()
+        self._group = _Group(start, start + processes * LINE, room, rank, processes, LIMIT)
+        self.processes = processes
+        distributed.barrier()  # until all have said who they are
+
+    @staticmethod
+    def _map(size: int) -> mmap.mmap:
+        """Return memory of ``size`` bytes, zero at first, that all processes have, and that goes with the last."""
+        given: list[Any] = [None]
+        if distributed.get_rank() == 0:
+            given[0] = _file_of(size)
+        distributed.broadcast_object_list(given)
+        with open(given[0], "r+b") as file:
+            memory = mmap.mmap(file.fileno(), size)
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            os.unlink(given[0])
+        return memory
+
+    def mean(self, tensors: Iterable[Tensor]) -> None:
+        """Make each of ``tensors``, contiguous and float32, the mean of all processes' ones, to the same bits."""
+        given = list(tensors)
+        addresses = (ctypes.c_void_p * len(given))(*(each.data_ptr() for each in given))
+        sizes = (ctypes.c_int64 * len(given))(*(each.numel() for each in given))
+        self._run("exchange_mean", len(given), addresses, sizes)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return all processes' ``own``, of one shape [M, ...], behind each other."""
+        own = own.contiguous()
+        everyone = own.new_empty(self.processes * len(own), *own.shape[1:])
+        addresses = (ctypes.c_void_p(each.data_ptr()) for each in (own, everyone))
+        self._run("exchange_copies", own.nbytes, *addresses)
+        return everyone
+
+    def _run(self, name: str, count: int, *arguments: Any) -> None:
+        failed = getattr(self._kernels, name)(ctypes.byref(self._group), ctypes.c_int64(count), *arguments)
+        if failed:
+            raise UserError(FAILURES[failed])
+
+
+def _file_of(size: int) -> str:
+    """Return the path of a new file of ``size`` bytes, in memory where there is room."""
+    for folder in (SHARED_MEMORY, None):
+        if folder is not None and not folder.is_dir():
+            continue
+        handle, path = tempfile.mkstemp("mmrec", dir=folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)  # else a page that is not there ends the process later
+            else:
+                os.ftruncate(handle, size)
+            return path
+        except OSError:
+            os.unlink(path)
+        finally:
+            os.close(handle)
+    raise UserError(f"there is no room for {size / 1e6:.0f} MB that processes share; use --trainer.strategy ddp")
+
+
+_in_use: list[Exchange] = []
+"""That of this process, while it trains with others of its machine."""
+
+
+def gather_all(own: Tensor) -> Tensor:
+    """Return all processes' ``own``, of one shape [M, ...], behind each other; by the exchange if there is one."""
+    if _in_use and own.device.type == "cpu":
+        return _in_use[0].gather(own)
+    everyone = own.new_empty(distributed.get_world_size() * len(own), *own.shape[1:])
+    distributed.all_gather_into_tensor(everyone, own)
+    return everyone
+
+
+class SharedMemoryStrategy(DDPStrategy):
+    """The model replicated in processes on the cores of one machine, which exchange gradients in memory they share.
+
+    The gradients are exchanged after the backward pass: there is no wrapper around the model that would do it within.
+    """
+
+    _accumulates = False
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            distributed.broadcast(tensor.detach(), 0)
+        exchange = Exchange(sum(parameter.numel() for parameter in self.model.parameters()))
+        _in_use[:] = [exchange]
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._accumulates or not _in_use:
+            return
+        assert self.model is not None
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        fast = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
+        _in_use[0].mean(fast)
+        for each in gradients:
+            if each.dtype != torch.float32 or not each.is_contiguous():
+                distributed.all_reduce(each)
+                each /= _in_use[0].processes
+
+    def teardown(self) -> None:
+        _in_use.clear()
+        super().teardown()
+
+
+StrategyRegistry.register("cores", SharedMemoryStrategy, description="processes on the cores of one machine")
