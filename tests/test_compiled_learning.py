@@ -46,6 +46,7 @@ def test_the_mixture_of_a_part(length: int) -> None:
     learned = learned_of(net, "full", torch.randint(7, (PART,)))
     logits, tokens = 4 * torch.randn(2, length + 1, 7), torch.randint(7, (length,))
     logits[1, :, 3] = -60.0  # as good as impossible
+    logits[1, :9, 2] = 40.0  # as good as certain
     found = mix_part(mixing_rule(), logits, tokens, learned.mix, learned.curvature)
     mixture, mix, curvature = learning.mix_part(learned, logits[:, :-1], tokens)
     torch.testing.assert_close(found.scores, logits.log_softmax(-1), rtol=1e-6, atol=1e-5)

@@ -10,8 +10,8 @@ static void normalize_row(integer size, const float *x, float *y) {
     for (integer c = 0; c < size; c++) most = x[c] > most ? x[c] : most;
     SUMS(omp simd reduction(+ : sum))
     for (integer c = 0; c < size; c++) sum += power_of(x[c] - most);
-    float by = most + logf(sum);
-    VECTORIZE for (integer c = 0; c < size; c++) y[c] = x[c] - by;
+    float rest = logf(sum); /* of one sum with `most`, more digits would be lost than a certain token leaves */
+    VECTORIZE for (integer c = 0; c < size; c++) y[c] = (x[c] - most) - rest;
 }
 
 /* What a block of tokens says of the mixture's weights: the slope of the log-likelihood, and how it bends. */
