@@ -174,7 +174,8 @@ def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPl
     config = SHAPES[int(trained["plan"]["shape"])]
     batches = choose_batches(config, text.train_tokens)
     tokens = int(trained["plan"]["tokens"])
-    expected = text.ngram * LAW.relative_loss(layer_parameters(config), text.train_tokens, tokens)
+    expected = LAW.yardstick(text.ngram, text.xz)
+    expected *= LAW.relative_loss(layer_parameters(config), text.train_tokens, tokens)
     return TrainingPlan(config, batches, tokens // batches.tokens, text, expected, LAW.spread)
 
 

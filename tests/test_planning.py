@@ -13,7 +13,7 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
-from mmrec.planning.law import LAW
+from mmrec.planning.law import LAW, MOST_APART
 from mmrec.planning.machine import measure_rates, seconds_per_update
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
@@ -47,6 +47,14 @@ def test_more_text_and_more_time_are_expected_to_help() -> None:
     losses = [LAW.relative_loss(parameters, 1e6, tokens) for tokens in (1e5, 1e6, 4e6)]
     assert losses == sorted(losses, reverse=True)
     assert LAW.relative_loss(parameters, 1e5, 1e6) > LAW.relative_loss(parameters, 1e6, 1e6)
+
+
+def test_what_xz_makes_of_a_text_counts_within_bounds() -> None:
+    assert LAW.yardstick(2.0, 2.0) == 2.0
+    assert LAW.yardstick(2.0, 1.5) < 2.0 < LAW.yardstick(2.0, 2.5)
+    assert LAW.yardstick(2.0, 0.0) == pytest.approx(2.0 * MOST_APART**-LAW.copies)
+    assert LAW.yardstick(2.0, 9.0) == pytest.approx(2.0 * MOST_APART**LAW.copies)
+    assert LAW.yardstick(0.0, 0.1) == 0.0
 
 
 @pytest.mark.parametrize("config", SHAPES[:4], ids=lambda config: str(config.dim))

@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+MOST_APART = 1.5
+"""Of what xz and an n-gram model make of a text, the one over the other."""
+
 
 @dataclass(frozen=True)
 class Law:
-    """Loss, relative to what an n-gram model makes of the text, by parameters and tokens.
+    """Loss, relative to what an n-gram model and xz make of the text, by parameters and tokens.
 
     The bits per byte of a model are ``text * (floor + parameters_weight / P**parameters_power + tokens_weight /
     D**tokens_power)``, with P the parameters in millions, D the effective tokens in millions, and ``text`` the bits
-    per byte that an n-gram model of the training text makes of the validation text.
+    per byte that an n-gram model of the training text makes of the validation text, times a power of what xz makes
+    of it over that: what is said again at a length, or far away, is told by xz alone.
 
     Attributes:
         floor: of a model without limits.
@@ -27,6 +31,7 @@ class Law:
         tokens_power: its power.
         repetition: epochs after which reading the text again has lost most of its worth, R of the paper.
         overfit: what a parameter too many costs, by the logarithm of parameters over tokens of the text.
+        copies: power of what xz makes of the text over what the n-gram model makes.
         spread: standard deviation of the logarithm of what came over what was expected, on texts left out of the fit.
     """
 
@@ -37,7 +42,18 @@ class Law:
     tokens_power: float
     repetition: float
     overfit: float
+    copies: float
     spread: float
+
+    def yardstick(self, ngram: float, xz: float) -> float:
+        """Return the bits per byte that the loss of a text is relative to.
+
+        Args:
+            ngram: bits per byte by the n-gram model.
+            xz: bits per byte by xz; more than :data:`MOST_APART` times as many, or as few, count as that.
+        """
+        apart = min(MOST_APART, max(1 / MOST_APART, xz / ngram)) if ngram > 0 else 1.0
+        return float(ngram * apart**self.copies)
 
     def effective_tokens(self, text_tokens: float, tokens_read: float) -> float:
         """Return the tokens read, with those that are read again for what they are worth.
@@ -51,7 +67,7 @@ class Law:
         return once + text_tokens * self.repetition * (1 - math.exp(-again / self.repetition))
 
     def relative_loss(self, parameters: float, text_tokens: float, tokens_read: float) -> float:
-        """Return the expected bits per byte over those of the n-gram model.
+        """Return the expected bits per byte over the yardstick of the text.
 
         Args:
             parameters: of the model, without the embedding.
@@ -71,5 +87,5 @@ class Law:
         return relative
 
 
-LAW = Law(0.687, 0.0791, 0.3769, 0.101, 0.547, 30.2359, 0.0035, 0.0886)
+LAW = Law(0.6767, 0.0767, 0.2266, 0.1182, 0.6021, 33.6628, 0.0032, 0.1989, 0.075)
 """Fitted to docs/planning.csv by scripts/planning_law.py."""

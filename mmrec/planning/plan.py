@@ -149,7 +149,9 @@ def make_plan(text: Text, rates: Sequence[tuple[ModelConfig, float]], seconds: f
         tokens = min(rate * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
         steps = max(1, int(tokens / batches.tokens))
         relative = law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
-        plans.append(TrainingPlan(config, batches, steps, text, text.ngram * relative, law.spread))
+        plans.append(
+            TrainingPlan(config, batches, steps, text, law.yardstick(text.ngram, text.xz) * relative, law.spread)
+        )
     return min(plans, key=lambda plan: plan.expected)
 
 
