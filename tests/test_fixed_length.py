@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.model.fixed_length import FixedLengthPass, has_fixed_length_pass
 from mmrec.model.layers import FeedForward
 from mmrec.model.ops import dispatch
+from mmrec.model.without_autograd.fixed_length import FixedLengthPass, has_fixed_length_pass
 
 needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 FORMS = [

@@ -5,6 +5,7 @@ Legend of shapes as in :mod:`mmrec.model`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmrec.baselines.models import GPT, LSTM
 from mmrec.core.runtime import FULL, MIXED
 from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
+from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import learning_rate_share, make_optimizer
 from mmrec.training.options import OptimizerOptions
@@ -130,6 +132,8 @@ class TrainingLoop:
         precision: of the matrix products, Lightning's name.
         clip_by_group: whether the norm of the gradients is summed in the order of the optimizer's groups, not in the
             model's. It changes the last bit alone, and with it the figures of a seed that were measured before.
+        as_fit: whether our model is computed as ``mmrec fit`` does, without autograd where that is possible. It
+            changes the last digits, and so the figures that were measured before.
     """
 
     def __init__(
@@ -139,7 +143,10 @@ class TrainingLoop:
         total_steps: int | None,
         precision: str = FULL,
         clip_by_group: bool = False,
+        as_fit: bool = False,
     ) -> None:
+        self._as_fit = as_fit and isinstance(model, RecurrentLM)
+        self._hidden: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
         self.model, self.precision, self.step = model, precision, 0
         self._total_steps, self._mtp_loss_weight = total_steps, hyperparameters.mtp_loss_weight
         has_mtp = isinstance(model, RecurrentLM) and hyperparameters.mtp_loss_weight > 0
@@ -157,11 +164,16 @@ class TrainingLoop:
 
     def loss(self, inputs: Tensor, targets: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Return the training loss of a batch [B, T] in nats/token, and the state after its last tokens."""
-        if self._mtp_head is None or not isinstance(self.model, RecurrentLM):
+        if not isinstance(self.model, RecurrentLM) or not (self._as_fit or self._mtp_head):
             return mean_nll(self.model, inputs, targets, state, self.precision)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.precision == MIXED):
-            hidden, state = self.model.hidden(inputs, state)
-            logits, second = self.model.head(hidden), self.model.head(self._mtp_head(hidden))
+            if self._hidden is None:
+                self._hidden = hidden_in_training(self.model) if self._as_fit else self.model.hidden
+            hidden, state = self._hidden(inputs, state)
+            logits = self.model.head(hidden)
+            if self._mtp_head is None:
+                return token_nll(logits, targets, "mean"), state
+            second = self.model.head(self._mtp_head(hidden))
         weight = mtp_weight(self._mtp_loss_weight, self.step, self._total_steps)
         loss = token_nll(logits, targets, "mean") + weight * token_nll(second, mtp_targets(targets), "mean")
         return loss, state

@@ -97,7 +97,7 @@ def train_speed(
     """
     model = make_baseline(baseline, vocab_size, length).to(device)
     constant_rate = Hyperparameters(learning_rate=1e-3, warmup_steps=0)
-    loop = TrainingLoop(model, constant_rate, None, precision)
+    loop = TrainingLoop(model, constant_rate, None, precision, as_fit=True)
 
     def update(rows: int, length: int) -> None:
         tokens = torch.randint(vocab_size, (rows, length + 1), device=device)

@@ -11,15 +11,15 @@ from mmrec.checkpoints.learned import PART, LearnedWeights
 from mmrec.inference import learning
 from mmrec.inference.learning import LEARNING_RATES, LearningNet, PartRead, mixed
 from mmrec.model import RecurrentLM
-from mmrec.model.fixed_length import FixedLengthPass
 from mmrec.model.ops.native.learning import MixingRule, ParameterUpdate, UpdateRule, mix_part, update_parameters
+from mmrec.model.without_autograd.fixed_length import FixedLengthPass
 
 
 class CompiledLearning:
     """Reads whole parts of a text, and learns from each; in roundings alone it differs from learning by torch.
 
     Args:
-        net: the model, one of those of :func:`mmrec.model.fixed_length.has_fixed_length_pass`.
+        net: the model, one of those of :func:`mmrec.model.without_autograd.fixed_length.has_fixed_length_pass`.
         weights: what learns; they change with each part.
 
     Attributes:

@@ -15,8 +15,8 @@ from mmrec.inference.compiled_learning import CompiledLearning
 from mmrec.inference.learning import LearningNet, PartRead, mix_part, mixed, updated_weights
 from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, State, detach_state
-from mmrec.model.fixed_length import has_fixed_length_pass
 from mmrec.model.ops import dispatch
+from mmrec.model.without_autograd.fixed_length import has_fixed_length_pass
 
 
 class Learner:

@@ -11,8 +11,9 @@ from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
-from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.model import ModelConfig, RecurrentLM, State
 from mmrec.model.ops import dispatch
+from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
 from mmrec.planning.plan import SHAPES, Batches, Text, choose_batches, has_second_token, layer_parameters
 from mmrec.training.losses import summed_losses
@@ -66,11 +67,13 @@ def seconds_per_update(
     targets = tokens[:, 1:]
     mixed = native_precision(accelerator) == MIXED
     taken: list[float] = []
+    read: Callable[..., tuple[torch.Tensor, State]] | None = None
     begin = time.perf_counter()
     while len(taken) < WARM_UP + 3 or time.perf_counter() - begin < seconds:
         start = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            hidden, _ = net.hidden(tokens[:, :-1], state)
+            read = read or hidden_in_training(net)  # as the training will
+            hidden, _ = read(tokens[:, :-1], state)
             losses = [*summed_losses(net.head, hidden, targets, penalized=True)]
             if second is not None:
                 losses += summed_losses(net.head, second(hidden), mtp_targets(targets), penalized=True)

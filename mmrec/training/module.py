@@ -19,6 +19,7 @@ from mmrec.core.errors import UserError
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.reading import Reader
 from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
+from mmrec.model.without_autograd.training_pass import TrainingPass, has_training_pass
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.arithmetic import arithmetic, choose_arithmetic
 from mmrec.training.carried_state import CarriedState, gather, join_states
@@ -73,6 +74,8 @@ class RecurrentLMModule(LightningModule):
         self._steps_in_time: int | None = None
         self._reader: Reader | None = None
         self._compiled: Callable[..., tuple[Tensor, State]] | None = None
+        self._training_pass: TrainingPass | None = None
+        self._may_have_pass = True
 
     @property
     def planned_steps(self) -> int | None:
@@ -206,8 +209,18 @@ class RecurrentLMModule(LightningModule):
             state = self.net.zero_state(rows, self.device, dtype)
         separator = self.tokenizer.separator if self.options.reset_at_documents else None
         starts = None if separator is None else batch.inputs == separator
+        state = reset_state_rows(state, batch.reset_mask)
+        if self.training and starts is None and (trained := self._found_pass()):
+            return trained.hidden(batch.inputs, state)
         hidden = self._compiled if self._compiled is not None and self.training else self.net.hidden
-        return hidden(batch.inputs, reset_state_rows(state, batch.reset_mask), starts)
+        return hidden(batch.inputs, state, starts)
+
+    def _found_pass(self) -> TrainingPass | None:
+        """Return what computes batches of training without a graph, if anything does: the first of them decides."""
+        if self._may_have_pass and self._training_pass is None:
+            self._may_have_pass = self._compiled is None and has_training_pass(self.net)
+            self._training_pass = TrainingPass(self.net) if self._may_have_pass else None
+        return self._training_pass
 
     def reset_carried_state(self) -> None:
         """Drop what was read, which a number that is not finite may have reached."""
@@ -324,6 +337,7 @@ class RecurrentLMModule(LightningModule):
             "carried": join_states([process["carried"] for process in processes]),
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
+            "training_pass": self._training_pass is not None,
             **arithmetic(),
         }
 
@@ -348,6 +362,8 @@ class RecurrentLMModule(LightningModule):
         if self.trainer.training:
             self._compare_options(progress["hyperparameters"])
             choose_arithmetic(self.trainer, self.net.config.dim, progress)
+            # A run keeps to the way it began with: what gradients are added up in is not the same to the last bit.
+            self._may_have_pass = progress.get("training_pass", False)
             report_changes("chat.", asdict(self._chat or PLAIN), asdict(self.chat or PLAIN))
         carried = progress["carried"]
         # Older checkpoints have one stream alone, or None where nothing has been read.

@@ -313,15 +313,16 @@ def run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
         raise MemoryError(f"no memory for {name}")
 
 
-def prepared(name: str, *arguments: Any) -> Callable[[], None]:
-    """Return a call of a kernel of float32 products with the same arguments each time.
+def prepared(name: str, dtype: torch.dtype, *arguments: Any) -> Callable[[], None]:
+    """Return a call of a kernel with the same arguments each time.
 
     Args:
         name: of the kernel.
+        dtype: of matrix products.
         arguments: tensors, contiguous, on the CPU, whose memory every call reads and writes; whole numbers, numbers
             of float32, structures and None.
     """
-    kernel, given = _kernel(name, torch.float32), []
+    kernel, given = _kernel(name, dtype), []
     for each in arguments:
         if isinstance(each, Tensor) and not each.is_contiguous():
             raise ValueError("a kernel takes contiguous tensors")

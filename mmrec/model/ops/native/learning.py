@@ -61,7 +61,8 @@ def mix_part(rule: MixingRule, logits: Tensor, tokens: Tensor, mix: Tensor, curv
         *(mix.clone(), curvature.clone()),
     )
     prepared(
-        "learn_mixture", rule, after - 1, size, logits, tokens, found.mix, found.curvature, found.scores,
+        "learn_mixture",
+        torch.float32, rule, after - 1, size, logits, tokens, found.mix, found.curvature, found.scores,
         found.mixture, found.to_logits,
     )()  # fmt: skip
     return found
@@ -105,5 +106,5 @@ def update_parameters(rule: UpdateRule, parameters: list[ParameterUpdate]) -> bo
     is_sound = torch.zeros(1, dtype=torch.int64)
     numbers = torch.tensor([number for each in parameters for number in each.as_numbers()])
     scales = torch.empty(max(each.gradient.shape[-1] for each in parameters))
-    prepared("learn_update", rule, numbers, scales, is_sound)()
+    prepared("learn_update", torch.float32, rule, numbers, scales, is_sound)()
     return bool(is_sound)

@@ -1,0 +1,106 @@
+"""The buffers of a pass: made once, and in the same memory for batches of other shapes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ROUND = 64
+"""Buffers have room for rows of a multiple of so many tokens."""
+
+
+class Room:
+    """Makes the buffers of a pass.
+
+    Args:
+        shape: B and T.
+        dim: D.
+        gradients: by the identity of a parameter: where its gradient is written. Parameters that have none here are
+            not differentiated by.
+        dtype: of matrix products.
+        dropout: share of a branch's numbers that is left out.
+        memory: what the buffers of other shapes are in, if they are not used at the same time; more is added to it.
+
+    Attributes:
+        to_x: [P, D], the gradient of the residual stream, at the place where the pass backwards is.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dim: int,
+        gradients: dict[int, Tensor],
+        dtype: torch.dtype = torch.float32,
+        dropout: float = 0.0,
+        memory: list[Tensor] | None = None,
+    ) -> None:
+        self.rows, self.length = shape
+        self._memory: list[Tensor] = [] if memory is None else memory
+        self._taken = 0
+        self.dtype, self.dropout, self._gradients = dtype, dropout, gradients
+        self._shared: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._narrow: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        self.to_x = self.passing("to_x", dim, torch.float32)
+
+    def kept(self, size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a buffer [P, size], of the products' dtype if no other is named, for what the gradients need."""
+        return self.taken(self.rows * self.length, size, dtype=dtype or self.dtype)
+
+    def taken(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a buffer, zero at first if no other pass uses it, for what is not larger than all tokens."""
+        needed, place = math.prod(shape), self._taken
+        self._taken += 1
+        # As if rows were somewhat longer: those of another shape may be.
+        room = -(-needed // self.length) * (-(-self.length // ROUND) * ROUND)
+        if place == len(self._memory):
+            self._memory.append(torch.zeros(room, dtype=dtype))
+        elif self._memory[place].dtype != dtype or len(self._memory[place]) < needed:
+            self._memory[place] = torch.zeros(room, dtype=dtype)
+        return self._memory[place][:needed].view(shape)
+
+    def passing(self, name: str, size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the buffer [P, size] that all of this name, size and dtype use, one after the other."""
+        dtype = dtype or self.dtype
+        key = name, size, dtype
+        if key not in self._shared:
+            self._shared[key] = self.kept(size, dtype)
+        return self._shared[key]
+
+    def by_rows(self, x: Tensor) -> Tensor:
+        """Return ``x`` [P, ...] as [B, T, ...]."""
+        return x.view(self.rows, self.length, *x.shape[1:])
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """Return ``parameter`` as products read it: itself, or a copy that :meth:`refresh` brings up to date."""
+        original = parameter.detach()
+        if self.dtype == original.dtype:
+            return original
+        return self._narrow.setdefault(id(parameter), (original.to(self.dtype), original))[0]
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return where the gradient of ``parameter`` is written, if it is."""
+        return self._gradients.get(id(parameter))
+
+    def by_row(self, parameter: Tensor) -> Tensor:
+        """Return a buffer [B, ...] for the gradient of ``parameter`` by each row, which :meth:`add_up` adds up."""
+        found = self.gradient(parameter)
+        if found is not None and self.rows == 1:
+            return found[None]
+        buffer = torch.zeros(self.rows, *parameter.shape)
+        if found is not None:
+            self._sums.append((buffer, found))
+        return buffer
+
+    def refresh(self) -> None:
+        """Take over the weights as they are now."""
+        if self._narrow:
+            copies, originals = zip(*self._narrow.values(), strict=True)
+            torch._foreach_copy_(list(copies), list(originals))
+
+    def add_up(self) -> None:
+        """Write the gradients that are sums over rows."""
+        for buffer, gradient in self._sums:
+            torch.sum(buffer, 0, out=gradient)

@@ -1,0 +1,76 @@
+"""A pass over one row of a fixed number of tokens, and its gradients, in buffers made once and without autograd.
+
+Its steps are those of this folder; float32, on a CPU. Legend of shapes as in :mod:`mmrec.model`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmrec.model.lm import RecurrentLM
+from mmrec.model.state import State
+from mmrec.model.without_autograd.blocks import Blocks, has_steps
+from mmrec.model.without_autograd.buffers import Room
+from mmrec.model.without_autograd.steps import Product
+
+
+def has_fixed_length_pass(net: RecurrentLM) -> bool:
+    """Return whether :class:`FixedLengthPass` can compute ``net``."""
+    return has_steps(net, torch.float32)
+
+
+class FixedLengthPass:
+    """Reads rows of T tokens, one at a time, with the weights as they are then; and differentiates what it read.
+
+    Args:
+        net: the model, one of those of :func:`has_fixed_length_pass`. Its parameters stay where they are in memory.
+        length: T.
+        logits: [T, N], contiguous: where those after each token are written; a buffer of its own if None.
+        gradients: by the name of a parameter, contiguous and of its shape: where its gradient is written. Parameters
+            that have none here are not differentiated by.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        net: RecurrentLM,
+        length: int,
+        logits: Tensor | None = None,
+        gradients: dict[str, Tensor] | None = None,
+    ) -> None:
+        found = gradients or {}
+        self._learns = bool(found)
+        written = {id(parameter): found[name] for name, parameter in net.named_parameters() if name in found}
+        room = Room((1, length), net.config.dim, written)
+        self._embedding, self._to_embedding = net.embedding.weight.detach(), room.gradient(net.embedding.weight)
+        self._tokens = torch.zeros(length, dtype=torch.int64)
+        self._blocks = Blocks(room, net)
+        self.logits = torch.zeros(length, len(net.head.weight)) if logits is None else logits
+        self._head = Product(room, net.head.weight, self._blocks.norm.y, self.logits)
+        self._is_tied = net.head.weight is net.embedding.weight
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, state: State) -> State:
+        """Read ``tokens`` [T] on from the state of one text; return the state after them.
+
+        :attr:`logits` [T, N] are those after each token; the next call overwrites them.
+        """
+        if self._learns:
+            self._blocks.refresh()
+        self._tokens.copy_(tokens)
+        torch.index_select(self._embedding, 0, self._tokens, out=self._blocks.x)
+        after = self._blocks.forward(state)
+        self._head.forward()
+        return after
+
+    @torch.no_grad()
+    def differentiate(self, to_logits: Tensor) -> None:
+        """Write the gradients of what was read last, whose gradient by :attr:`logits` is ``to_logits`` [T, N]."""
+        self._head.backward(to_logits, self._blocks.norm.to_y)
+        to_x = self._blocks.backward()
+        if self._to_embedding is not None:
+            if not self._is_tied:  # else it holds the gradient of the head by now
+                self._to_embedding.zero_()
+            self._to_embedding.index_add_(0, self._tokens, to_x)
