@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from helpers import assert_same_training, fit, last
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import OUTPUT, interrupt, start, wait
 
 from mmrec.checkpoints.loading import load_model
+from mmrec.training.compat import leave_out_sigterm_broadcast
 
 EPOCH_OF_9 = "--data.seq_len=640"
 """An epoch of nine batches: three segments of three."""
@@ -127,3 +131,14 @@ def test_a_real_signal_saves_and_says_how_to_go_on(
     assert "mmrec fit --run a --ckpt_path last" in errors
     assert "Traceback" not in errors
     assert load_model(wanted).step > 0
+
+
+def test_processes_agree_on_a_signal_once_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning sends at every batch whether the first process was sent SIGTERM, which StopOnSignal handles."""
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    monkeypatch.setattr(Trainer, "received_sigterm", True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *given, **options: None)
+    with pytest.raises(SIGTERMException):
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    leave_out_sigterm_broadcast(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()

@@ -48,6 +48,15 @@ def is_logging_step(trainer: Trainer) -> bool:
     return bool(trainer._logger_connector.should_update_logs)
 
 
+def leave_out_sigterm_broadcast(trainer: Trainer) -> None:
+    """Keep Lightning from sending at every batch, to all processes, whether the first was sent SIGTERM.
+
+    That is a wait for the device and for the others. A callback that handles the signal itself, and has the processes
+    agree once an update, has no use for it; no issue known.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def is_validation_due(trainer: Trainer) -> bool:
     """Return whether a validation follows the batch that has just been trained on.
 

@@ -163,13 +163,15 @@ class RecurrentLMModule(LightningModule):
         """
         hidden, state = self._read(batch, self._carried.get(batch.stream))
         self._carried.update(batch.stream, state)
-        loss, learned = self._losses(hidden, batch.targets)
+        targets = [batch.targets] if self.mtp_head is None else [batch.targets, mtp_targets(batch.targets)]
+        counts = self._counts(targets)
+        loss, learned = self._losses(hidden, targets[0], counts[0])
         if is_logging_step(self.trainer) or self.trainer.is_last_batch:
             self.log("train/loss", loss)  # not for the bar: Lightning would wait for the device at every update
         if self.mtp_head is None:
             return learned
         weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
-        return learned + weight * self._losses(self.mtp_head(hidden), mtp_targets(batch.targets))[1]
+        return learned + weight * self._losses(self.mtp_head(hidden), targets[1], counts[1])[1]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the gradient of one batch to those of its update, of which each batch has an equal share.
@@ -184,22 +186,25 @@ class RecurrentLMModule(LightningModule):
             loss = loss * (planned / (batches - before))
         super().backward(loss, *args, **kwargs)
 
-    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, hidden: Tensor, targets: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
         nll, confident = summed_losses(self.net.head, hidden, targets, self.options.confidence_penalty > 0)
-        count = self._count(targets)
         loss = nll / count
         if not self.options.confidence_penalty:
             return loss, loss
         weight = confidence_weight(self.options.confidence_penalty, self.global_step, self._planned_steps)
         return loss, loss + weight * (confident / count)
 
-    def _count(self, targets: Tensor) -> Tensor:
-        """Return how many tokens are scored, by each process in the mean: their gradients are averaged."""
-        count = (targets != IGNORE_INDEX).sum().clamp(min=1)  # the second token of a row of one is not scored
+    def _counts(self, targets: list[Tensor]) -> Tensor:
+        """Return how many of each of ``targets`` are scored, by each process in the mean.
+
+        The processes may score unequal numbers of tokens, and their gradients are averaged.
+        """
+        # The second token of a row of one is not scored.
+        counts = torch.stack([(each != IGNORE_INDEX).sum() for each in targets]).clamp(min=1)
         if self.trainer.world_size > 1:
-            return gather_all(count[None]).sum() / self.trainer.world_size
-        return count
+            return gather_all(counts[None]).sum(0) / self.trainer.world_size
+        return counts
 
     def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
         rows = len(batch.inputs)

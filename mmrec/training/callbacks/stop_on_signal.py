@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 
 from mmrec.training.callbacks.checkpointing import LastCheckpoint
-from mmrec.training.compat import is_accumulating
+from mmrec.training.compat import is_accumulating, leave_out_sigterm_broadcast
 from mmrec.training.exchange import gather_all
 from mmrec.training.slurm import REQUEUE_SIGNAL, current_job, requeue
 
@@ -58,6 +58,7 @@ class StopOnSignal(Callback):
         numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if REQUEUE_SIGNAL and current_job() else [])]
         try:
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
+            leave_out_sigterm_broadcast(trainer)
         except ValueError:  # not in the main thread, which alone may handle signals
             self._before = {}
 
