@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def test_gradients_of_a_batch_whose_buffers_hold_another_are_refused() -> None:
     trained.hidden(tokens, net.zero_state(ROWS))
     with pytest.raises(RuntimeError, match="hold another one"):
         first.sum().backward()
+
+
+def test_a_copy_has_weights_and_buffers_of_its_own() -> None:
+    net, tokens = made(FORMS[0], 0.0), torch.randint(11, (ROWS, LENGTH))
+    trained = TrainingPass(net)
+    before, _ = trained.hidden(tokens, net.zero_state(ROWS))
+    copied, net_of_it = copy.deepcopy((trained, net))
+    with torch.no_grad():
+        for parameter in net_of_it.parameters():
+            parameter.zero_()
+    assert not copied.hidden(tokens, net.zero_state(ROWS))[0].any()
+    again, _ = trained.hidden(tokens, net.zero_state(ROWS))
+    assert torch.equal(again, before)
 
 
 def test_models_that_it_does_not_know_are_left_to_the_graph() -> None:

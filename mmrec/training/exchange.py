@@ -146,6 +146,10 @@ class SharedMemoryStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.model is not None
+        if self.root_device.type != "cpu" or self.num_nodes > 1:
+            raise UserError(
+                "--trainer.strategy cores is for the CPU cores of one machine; use ddp for GPUs and several"
+            )
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             distributed.broadcast(tensor.detach(), 0)
         exchange = Exchange(sum(parameter.numel() for parameter in self.model.parameters()))
@@ -160,7 +164,7 @@ class SharedMemoryStrategy(DDPStrategy):
             self._accumulates = False
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        if self._accumulates or not _in_use:
+        if self._accumulates or not _in_use or _in_use[0].processes == 1:
             return
         assert self.model is not None
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

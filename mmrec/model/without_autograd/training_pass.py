@@ -59,6 +59,10 @@ class TrainingPass:
         self._memory: list[Tensor] = []
         self.reads = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: the addresses in the buffers are those of this one."""
+        return self.__dict__ | {"_buffers": {}, "_places": [], "_memory": []}
+
     def hidden(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Return what :meth:`mmrec.model.RecurrentLM.hidden` does: [B, T, D] and the state after the last token."""
         x = self._net.dropout(self._net.embedding(tokens))
