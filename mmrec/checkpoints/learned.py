@@ -121,7 +121,7 @@ class LearnedWeights:
         if tokens.dim() != 1 or len(tokens) >= PART or ((tokens < 0) | (tokens >= vocab_size)).any():
             raise UserError("holds tokens that the model does not have")
         form = form_of(metadata)
-        difference = {n: tensors[f"learned.difference.{n}"] for n in learned_parameters(net, form)}
+        difference = {n: tensors[f"learned.difference.{n}"].half() for n in learned_parameters(net, form)}
         squares = {name: tensors[f"learned.squares.{name}"] for name in statistics_shapes(net, form)}
         if any((x.abs() > LARGEST_DIFFERENCE).any() for x in difference.values()):
             raise UserError("holds weights larger than learning ever makes them")

@@ -69,6 +69,5 @@ def apply(weight: Tensor, update: Tensor, decay: float, rate: float) -> None:
 
 
 def _run(name: str, *arguments: float | Tensor) -> None:
-    """Call a kernel, which takes whole matrices: to :func:`mmrec.model.ops.native.functions.run` each is one row."""
-    rows = [each.detach()[None] if isinstance(each, Tensor) else each for each in arguments]
-    functions.run(name, torch.bfloat16, next(each for each in rows if isinstance(each, Tensor)), *rows)
+    """Call a kernel, which takes whole matrices."""
+    functions.prepared(name, torch.bfloat16, *arguments)()
