@@ -17,8 +17,8 @@ class Room:
     Args:
         shape: B and T.
         dim: D.
-        gradients: by the identity of a parameter: where its gradient is written. Parameters that have none here are
-            not differentiated by.
+        gradients: by the identity of a parameter: where its gradient is written, of ``dtype`` where it is a matrix
+            that products read, else float32. Parameters that have none here are not differentiated by.
         dtype: of matrix products.
         dropout: share of a branch's numbers that is left out.
         memory: what the buffers of other shapes are in, if they are not used at the same time; more is added to it.

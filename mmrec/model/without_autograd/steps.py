@@ -14,14 +14,12 @@ from mmrec.model.without_autograd.buffers import Room
 
 
 class Product:
-    """A linear map: y [P, outputs] of x [P, inputs]."""
+    """A linear map: y [P, outputs] of x [P, inputs]; the gradient of its weight is of their dtype."""
 
     def __init__(self, room: Room, weight: Tensor, x: Tensor, y: Tensor) -> None:
         self._weight = room.weight(weight)
         self._turned = self._weight.t()
         self._x, self._y, self._grad = x, y, room.gradient(weight)
-        is_narrow = room.dtype != weight.dtype
-        self._narrow_grad = torch.zeros_like(self._weight) if is_narrow else None
 
     def forward(self) -> None:
         torch.mm(self._x, self._turned, out=self._y)
@@ -32,9 +30,7 @@ class Product:
 
     def backward(self, to_y: Tensor, to_x: Tensor) -> None:
         if self._grad is not None:
-            torch.mm(to_y.t(), self._x, out=self._grad if self._narrow_grad is None else self._narrow_grad)
-            if self._narrow_grad is not None:
-                self._grad.copy_(self._narrow_grad)
+            torch.mm(to_y.t(), self._x, out=self._grad)
         torch.mm(to_y, self._weight, out=to_x)
 
 

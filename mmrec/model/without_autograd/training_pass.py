@@ -92,7 +92,9 @@ class _Buffers:
         length: int,
         dtype: torch.dtype,
     ) -> None:
-        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        matrices = {id(matrix) for matrix in net.matrices()}
+        dtypes = [dtype if id(parameter) in matrices else parameter.dtype for parameter in parameters]
+        self.gradients = [torch.zeros_like(x, dtype=dtype) for x, dtype in zip(parameters, dtypes, strict=True)]
         written = {id(each): found for each, found in zip(parameters, self.gradients, strict=True)}
         dropout = net.dropout.p if net.training else 0.0
         self.blocks = Blocks(Room((rows, length), net.config.dim, written, dtype, dropout, memory), net)
@@ -122,4 +124,10 @@ class _Blocks(torch.autograd.Function):
         buffers.blocks.norm.to_y.copy_(grad.flatten(0, 1))
         to_x = buffers.blocks.backward().view_as(grad).clone()
         # Copies: a graph may keep what it is given.
-        return None, None, to_x, *(None for _ in range(ctx.states)), *(each.clone() for each in buffers.gradients)
+        return (
+            None,
+            None,
+            to_x,
+            *(None for _ in range(ctx.states)),
+            *(each.to(torch.float32, copy=True) for each in buffers.gradients),
+        )
