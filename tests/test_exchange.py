@@ -94,22 +94,22 @@ def test_a_file_is_made_elsewhere_where_shared_memory_is_full(
 ) -> None:
     tried: list[int] = []
 
-    def full_once(handle: int, start: int, size: int) -> None:
+    def full_once(handle: int, size: int) -> None:
         tried.append(size)
         if len(tried) == 1:
             raise OSError("no room")
 
-    def full(handle: int, start: int, size: int) -> None:
+    def full(handle: int, size: int) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(os, "posix_fallocate", full_once)
+    monkeypatch.setattr(exchange, "reserve", full_once)
     monkeypatch.setattr(exchange, "SHARED_MEMORY", tmp_path)
     path = Path(exchange._file_of(4096))
     assert tried == [4096, 4096]
     assert path.exists()
     assert not list(tmp_path.iterdir())
     path.unlink()
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(exchange, "reserve", full)
     with pytest.raises(UserError, match="there is no room"):
         exchange._file_of(10**6)
 

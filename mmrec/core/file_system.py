@@ -110,6 +110,17 @@ def exchange_names(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
+def reserve(descriptor: int, size: int) -> None:
+    """Make an open, empty file ``size`` bytes of zero; OSError where Linux has no room for them.
+
+    Elsewhere the room is taken when they are written.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
 def synchronize(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk, where the file system can (some network ones cannot)."""
     try:  # Windows wants a file open for writing

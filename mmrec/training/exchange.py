@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, distributed
 
 from mmrec.core.errors import UserError
+from mmrec.core.file_system import reserve
 from mmrec.model.ops.native.build import library
 
 LINE = 64
@@ -111,10 +112,7 @@ def _file_of(size: int) -> str:
             continue
         handle, path = tempfile.mkstemp("mmrec", dir=folder)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle, 0, size)  # else a page that is not there ends the process later
-            else:
-                os.ftruncate(handle, size)
+            reserve(handle, size)  # a page that there is no room for would end the process later
             return path
         except OSError:
             os.unlink(path)
