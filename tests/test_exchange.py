@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
-from helpers import fit
 from processes import server
 from torch import distributed
 
 from mmrec.core.errors import UserError
 from mmrec.model.ops.native import functions
 from mmrec.training import exchange
-from mmrec.training.exchange import Exchange, SharedMemoryStrategy
+from mmrec.training.exchange import Exchange
 
 pytestmark = pytest.mark.skipif(not functions.is_built(), reason="there is no C compiler")
 
@@ -112,18 +110,3 @@ def test_a_file_is_made_elsewhere_where_shared_memory_is_full(
     monkeypatch.setattr(exchange, "reserve", full)
     with pytest.raises(UserError, match="there is no room"):
         exchange._file_of(10**6)
-
-
-def test_the_strategy_is_for_the_cores_of_one_machine(
-    mmrec: Command,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = ["--trainer.devices=1", "--trainer.strategy=cores", "--trainer.max_epochs=-1", "--trainer.max_steps=2"]
-    # One process has nobody to exchange anything with.
-    assert mmrec(*fit(prepared, *options, "--run=one")) == 0
-    monkeypatch.setattr(SharedMemoryStrategy, "num_nodes", property(lambda self: 2, lambda self, number: None))
-    assert mmrec(*fit(prepared, *options, "--run=two")) == 2
-    assert "use ddp" in capsys.readouterr().err
