@@ -166,10 +166,11 @@ class SharedMemoryStrategy(DDPStrategy):
             return
         assert self.model is not None
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        fast = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
-        _in_use[0].mean(fast)
+        shared = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
+        _in_use[0].mean(shared)
+        known = {id(each) for each in shared}
         for each in gradients:
-            if each.dtype != torch.float32 or not each.is_contiguous():
+            if id(each) not in known:
                 distributed.all_reduce(each)
                 each /= _in_use[0].processes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,8 @@ class MemoryStep(Step):
     memory_after: Tensor
     scan: list[Callable[[], None]]
     scan_backward: list[Callable[[], None]]
+    summed: tuple[Tensor, ...]
+    """What the backward scan adds to, so that it is made zero before."""
 
     def __init__(self, room: Room, layer: RGLRU | GatedDeltaNet, norm: RMSNorm, x: Tensor) -> None:
         super().__init__(room, norm, x, layer.output.weight, x.shape[1])
@@ -57,15 +60,26 @@ class MemoryStep(Step):
         if self._to_weight is not None:
             self._to_weight.copy_(self.to_taps.sum(0).t())
 
+    def before_scan(self) -> None:
+        """Compute what the scan reads beside what :attr:`project` has written."""
+
+    @abstractmethod
+    def after_scan_backward(self) -> None:
+        """Bring the gradients that the backward scan wrote to the weights, and to :attr:`to_projected`."""
+
     def compute(self) -> None:
         self.project.forward()
+        self.before_scan()
         for row in self.scan:
             row()
 
     def compute_backward(self) -> None:
+        for each in self.summed:
+            each.zero_()
         for row in self.scan_backward:
             row()
         self.take_taps()
+        self.after_scan_backward()
         self.project.backward(self.to_projected, self.norm.to_y)
 
 
@@ -86,6 +100,7 @@ class ShortStep(MemoryStep):
         back = [room.by_rows(each) for each in (self.to_inner, self.to_projected)]
         biases = room.by_row(layer.r_bias), room.by_row(layer.i_bias)
         self.scan, self.scan_backward = [], []
+        self.summed = (self._to_memory,)
         for row in range(room.rows):
             x_of, y_of, states_of = (each[row] for each in rows)
             given = (x_of, self.past[row], self.memory[row], *shared, None)
@@ -102,9 +117,7 @@ class ShortStep(MemoryStep):
         super().refresh()
         self._rate.copy_(self._layer.decay_rate())
 
-    def compute_backward(self) -> None:
-        self._to_memory.zero_()
-        super().compute_backward()
+    def after_scan_backward(self) -> None:
         if self._to_parameter is not None:
             slope = self._layer.rate.detach().sigmoid().mul_(RGLRU.DECAY_SCALE)
             torch.mul(self._to_rate.sum(0), slope, out=self._to_parameter)
@@ -139,6 +152,7 @@ class LongStep(MemoryStep):
         back = [room.by_rows(each) for each in (self.to_inner, self.to_projected, self._to_gate)]
         outputs = room.by_rows(self.inner)
         self.scan, self.scan_backward = [], []
+        self.summed = (self._to_memory, *self._sums)
         for row in range(room.rows):
             given = [form, *(each[row] for each in inputs), None]
             after = (each[row] for each in (self.past_after, self.memory_after, outputs, kept))
@@ -152,27 +166,18 @@ class LongStep(MemoryStep):
         super().refresh()
         torch.exp(self._layer.log_rate.detach(), out=self._rate)
 
-    def compute(self) -> None:
-        self.project.forward()
+    def before_scan(self) -> None:
         if self._open is None:
             self._gate.copy_(self._low)
         else:
             self._open.forward()
         self.past_after.copy_(self.past)
         self.memory_after.copy_(self.memory)
-        for row in self.scan:
-            row()
 
-    def compute_backward(self) -> None:
-        for each in (self._to_memory, *self._sums):
-            each.zero_()
-        for row in self.scan_backward:
-            row()
-        self.take_taps()
+    def after_scan_backward(self) -> None:
         if self._to_parameter is not None:
             torch.mul(self._to_rate.sum(0), self._rate, out=self._to_parameter)
         if self._open is None:
             self._to_low.copy_(self._to_gate)
         else:
             self._open.backward(self._to_gate, self._to_low)
-        self.project.backward(self.to_projected, self.norm.to_y)
