@@ -50,8 +50,10 @@ static char *slot_of(const group *all, integer process, int64_t exchange) {
     return all->slots + ((exchange & 1) * all->processes + process) * all->room * 4;
 }
 
-/* Count, and wait until all have counted as far, with as much to exchange. */
+/* Count, and wait until all have counted as far, with as much to exchange. All are waited for where sizes differ, too:
+   who goes on after that overwrites a size that another has yet to read. */
 static int meet(const group *all, int64_t size) {
+    int result = DONE;
     line *own = &all->lines[all->rank];
     int64_t mine = own->begun + 1;
     own->sizes[mine & 1] = size;
@@ -70,9 +72,9 @@ static int meet(const group *all, int64_t size) {
             if (until == 0) until = now + all->limit;
             if (now > until || (kill((pid_t)theirs->process, 0) && errno == ESRCH)) return NO_ANSWER;
         }
-        if (theirs->sizes[mine & 1] != size) return DIFFERENT_SIZES;
+        if (theirs->sizes[mine & 1] != size) result = DIFFERENT_SIZES;
     }
-    return DONE;
+    return result;
 }
 
 /* The numbers `from` to `to` of many tensors behind each other: to or from a slot. */
