@@ -1,14 +1,15 @@
 """Compare the plan of mmrec train with a search of 16 trainings that take as long, and add a row for each to a table.
 
 The search changes the plan in one thing or two at a time: the model, the learning rate, what is done against
-overfitting, the batches, the schedule. Time is that of the processor, so that other programs on the machine do not
-matter.
+overfitting, the batches, the schedule. Time is that of the processor, so that other programs on the machine matter
+less.
 
     python scripts/planning_search.py data/plays data/manual --seconds 60
 
-Rows that the table holds already are not trained again; what is added to them reads as many tokens as they did, since
-another trial would find another pace. The regret of the plan on a text is what it needs in bits per byte above the
-best of the search, as a share of that.
+Rows that the table holds already are not trained again. What is added to them reads as many tokens as they did; with
+another model or other batches as many more or fewer as these are faster or slower than the plan's, both tried one
+after the other, since what else runs on a machine changes its pace. The regret of the plan on a text is what it needs
+in bits per byte above the best of the search, as a share of that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from mmrec.planning.law import LAW
 from mmrec.planning.machine import seconds_per_update
 from mmrec.planning.plan import (
     SHAPES,
-    VALIDATION_SHARE,
     Batches,
     Text,
     TrainingPlan,
@@ -136,7 +136,8 @@ def search(
             continue
         curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
         if (arm.shape, arm.batches) not in steps:
-            tokens = rate(SHAPES[arm.shape], text, arm.batches) * seconds * (1 - VALIDATION_SHARE)
+            pace = rate(plan.config, text, plan.batches)  # now: that of the plan's own trial may have been another
+            tokens = plan.tokens * rate(SHAPES[arm.shape], text, arm.batches) / pace
             steps[arm.shape, arm.batches] = max(1, int(tokens / arm.batches.tokens))
         changed = replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps[arm.shape, arm.batches])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
