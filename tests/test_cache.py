@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_text
 from serving import Client
 from torch import Tensor
 
-from mmrec.checkpoints.cached import ORDERS
+from mmrec.checkpoints.cached import NO_TOKEN, ORDERS
 from mmrec.checkpoints.learned import PART
 from mmrec.checkpoints.state_file import SavedState, _tensors, load_memory, save_memory
 from mmrec.core.errors import UserError
+from mmrec.inference.cached_reading import HeldBack, with_counted
 from mmrec.inference.generate import generate_tokens
-from mmrec.inference.reading import LearnOptions, Reader
+from mmrec.inference.reading import WEIGHED, LearnOptions, Reader, with_text_counted
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig, RecurrentLM
 
@@ -210,3 +212,37 @@ def test_a_table_is_copied_where_it_is_to_change_and_not_before(net: RecurrentLM
         assert torch.equal(reader.memory.cached.table, before) == is_shared
     list(generate_tokens(net, text[:9], SamplingOptions(5, verbatim=8), memory))
     assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("learn", LEARNS)
+def test_ngrams_of_a_text_that_was_counted_are_weighed_by_its_end(net: RecurrentLM, learn: bool) -> None:
+    """Of tokens that are drawn at random, n-grams say nothing, and what they say is not believed."""
+    random = np.random.default_rng(0)
+    text = random.integers(0, N, 40 * PART)
+    begun = LearnOptions(learn).applied(net, SavedState.empty(net))
+    weighed = with_text_counted(net, begun, 1, np.array_split(text, 7))
+    assert weighed.cached is not None
+    assert weighed.position == 0
+    assert (weighed.cached.history == NO_TOKEN).all()
+    fresh = begun.caching(1)
+    assert fresh.cached is not None
+    counted = with_counted(fresh.cached, [text], N)
+    assert (counted.table != 0).sum() == pytest.approx(int((weighed.cached.table != 0).sum()), rel=1e-2)
+    counted = replace(counted, history=weighed.cached.history)
+    more = random.integers(0, N, 2 * PART)
+    plain, before, after = (  # ln 11 is 2.398
+        float(torch.cat([part.nll for part in Reader(net, memory).read(more)]).mean())
+        for memory in (begun, replace(fresh, cached=counted), weighed)
+    )
+    assert after < before - 0.05
+    assert after < plain + 0.02
+
+
+def test_what_is_counted_and_what_is_held_back_are_the_whole_text() -> None:
+    for length in (0, 1, PART - 1, PART, 3 * PART + 5, WEIGHED * PART, WEIGHED * PART + 1, 20 * PART + 7):
+        text = np.arange(length)
+        for pieces in (1, 3, 50):
+            last = HeldBack(np.array_split(text, pieces), WEIGHED)
+            counted = np.concatenate([*last])
+            assert (np.concatenate([counted, last.held]) == text).all()
+            assert len(last.held) == min(length // PART, WEIGHED) * PART

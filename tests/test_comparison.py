@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmrec.checkpoints.cached import NO_TOKEN
 from mmrec.checkpoints.learned import PART
 from mmrec.checkpoints.loading import LoadedModel
-from mmrec.checkpoints.state_file import SavedState
 from mmrec.data.store import TokenFolder, open_tokens
-from mmrec.inference.cached_reading import with_counted
 from mmrec.inference.compressors import ppmd_sizes
-from mmrec.inference.reading import Reader
 from mmrec.planning.comparison import (
-    CACHE,
-    WEIGHED,
     bits_per_byte,
     carried_nll,
     compare,
     comparison_seconds,
-    with_weighed_counts,
 )
 from mmrec.planning.outcome import _ppmd, _with_memory
 
@@ -61,22 +53,6 @@ def test_what_is_compared_is_bounded_by_the_time(small_model: LoadedModel, folde
     assert f"{beside.state:.3f} without" in lines[1]
     assert comparison_seconds(2) == 6
     assert comparison_seconds(10_000) == 60
-
-
-def test_ngrams_are_weighed_by_the_end_of_what_is_counted(small_model: LoadedModel, folder: TokenFolder) -> None:
-    empty = SavedState.empty(small_model.net)
-    weighed = with_weighed_counts(small_model, empty, folder.train[-2 * WEIGHED :])
-    assert weighed.cached is not None
-    assert weighed.position == 0
-    assert (weighed.cached.history == NO_TOKEN).all()
-    fresh = empty.caching(CACHE).cached
-    assert fresh is not None
-    counted = with_counted(fresh, [folder.train[-2 * WEIGHED :]], len(empty.logits))
-    before, after = (
-        float(sum(part.nll.sum() for part in Reader(small_model.net, memory).read(folder.val[:WEIGHED])))
-        for memory in (replace(empty, cached=counted), weighed)
-    )
-    assert after < before
 
 
 def test_bits_per_byte_count_the_bytes_of_what_is_scored(folder: TokenFolder) -> None:

@@ -3,10 +3,15 @@ from pathlib import Path
 
 import pyppmd
 import pytest
+import torch
 from conftest import Command
 
+from mmrec.checkpoints.cached import CachedNgrams
+from mmrec.checkpoints.loading import LoadedModel
+from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.inference.compressors import Compressors, ppmd_sizes
+from mmrec.inference.reading import CacheOptions
 
 
 def _sizes(data: bytes) -> dict[str, int]:
@@ -44,7 +49,12 @@ def test_sizes_after_each_part_are_those_of_what_was_read_until_then(
 
 
 def test_score_prints_them_beside_the_model_with_a_cache(
-    mmrec: Command, small_root: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mmrec: Command,
+    small_root: Path,
+    small_model: LoadedModel,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "lightning_logs").symlink_to(small_root / "lightning_logs")
     Path("first.txt").write_text(text[:6000])
@@ -61,6 +71,10 @@ def test_score_prints_them_beside_the_model_with_a_cache(
     assert scores[0] < scores[2] < scores[1]
     assert mmrec("score", "next.txt", "--cache", "1", "--cache_text", "first.txt") == 0
     assert float(capsys.readouterr().out.split(" nats/token")[0].split()[-1]) == pytest.approx(scores[0], abs=0.1)
+    net = small_model.net
+    counting = CacheOptions(1, Path("first.txt")).applied(net, SavedState.empty(net), small_model.tokenizer)
+    assert counting.cached is not None
+    assert not torch.equal(counting.cached.weights, CachedNgrams.empty(1).weights)  # the end of the text was read
     assert mmrec("score", "next.txt", "--beside_after", "first.txt") == 0
     assert float(capsys.readouterr().out.split("PPMd, order 16: ")[1].split()[0]) < 3
     generate = ("generate", "--memory", "first.mem", "--length", "20")

@@ -70,7 +70,7 @@ class MemoryLM:
                 of another size, or the model cannot have one.
         """
         learning = LearnOptions(learn, form).applied(self._trained.net, self.memory)
-        self.memory = CacheOptions(cache).applied(learning, self._trained.tokenizer)
+        self.memory = CacheOptions(cache).applied(self._trained.net, learning, self._trained.tokenizer)
         reader = Reader(self._trained.net, self.memory)
         total, count, first = 0.0, 0, self.memory.position == 0
         for piece in iter_pieces(io.StringIO(text, newline="")):

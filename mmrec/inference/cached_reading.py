@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +80,34 @@ def with_counted(ngrams: CachedNgrams, texts: Iterable[np.ndarray], vocab_size: 
     for tokens in texts:
         for begin in range(0, len(tokens), PART):
             history = cache.update(history, tokens[begin : begin + PART].astype(np.int64))
-    return replace(ngrams, table=table)
+    return replace(ngrams, table=table, history=torch.from_numpy(history))
+
+
+class HeldBack:
+    """All of a text but for its last tokens, piece by piece; the last ones are there when it has ended.
+
+    Args:
+        texts: pieces [T] of the text.
+        parts: how many whole parts of :data:`PART` tokens are held back, or fewer of a shorter text.
+
+    Attributes:
+        held: [n] tokens that were held back, a multiple of :data:`PART` at the end.
+    """
+
+    def __init__(self, texts: Iterable[np.ndarray], parts: int) -> None:
+        self.held = np.zeros(0, dtype=np.int64)
+        self._texts, self._most = texts, parts * PART
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for tokens in self._texts:
+            yield self._cut(np.concatenate([self.held, tokens]), self._most)
+        yield self._cut(self.held, len(self.held) // PART * PART)
+
+    def _cut(self, tokens: np.ndarray, held: int) -> np.ndarray:
+        """Hold the last ``held`` of ``tokens`` back; return the others."""
+        begin = max(0, len(tokens) - held)
+        self.held = tokens[begin:]
+        return tokens[:begin]
 
 
 class CachedGenerating:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
-from mmrec.inference.cached_reading import CachedGenerating, CachedReading, with_counted
+from mmrec.inference.cached_reading import CachedGenerating, CachedReading, HeldBack, with_counted
 from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
 from mmrec.inference.learner import Learner
 from mmrec.inference.metrics import token_nll
@@ -26,6 +26,8 @@ from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
 """Tokens that are read at a time: bounds the memory that a long text takes."""
+WEIGHED = 8
+"""Last parts of a text that is counted, by which its n-grams and the model are weighed."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,22 @@ class CacheOptions:
     Args:
         cache: count them, in a table of so many MiB, and mix what they predict with what the model does; the memory
             keeps the table, and counts on without being told. It holds what the text says.
-        cache_text: with a new cache, count the n-grams of this text first, as of the model's training text; the model
-            does not read it.
+        cache_text: with a new cache, count the n-grams of this text first, as of the model's training text; of it the
+            model reads the last tokens alone, which say how much the n-grams are to be believed beside it.
     """
 
     cache: int | None = None
     cache_text: Path | None = None
 
-    def applied(self, memory: SavedState, tokenizer: Tokenizer) -> SavedState:
+    def applied(self, net: RecurrentLM, memory: SavedState, tokenizer: Tokenizer) -> SavedState:
         """Return ``memory`` as one that counts, where that is wanted; UserError where it cannot."""
         if self.cache_text is not None and (self.cache is None or memory.cached is not None):
             raise UserError("--cache_text is for a new cache, of --cache")
-        counting = memory if self.cache is None else memory.caching(self.cache)
-        if self.cache_text is None or counting.cached is None:
-            return counting
-        texts = iter_file_tokens(tokenizer, str(self.cache_text))
-        return replace(counting, cached=with_counted(counting.cached, texts, len(memory.logits)))
+        if self.cache is None:
+            return memory
+        if self.cache_text is None:
+            return memory.caching(self.cache)
+        return with_text_counted(net, memory, self.cache, iter_file_tokens(tokenizer, str(self.cache_text)))
 
 
 def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
@@ -220,6 +222,36 @@ class Reader:
             ngrams = CachedGenerating(memory.cached, len(memory.logits), verbatim)
             return ngrams.mixed(logits.flip(0).log_softmax(-1)), CachedDecoder(ngrams, *reversed(decoders))
         return memory.logits, decoders[0] if mix is None else MixedDecoder(mix, *decoders)
+
+
+def with_text_counted(net: RecurrentLM, memory: SavedState, cache: int, texts: Iterable[np.ndarray]) -> SavedState:
+    """Return ``memory`` with a new cache of n-grams, which has counted those of a text.
+
+    The model reads the last :data:`WEIGHED` parts of the text with what was counted before: a few n-grams, or those
+    of a text whose numbers go on, can be far from what the model expects, and how much they are to be believed is
+    only known from a text that they have not counted.
+
+    Args:
+        net: the model.
+        memory: what was read before, without a cache.
+        cache: size of the table, in MiB.
+        texts: pieces [T] of the text, one after the other.
+
+    Raises:
+        UserError: as :meth:`SavedState.caching` does.
+    """
+    counting, empty = memory.caching(cache), SavedState.empty(net).caching(cache)
+    assert counting.cached is not None
+    assert empty.cached is not None
+    last = HeldBack(texts, WEIGHED)
+    counted = with_counted(empty.cached, last, len(empty.logits))
+    reader = Reader(net, replace(empty, cached=counted))
+    for _ in reader.read(last.held):
+        pass
+    read = reader.memory.cached
+    assert read is not None
+    cached = replace(counting.cached, table=read.table, weights=read.weights, curvature=read.curvature)
+    return replace(counting, cached=cached)
 
 
 def iter_nll(net: RecurrentLM, tokens: np.ndarray, memory: SavedState) -> Iterator[tuple[Tensor, SavedState]]:

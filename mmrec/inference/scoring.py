@@ -45,7 +45,8 @@ def read(
     check_memory_target(save)
     trained, digest, reached = load_model_and_state(checkpoint, memory)
     use_threads(trained.net.config.dim, READ_CHUNK)
-    reader = Reader(trained.net, counting.applied(learning.applied(trained.net, reached), trained.tokenizer))
+    begun = learning.applied(trained.net, reached)
+    reader = Reader(trained.net, counting.applied(trained.net, begun, trained.tokenizer))
     for tokens in iter_file_tokens(trained.tokenizer, file):
         for _ in reader.read(tokens):
             pass
@@ -84,7 +85,8 @@ def score(
     trained, _, before = load_model_and_state(checkpoint, memory)
     use_threads(trained.net.config.dim, READ_CHUNK)
     begin = before.position
-    reader = Reader(trained.net, counting.applied(learning.applied(trained.net, before), trained.tokenizer))
+    begun = learning.applied(trained.net, before)
+    reader = Reader(trained.net, counting.applied(trained.net, begun, trained.tokenizer))
     lengths = torch.from_numpy(token_lengths(trained.tokenizer))
     total, by_position = TextMetrics(), MetricsByPosition()
     with open(token_nll, "w", encoding="utf-8") if token_nll is not None else io.StringIO() as table:

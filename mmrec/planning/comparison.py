@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from mmrec.checkpoints.cached import LARGEST_VOCABULARY
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.data.store import TokenFolder
-from mmrec.inference.cached_reading import with_counted
 from mmrec.inference.compressors import ppmd_sizes
 from mmrec.inference.metrics import TextMetrics
-from mmrec.inference.reading import Reader
+from mmrec.inference.reading import Reader, with_text_counted
 from mmrec.planning.text import MOST_COMPRESSED, spelled
 from mmrec.tokenizers import token_lengths
 
@@ -29,8 +28,6 @@ COUNTED, COMPRESSED = 50_000, 1_000_000
 """Tokens whose n-grams are counted in a second, and bytes that PPMd takes: fewer than on a slow core."""
 CACHE = 16
 """MiB of the cache of n-grams."""
-WEIGHED = 1024
-"""Last tokens of what is counted, by which the n-grams and the model are weighed."""
 
 
 def comparison_seconds(minutes: float) -> float:
@@ -89,7 +86,8 @@ def compare(trained: LoadedModel, folder: TokenFolder, nll: Tensor, seconds: flo
     memory = SavedState.empty(trained.net).learning(trained.net)
     counts = trained.tokenizer.vocab_size <= LARGEST_VOCABULARY
     if counts:
-        memory = with_weighed_counts(trained, memory, folder.train[-max(1, int(COUNTED * seconds / 4)) :])
+        counted = folder.train[-max(1, int(COUNTED * seconds / 4)) :]
+        memory = with_text_counted(trained.net, memory, CACHE, [counted])
     found = torch.cat([*_read_for(Reader(trained.net, memory), folder, len(nll), seconds / 2)])
     if len(found) < 2:
         return None
@@ -100,25 +98,6 @@ def compare(trained: LoadedModel, folder: TokenFolder, nll: Tensor, seconds: flo
     return Comparison(
         len(found), bits_per_byte(nll[: len(found)], folder), bits_per_byte(found, folder), counts, ppmd
     )
-
-
-def with_weighed_counts(trained: LoadedModel, memory: SavedState, text: np.ndarray) -> SavedState:
-    """Return ``memory`` with a cache of the n-grams of ``text`` [T], T at least 1.
-
-    The end of the text is read with what was counted before: a few n-grams can be far from what the model expects,
-    and how much they are to be believed is only known from a text that they have not counted.
-    """
-    empty = SavedState.empty(trained.net).caching(CACHE)
-    assert empty.cached is not None
-    counted = with_counted(empty.cached, [text[:-WEIGHED]], len(empty.logits))
-    reader = Reader(trained.net, replace(empty, cached=counted))
-    for _ in reader.read(text[-WEIGHED:]):
-        pass
-    read, begun = reader.memory.cached, memory.caching(CACHE)
-    assert read is not None
-    assert begun.cached is not None
-    cached = replace(begun.cached, table=read.table, weights=read.weights, curvature=read.curvature)
-    return replace(begun, cached=cached)
 
 
 def _read_for(reader: Reader, folder: TokenFolder, tokens: int, seconds: float) -> Iterator[Tensor]:

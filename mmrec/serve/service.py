@@ -260,7 +260,7 @@ class Service:
         if request.cache is not None:
             self.memories.check_cache(request.cache)
         try:
-            before = CacheOptions(request.cache).applied(before, self._tokenizer)
+            before = CacheOptions(request.cache).applied(self._net, before, self._tokenizer)
         except UserError as error:
             raise ApiError(400, str(error), "cache") from None
         yield self.memories.save(request.name, (yield from self._read_on(tokens, before)))
