@@ -13,6 +13,7 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
+from mmrec.planning.half_way import LATEST
 from mmrec.planning.law import LAW, MOST_APART
 from mmrec.planning.machine import measure_rates, seconds_per_update
 from mmrec.planning.ngrams import ngram_bits_per_token
@@ -29,6 +30,7 @@ from mmrec.planning.plan import (
 )
 from mmrec.planning.source import choose_tokenizer
 from mmrec.planning.text import describe_text, xz_bits_per_byte
+from mmrec.training.callbacks.half_way import BEGIN
 
 TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
 
@@ -173,3 +175,12 @@ def test_interpolation_is_as_witten_and_bell_say() -> None:
     assert bigram > unigram
     # Nothing came after 1, 1: the trigrams say what the bigrams do.
     assert 2 ** -ngram_bits_per_token(train, val, 3) == pytest.approx(bigram, rel=1e-9)
+
+
+@pytest.mark.parametrize("val_tokens", [1_000, 9_000, 40_000, 100_000])
+def test_one_validation_is_half_way(val_tokens: int) -> None:
+    for seconds in (60, 90, 150, 300):
+        plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [(SHAPES[1], 10_000.0)], seconds)
+        options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
+        every = int(options["trainer.val_check_interval"])
+        assert any(BEGIN <= step / plan.steps <= LATEST for step in range(every, plan.steps, every))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,12 @@ import pytest
 import torch
 from conftest import Command
 from helpers import last, load
+
+from mmrec.planning import half_way
+from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
+from mmrec.planning.record import Record, read_record
+from mmrec.training.callbacks.half_way import HalfWayScore
+from mmrec.training.options import OptimizerOptions
 
 SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
 
@@ -48,10 +56,27 @@ def test_a_plan_is_said_and_nothing_trained(mmrec: Command, novel: Path, capsys:
 
 
 def test_one_line_trains_and_says_what_came_of_it(
-    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=8") == 0
+    seen: list[HalfWayScore] = []
+    known = half_way.is_known
+
+    def look(score: HalfWayScore) -> bool:
+        seen.append(score)
+        return known(score)
+
+    monkeypatch.setattr(half_way, "FEWEST_UPDATES", 8)
+    monkeypatch.setattr(half_way, "is_known", look)
+    line = ["train", novel, "--trainer.logger=false", "--trainer.max_steps=8", "--trainer.val_check_interval=1"]
+    assert mmrec(*line) == 0
     said = capsys.readouterr().out
+    assert [(score.step, score.planned_steps) for score in seen] == [(4, 8)]
+    expected = record()["half_way"]
+    assert expected == END_OVER_HALF * seen[0].bits_per_byte
+    low, high = (expected * math.exp(part * half_way.SPREAD) for part in (-1, 1))
+    told = f"half-way    {expected:.2f} bits/byte are expected now ({low:.2f} to {high:.2f} two times of three)"
+    assert said.splitlines().count(told) == 1  # a line of its own beside the progress bar
+    assert f"; {record()['expected']:.3f} were expected at first, {expected:.3f} half-way\n" in said
     assert "validation  " in said
     assert "bits/byte by xz, " in said
     assert " by PPMd, after the training text" in said
@@ -80,8 +105,10 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, nov
 def test_typed_again_it_is_not_held_to_the_updates_of_the_first_plan(mmrec: Command, novel: Path) -> None:
     assert mmrec("train", novel, *SMALL, "--minutes=0.1") == 0
     first = last("novel")["global_step"]
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(record() | {"half_way": 2.0}))
     assert mmrec("train", novel, *SMALL, "--minutes=0.2") == 0
     assert last("novel")["global_step"] > first
+    assert record()["half_way"] != 2.0  # it was that of the shorter training
 
 
 def test_other_minutes_than_before_count_where_it_was_stopped(
@@ -246,3 +273,29 @@ def test_another_run_of_that_name_is_left_alone(
     assert mmrec("train", novel, *SMALL) == 2
     assert "choose another --run" in capsys.readouterr().err
     assert last("novel")["global_step"] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [
+        ({}, True),
+        ({"step": 496}, True),
+        ({"step": 560}, False),
+        ({"epochs": 9.0}, False),
+        ({"planned_steps": 100, "step": 50}, False),
+        ({"options": OptimizerOptions(schedule="cosine")}, False),
+        ({"options": OptimizerOptions(schedule="wsd", decay_ratio=0.5)}, False),
+    ],
+)
+def test_what_is_expected_half_way_is_said_of_trainings_that_were_looked_at(
+    tmp_path: Path, change: dict[str, Any], is_known: bool
+) -> None:
+    score = HalfWayScore(2.0, 500, 1000, 3.0, OptimizerOptions(schedule="wsd"))
+    line = HalfWayLine(Record("data", 1.0, 1000, [], 2.5, 2.1), tmp_path)
+    said = line(replace(score, **change))
+    expected = 2.0 * END_OVER_HALF
+    assert (said is not None) == is_known
+    assert line.record.half_way == (expected if is_known else None)
+    if said is not None:
+        assert f"{expected:.2f} bits/byte" in said
+        assert read_record(tmp_path) == line.record

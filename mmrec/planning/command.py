@@ -16,6 +16,7 @@ from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
+from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates
 from mmrec.planning.options import TrainOptions, split_arguments
 from mmrec.planning.outcome import report
@@ -23,6 +24,7 @@ from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, fit_options, make_p
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
+from mmrec.training.callbacks.half_way import HalfWay
 from mmrec.training.cli import run_lightning
 
 STARTING = 3.0
@@ -60,8 +62,7 @@ def train(args: Sequence[str]) -> None:
     if options.plan:
         return
     record.write(where)
-    _fit(record, where, run, forwarded)
-    record = replace(record, finished=True)
+    record = replace(_fit(record, where, run, forwarded), finished=True)
     record.write(where)
     print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
 
@@ -116,7 +117,7 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
     if start == stable and not options.plan:
         write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
-    return replace(before, minutes=(done + more) / 60, steps=None, finished=False, asked=minutes)
+    return replace(before, minutes=(done + more) / 60, steps=None, finished=False, asked=minutes, half_way=None)
 
 
 def _move(record: Record, on: str | None) -> Record:
@@ -137,15 +138,15 @@ def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
         assert options.minutes is not None
         assert before.asked is not None
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
-        record = replace(before, minutes=minutes, steps=None, asked=options.minutes)
+        record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
     if last.exists() or changed:
         print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record
 
 
-def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> None:
-    """Train as ``record`` says, from the last checkpoint or from nothing."""
+def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Record:
+    """Train as ``record`` says, and return it with what was expected half-way."""
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
     options.append(f"--time_limit.minutes={record.minutes:.4f}")
     holds = record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded)
@@ -153,4 +154,7 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Non
     options.append(f"--time_limit.planned_steps={record.steps if holds else 'null'}")
     if run in runs.runs(Path()):
         options.append(f"--ckpt_path={runs.LAST}")
-    run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}")
+    line = HalfWayLine(record, where)
+    half_way = [HalfWay(line)] if record.half_way is None else []
+    run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}", half_way)
+    return line.record

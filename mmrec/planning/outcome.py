@@ -47,7 +47,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
     part = "" if len(folder.val) <= MOST_SCORED else f" of its first {MOST_SCORED:,} tokens"
     return "\n".join(
         [
-            f"validation  {score:.3f} bits/byte{part}, with the state carried; {record.expected:.3f} were expected",
+            f"validation  {score:.3f} bits/byte{part}, with the state carried; {_expected(record)}",
             *([] if beside is None else _with_memory(beside, len(nll))),
             f"beside it   {record.xz:.3f} bits/byte by xz{_ppmd(beside, len(nll))}, after the training text",
             f"model       {checkpoint}, {trained.step:,} updates",
@@ -64,6 +64,12 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
             "and the same line again, which trains for longer.",
         ]
     )
+
+
+def _expected(record: Record) -> str:
+    """Return what was expected, at first and half-way."""
+    half_way = "" if record.half_way is None else f" at first, {record.half_way:.3f} half-way"
+    return f"{record.expected:.3f} were expected{half_way}"
 
 
 def _with_memory(beside: Comparison, scored: int) -> list[str]:

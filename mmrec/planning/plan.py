@@ -200,7 +200,7 @@ def _validations(plan: TrainingPlan) -> dict[str, object]:
     """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
     affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens
     whole = plan.text.val_tokens
-    times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)))
+    times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)) // 2 * 2)  # even: one is half-way
     every = max(1, plan.steps // times)
     options: dict[str, object] = {"val_check_interval": every}
     if times * whole > affordable:

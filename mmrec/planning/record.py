@@ -26,6 +26,7 @@ class Record:
         expected: bits per byte that the first plan expected.
         finished: whether its time was used to the end.
         asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
+        half_way: bits per byte that were expected half-way; None before, and where nothing can be said.
     """
 
     data_dir: str
@@ -36,6 +37,7 @@ class Record:
     expected: float
     finished: bool = False
     asked: float | None = None
+    half_way: float | None = None
 
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""

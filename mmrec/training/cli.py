@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,24 @@ class TrainingCLI(SubcommandCLI):
         plan: what is done; None where only a help or a config is printed.
         typed: the arguments as they were typed, the command first.
         held: what is released when the command ends: the lock of the run.
+        added: callbacks beside those of every training.
         kwargs: of LightningCLI.
     """
 
     def __init__(
-        self, request: RunRequest, plan: RunPlan | None, typed: list[str], held: ExitStack, **kwargs: Any
+        self,
+        request: RunRequest,
+        plan: RunPlan | None,
+        typed: list[str],
+        held: ExitStack,
+        added: Sequence[Callback] = (),
+        **kwargs: Any,
     ) -> None:
         self.request = request
         self._plan = plan
         self.typed = typed
         self.held = held
+        self._added = added
         super().__init__(
             RecurrentLMModule,
             TextDataModule,
@@ -245,7 +254,7 @@ class TrainingCLI(SubcommandCLI):
         if fit:
             added += [Summary(), LearningRate(), Charts()]
             added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
-            added.append(RunLog(self.plan.folder, self.typed))
+            added += [RunLog(self.plan.folder, self.typed), *self._added]
         chosen = _listed(config["callbacks"])
         for callback in chosen:
             if isinstance(callback, LearningRateFinder | BatchSizeFinder):
@@ -336,11 +345,13 @@ def _sharded(strategy: Any) -> bool:
     return any(word in name.lower() for word in ("fsdp", "sharded", "modelparallel"))
 
 
-def run_lightning(command: str, args: list[str], resume_by: str | None = None) -> None:
+def run_lightning(
+    command: str, args: list[str], resume_by: str | None = None, added: Sequence[Callback] = ()
+) -> None:
     """Run ``command`` with ``args``; after a signal that stops it, say that it is resumed by typing ``resume_by``.
 
     A run that is resumed, or evaluated, brings its own config where the arguments name none; another model brings
-    its architecture.
+    its architecture. The callbacks ``added`` are those of this process alone.
     """
     args = resolve_configs(args, SECTIONS)
     request = read_request(command, args, current_job())
@@ -351,7 +362,7 @@ def run_lightning(command: str, args: list[str], resume_by: str | None = None) -
         if prints is None or (prints == "config" and (request.checkpoint or request.init_from)):
             plan = plan_run(request, taken)
         try:
-            _run(request, plan, args, resume_by)
+            _run(request, plan, args, resume_by, added)
         except RunNameTakenError:
             assert plan is not None
             taken.add(plan.run)
@@ -363,7 +374,9 @@ def _prints_config(args: list[str]) -> bool:
     return any(arg.partition("=")[0] == "--print_config" for arg in args)
 
 
-def _run(request: RunRequest, plan: RunPlan | None, args: list[str], resume_by: str | None) -> None:
+def _run(
+    request: RunRequest, plan: RunPlan | None, args: list[str], resume_by: str | None, added: Sequence[Callback]
+) -> None:
     """Parse ``args`` with what ``plan`` adds, and run the command."""
     before = sys.argv
     program = Path(sys.executable).with_name("mmrec")
@@ -373,7 +386,7 @@ def _run(request: RunRequest, plan: RunPlan | None, args: list[str], resume_by: 
     complete = args if plan is None else plan.complete(args)
     try:
         with ExitStack() as held:
-            TrainingCLI(request, plan, [request.command, *args], held, args=[request.command, *complete])
+            TrainingCLI(request, plan, [request.command, *args], held, added, args=[request.command, *complete])
     except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
         if not raised_by_lightning(error):
             raise

@@ -1,0 +1,56 @@
+"""What the loss half-way through a planned training says of its end: more than the law knew before it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from mmrec.planning.record import Record
+from mmrec.training.callbacks.half_way import HalfWayScore
+from mmrec.training.options import OptimizerOptions
+
+END_OVER_HALF, SPREAD = 0.875, 0.031
+"""Bits per byte of the best checkpoint on the whole validation text over those of the validation half-way, and the
+standard deviation of its logarithm, of the trainings in docs/planning.md."""
+LATEST = 0.55
+"""Share of the updates up to which a validation is half-way."""
+MOST_EPOCHS, FEWEST_UPDATES = 8, 200
+"""Trainings that read their text more often gain less in their second half; shorter ones were not looked at."""
+
+
+def is_known(score: HalfWayScore) -> bool:
+    """Whether trainings like this one were looked at: its schedule, its epochs, and a validation near the half."""
+    like = OptimizerOptions()
+    return (
+        score.options.schedule == "wsd"
+        and score.options.decay_ratio == like.decay_ratio
+        and score.options.min_lr_ratio == like.min_lr_ratio
+        and score.epochs < MOST_EPOCHS
+        and score.planned_steps >= FEWEST_UPDATES
+        and score.step <= LATEST * score.planned_steps
+    )
+
+
+class HalfWayLine:
+    """Says what is expected from now on, and writes it into the run's record.
+
+    Args:
+        record: of the run.
+        run: its folder.
+
+    Attributes:
+        record: with what is expected half-way, once that is known.
+    """
+
+    def __init__(self, record: Record, run: Path) -> None:
+        self.record, self._run = record, run
+
+    def __call__(self, score: HalfWayScore) -> str | None:
+        """Return the line; None where nothing is known of trainings like this one."""
+        if not is_known(score):
+            return None
+        expected, low, high = (score.bits_per_byte * END_OVER_HALF * math.exp(part * SPREAD) for part in (0, -1, 1))
+        self.record = replace(self.record, half_way=expected)
+        self.record.write(self._run)
+        return f"half-way    {expected:.2f} bits/byte are expected now ({low:.2f} to {high:.2f} two times of three)"
