@@ -29,6 +29,7 @@ from mmrec.planning.machine import seconds_per_update
 from mmrec.planning.plan import (
     SHAPES,
     Batches,
+    Rate,
     Text,
     TrainingPlan,
     choose_batches,
@@ -165,7 +166,7 @@ def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
     batches = [(config, choose_batches(config, text.train_tokens)) for config in SHAPES[:4]]
-    return make_plan(text, [(config, rate(config, text, each)) for config, each in batches], seconds)
+    return make_plan(text, [Rate(config, rate(config, text, each)) for config, each in batches], seconds)
 
 
 def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:

@@ -148,6 +148,7 @@ def bits_per_byte(
             *fit_options(plan),
             *options,
             f"--trainer.max_steps={plan.steps}",
+            "--trainer.devices=1",
             f"--seed_everything={seed}",
             "--trainer.enable_progress_bar=false",
             f"--trainer.default_root_dir={root}",

@@ -16,7 +16,8 @@ from torch import distributed
 from mmrec.core.errors import UserError
 from mmrec.model.ops.native import functions
 from mmrec.training import exchange
-from mmrec.training.exchange import Exchange, SharedMemoryStrategy
+from mmrec.training.cores import SharedMemoryStrategy
+from mmrec.training.exchange import Exchange
 
 pytestmark = pytest.mark.skipif(not functions.is_built(), reason="there is no C compiler")
 

@@ -53,10 +53,10 @@ def test_two_processes_learn_what_one_does(
 
 
 def test_gradients_through_shared_memory_are_those_of_ddp(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
-    options = ["--trainer.precision=32-true", *LOSSES, "--data.batch_size=2"]
+    options = ["--trainer.precision=32-true", *LOSSES, "--trainer.accumulate_grad_batches=2"]
     options += ["--trainer.max_epochs=-1", "--trainer.max_steps=4"]
-    ways = {"ddp": [*DDP, "--trainer.accumulate_grad_batches=2"]}
-    ways["cores"] = ["--trainer.devices=2", "--trainer.strategy=cores", "--trainer.accumulate_grad_batches=2"]
+    ways = {"ddp": [*DDP, "--data.batch_size=2"]}
+    ways["cores"] = ["--trainer.devices=2", "--trainer.strategy=cores", "--data.batch_size=4"]
     for way, strategy in ways.items():
         run(tmp_path, *fit(prepared, *options, *strategy, f"--run={way}"), ranks=2)
     ddp, cores = (trained(way, tmp_path) for way in ways)

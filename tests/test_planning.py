@@ -15,12 +15,13 @@ from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
 from mmrec.planning.half_way import LATEST
 from mmrec.planning.law import LAW, MOST_APART
-from mmrec.planning.machine import measure_rates, seconds_per_update
+from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
 from mmrec.planning.plan import (
     MOST_EPOCHS,
     SHAPES,
+    Rate,
     Text,
     choose_batches,
     fit_options,
@@ -70,7 +71,7 @@ def test_parameters_are_about_those_of_the_model(config: object) -> None:
 
 
 def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
-    rates = [(SHAPES[0], 30_000.0), (SHAPES[1], 10_000.0), (SHAPES[2], 4_000.0)]
+    rates = [Rate(SHAPES[0], 30_000.0), Rate(SHAPES[1], 10_000.0), Rate(SHAPES[2], 4_000.0)]
     for seconds in (5, 60, 3600):
         chosen = make_plan(TEXT, rates, seconds)
         each = [make_plan(TEXT, [rate], seconds) for rate in rates]
@@ -80,7 +81,7 @@ def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
 
 
 def test_a_text_is_not_read_without_end() -> None:
-    plan = make_plan(dataclasses.replace(TEXT, train_tokens=10_000), [(SHAPES[0], 30_000.0)], 3600)
+    plan = make_plan(dataclasses.replace(TEXT, train_tokens=10_000), [Rate(SHAPES[0], 30_000.0)], 3600)
     assert MOST_EPOCHS - 2 < plan.epochs <= MOST_EPOCHS
 
 
@@ -99,7 +100,7 @@ def test_more_epochs_are_regularized_more() -> None:
 
 
 def test_validations_take_a_small_share_of_the_time() -> None:
-    plan = make_plan(dataclasses.replace(TEXT, val_tokens=50_000_000), [(SHAPES[1], 10_000.0)], 60)
+    plan = make_plan(dataclasses.replace(TEXT, val_tokens=50_000_000), [Rate(SHAPES[1], 10_000.0)], 60)
     options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
     batches, every = int(options["trainer.limit_val_batches"]), int(options["trainer.val_check_interval"])
     scored = batches * plan.batches.tokens * (plan.steps // every)
@@ -122,7 +123,41 @@ def test_a_trial_changes_no_random_numbers_and_gives_a_time() -> None:
     assert 0 < seconds_per_update(SHAPES[0], text, "cpu", 0.01) < math.inf
     assert torch.equal(before, torch.random.get_rng_state())
     rates = measure_rates(text, 2.0, "cpu", SHAPES[:1])
-    assert [config for config, _ in rates] == [SHAPES[0]]
+    assert [rate.config for rate in rates] == [SHAPES[0]]
+    assert rates[0].tokens > 0
+
+
+@pytest.mark.parametrize(("pace", "waited", "count"), [(0.15, 1.0, 2), (0.11, 1.0, 1), (0.11, 2.0, 2)])
+def test_several_processes_train_only_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, pace: float, waited: float, count: int
+) -> None:
+    """Two make an update in 0.1 seconds; one in ``pace`` of its own, of which it waits for others so many times."""
+    from mmrec.planning import machine
+
+    monkeypatch.setattr(machine, "_try_together", lambda *_: machine._Trial(pace, waited, 1.0))
+    two = Rate(SHAPES[1], 1024 / 0.1, 2)
+    found = with_processes_that_pay(two, TEXT, 60.0, "cpu")
+    assert found.processes == count
+    assert found.tokens == pytest.approx(two.tokens if count == 2 else 1024 / pace / waited)
+    assert with_processes_that_pay(Rate(SHAPES[1], 1.0), TEXT, 60.0, "cpu") == Rate(SHAPES[1], 1.0)
+
+
+def test_each_process_tries_its_share_of_the_rows() -> None:
+    from mmrec.planning import machine
+
+    text = dataclasses.replace(TEXT, train_tokens=600)
+    found = machine._try_together(SHAPES[0], text, "cpu", 0.01, 2)
+    assert 0 < found.pace < math.inf
+    assert found.waited > 0
+    plan = make_plan(TEXT, [Rate(SHAPES[1], 10_000.0, 2)], 60)
+    alone = make_plan(TEXT, [Rate(SHAPES[1], 10_000.0)], 60)
+    assert "by 2 processes" in plan.describe(60, 1)
+    assert "processes" not in alone.describe(60, 1)
+    # Both read the whole text at a validation, which takes each of them as long as one alone.
+    scored = [dict(option.split("=", 1) for option in fit_options(each)) for each in (plan, alone)]
+    batches = [int(each.get("--trainer.limit_val_batches", 10**9)) for each in scored]
+    often = [int(each["--trainer.val_check_interval"]) for each in scored]
+    assert batches[0] < batches[1] or often[0] > often[1]
 
 
 def test_options_of_fit_are_told_from_those_of_train() -> None:

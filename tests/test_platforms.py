@@ -64,7 +64,7 @@ def test_what_only_linux_has_is_asked_for_in_one_place() -> None:
         for path in package.rglob("*.py")
         if re.search(LINUX_ONLY, path.read_text(encoding="utf-8"))
     }
-    assert found == {"core/file_system.py", "core/threads.py"}
+    assert found == {"core/file_system.py", "core/forks.py", "core/threads.py"}
 
 
 def test_files_are_opened_with_an_encoding() -> None:

@@ -29,9 +29,9 @@ SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
 def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the machine gives two models without being made; it has tests of its own."""
     from mmrec.planning import command
-    from mmrec.planning.plan import SHAPES
+    from mmrec.planning.plan import SHAPES, Rate
 
-    monkeypatch.setattr(command, "measure_rates", lambda *_: [(SHAPES[0], 3000.0), (SHAPES[1], 10.0)])
+    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 10.0)])
 
 
 @pytest.fixture

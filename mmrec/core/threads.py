@@ -20,6 +20,9 @@ SPIN_COUNT = "1000"
 300,000."""
 PRODUCT_SHARE = 2**25
 """Multiplications of one D x D matrix product that a thread has at least: twice those of an update of quickstart."""
+PROCESS_SHARE = 2**23
+"""Multiplications of one D x D matrix product that a process of a training has at least: half those of an update of
+quickstart."""
 WEIGHTS_SHARE = 2**18
 """Weights of a D x D matrix that a thread has at least, where a token is read at a time."""
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
@@ -55,6 +58,19 @@ def threads_that_pay(dim: int, tokens: int, cores: int) -> int:
         cores: those that are there for this process.
     """
     return max(1, min(cores, max(tokens * dim**2 // PRODUCT_SHARE, dim**2 // WEIGHTS_SHARE)))
+
+
+def processes_that_pay(dim: int, rows: int, seq_len: int, cores: int) -> int:
+    """Return the number of processes that share out the rows of a batch: each has as many, and enough to do.
+
+    Args:
+        dim: width of the model, D.
+        rows: of a batch.
+        seq_len: tokens of a row.
+        cores: those that are there.
+    """
+    most = min(cores, rows, rows * seq_len * dim**2 // PROCESS_SHARE)
+    return max((count for count in range(2, most + 1) if rows % count == 0), default=1)
 
 
 def use_threads(dim: int, tokens: int = 1, processes: int = 1, before: int | None = None) -> int:

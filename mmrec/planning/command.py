@@ -17,7 +17,7 @@ from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
-from mmrec.planning.machine import check_accelerator, measure_rates
+from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments
 from mmrec.planning.outcome import report
 from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, fit_options, make_plan
@@ -29,7 +29,14 @@ from mmrec.training.cli import run_lightning
 
 STARTING = 3.0
 """Seconds that a training takes to start, and to end, beyond its updates and its validations."""
-CHANGES_PACE = ("--model.config", "--data.batch_size", "--data.seq_len", "--trainer.accumulate_grad_batches")
+PROCESSES = ("--trainer.devices", "--trainer.strategy")
+CHANGES_PACE = (
+    "--model.config",
+    "--data.batch_size",
+    "--data.seq_len",
+    "--trainer.accumulate_grad_batches",
+    *PROCESSES,
+)
 """Options by which an update takes another time than the trial found."""
 ACCELERATOR = "--trainer.accelerator="
 LEAST = 2.0
@@ -89,15 +96,16 @@ def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
     accelerator = options.on or "auto"
     rates = measure_rates(text, _seconds_left(deadline), accelerator)
     plan = make_plan(text, rates, _seconds_left(deadline))
-    rate = dict(rates)[plan.config]
-    # What comes after the training: the final score, and what stands beside it.
-    ending = min(text.val_tokens, MOST_SCORED) * FORWARD_SHARE / rate + STARTING
+    rate = next(each for each in rates if each.config == plan.config)
+    rate = with_processes_that_pay(rate, text, _seconds_left(deadline), accelerator)
+    # What comes after the training: the final score, by one process, and what stands beside it.
+    ending = min(text.val_tokens, MOST_SCORED) * FORWARD_SHARE * rate.processes / rate.tokens + STARTING
     ending += comparison_seconds(options.minutes_or_default)
     seconds = _seconds_left(deadline - ending)
-    plan = make_plan(text, [(plan.config, rate)], seconds)
+    plan = make_plan(text, [rate], seconds)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
-    chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", "--trainer.devices=1"]
+    chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
     data_dir = str(folder.folder.resolve())
     return Record(
         data_dir, seconds / 60, plan.steps, chosen, text.xz, plan.expected, asked=options.minutes_or_default
@@ -126,8 +134,13 @@ def _move(record: Record, on: str | None) -> Record:
     if on is None or before == f"{ACCELERATOR}{on}":
         return record
     print(f"on          {on} instead of {before.removeprefix(ACCELERATOR)}")
-    others = [option for option in record.options if option != before]
-    return replace(record, options=[*others, f"{ACCELERATOR}{on}"], steps=None)
+    others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
+    return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None)
+
+
+def _processes(count: int) -> list[str]:
+    """Return the options of ``mmrec fit`` by which so many processes share out the rows of an update."""
+    return [f"{PROCESSES[0]}={count}", f"{PROCESSES[1]}={'cores' if count > 1 else 'auto'}"]
 
 
 def _resume(before: Record, last: Path, options: TrainOptions) -> Record:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 
 from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
+from mmrec.core.forks import call_in_copies, can_fork
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
 from mmrec.model import ModelConfig, RecurrentLM, State
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import SHAPES, Batches, Text, choose_batches, has_second_token, layer_parameters
+from mmrec.planning.plan import SHAPES, Batches, Rate, Text, choose_batches, has_second_token, layer_parameters
+from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
 from mmrec.training.optim import make_optimizer
@@ -25,6 +29,10 @@ WARM_UP = 2
 """First updates, which are slower than those that follow."""
 LOOP_SECONDS = 0.007
 """Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch; measured: quickstart."""
+EXCHANGE_SECONDS = 0.0013
+"""Of an update that several processes share out; measured: quickstart."""
+WORTH_SEVERAL = 1.2
+"""How many times as fast several processes must be in a trial: each is slowed down by all that slows down one."""
 
 
 def check_accelerator(name: str | None) -> None:
@@ -40,6 +48,7 @@ def seconds_per_update(
     seconds: float,
     batches: Batches | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    processes: int = 1,
 ) -> float:
     """Return the seconds that an update takes: forward, backward and optimizer, the median of a few, and the loop.
 
@@ -52,9 +61,10 @@ def seconds_per_update(
         seconds: that the trial may take, beyond the first updates.
         batches: of an update; None takes those that a plan would.
         clock: of the seconds; that of the processor leaves out what other programs take.
+        processes: that compute at once, each on such batches.
     """
     batches = batches or choose_batches(config, text.train_tokens)
-    use_threads(config.dim, batches.rows * batches.seq_len)  # as the training will
+    use_threads(config.dim, batches.rows * batches.seq_len, processes)  # as the training will
     device = device_of_accelerator(accelerator)
     random = torch.random.get_rng_state()
     try:
@@ -92,8 +102,8 @@ def seconds_per_update(
 
 def measure_rates(
     text: Text, seconds: float, accelerator: str, shapes: Sequence[ModelConfig] = SHAPES, law: Law = LAW
-) -> list[tuple[ModelConfig, float]]:
-    """Return models, each with the tokens a second that it trains on here.
+) -> list[Rate]:
+    """Return how fast models train here.
 
     The smallest is tried first; a larger one is not tried any more once the one before it is expected to do worse
     than the best so far.
@@ -110,21 +120,72 @@ def measure_rates(
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
     if is_cpu:
         dispatch.uses_native()  # or building the kernels would count as time of the first trial
-    clock = time.process_time if is_cpu else time.perf_counter
-    own: list[tuple[ModelConfig, float]] = []
+    own: list[Rate] = []
     waited = worked = 0.0
     best = float("inf")
     for config in shapes:
-        trial = min(2.0, max(0.3, seconds / 200))
-        begin, begin_own = time.perf_counter(), clock()
-        pace = seconds_per_update(config, text, accelerator, trial, clock=clock)
-        threads = torch.get_num_threads() if is_cpu else 1
-        waited += time.perf_counter() - begin
-        worked += (clock() - begin_own) / threads
-        own.append((config, choose_batches(config, text.train_tokens).tokens * threads / pace))
+        batches = choose_batches(config, text.train_tokens)
+        processes = processes_for(config.dim, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
+        trial = _try_together(config, text, accelerator, seconds, processes)
+        waited += trial.waited
+        worked += trial.worked
+        own.append(Rate(config, batches.tokens / trial.pace, processes))
         slower = max(1.0, waited / max(worked, 1e-9))
-        expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1][1] / slower * seconds)
+        expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1].tokens / slower * seconds)
         if expected > best:
             break
         best = expected
-    return [(config, rate / slower) for config, rate in own]
+    return [replace(rate, tokens=rate.tokens / slower) for rate in own]
+
+
+def with_processes_that_pay(rate: Rate, text: Text, seconds: float, accelerator: str) -> Rate:
+    """Return ``rate``, or that of one process where several are not :data:`WORTH_SEVERAL` times as fast.
+
+    They are not where another program keeps a core busy: all wait for the one that waits for it.
+    """
+    if rate.processes == 1:
+        return rate
+    alone = _try_together(rate.config, text, accelerator, seconds, 1)
+    slower = max(1.0, alone.waited / max(alone.worked, 1e-9))
+    tokens = choose_batches(rate.config, text.train_tokens).tokens / alone.pace / slower
+    return rate if rate.tokens > WORTH_SEVERAL * tokens else Rate(rate.config, tokens)
+
+
+def _try_together(config: ModelConfig, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
+    """Return what the slowest of several processes finds that share out batches, for a training of ``seconds``."""
+    length = min(2.0, max(0.3, seconds / 200))
+    batches = choose_batches(config, text.train_tokens).share(processes)
+    trial = partial(_try, config, text, accelerator, length, batches, processes)
+    # In copies of this process: it must not compute gradients itself, or it could not be copied for the training.
+    trials = call_in_copies(trial, processes) if _can_be_copied(accelerator) else [trial()]
+    return _Trial(
+        max(each.pace for each in trials) + (EXCHANGE_SECONDS if processes > 1 else 0.0),
+        max(each.waited for each in trials),
+        max(each.worked for each in trials),
+    )
+
+
+@cache
+def _can_be_copied(accelerator: str) -> bool:
+    return device_of_accelerator(accelerator).type == "cpu" and can_fork()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one process found: seconds of an update, and those that passed in all, and that it worked for."""
+
+    pace: float
+    waited: float
+    worked: float
+
+
+def _try(
+    config: ModelConfig, text: Text, accelerator: str, seconds: float, batches: Batches, processes: int
+) -> _Trial:
+    """Train on batches of random tokens for some seconds, beside as many other processes of the same trial."""
+    is_cpu = device_of_accelerator(accelerator).type == "cpu"
+    clock = time.process_time if is_cpu else time.perf_counter
+    begin, begin_own = time.perf_counter(), clock()
+    pace = seconds_per_update(config, text, accelerator, seconds, batches, clock, processes)
+    threads = torch.get_num_threads() if is_cpu else 1
+    return _Trial(pace / threads, time.perf_counter() - begin, (clock() - begin_own) / threads)

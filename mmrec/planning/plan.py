@@ -70,6 +70,10 @@ class Batches:
         """Tokens of an update."""
         return self.rows * self.seq_len
 
+    def share(self, processes: int) -> Batches:
+        """Return what each of ``processes`` has of them."""
+        return replace(self, rows=self.rows // processes)
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -82,6 +86,7 @@ class TrainingPlan:
         text: what is read.
         expected: bits per byte on the validation text.
         spread: standard deviation of its logarithm.
+        processes: that share out the rows of an update.
     """
 
     config: ModelConfig
@@ -90,6 +95,7 @@ class TrainingPlan:
     text: Text
     expected: float
     spread: float
+    processes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -111,12 +117,13 @@ class TrainingPlan:
         parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
         # Nobody needs more than eight: what a law says of a few updates may be beyond.
         expected, low, high = (min(8.0, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1))
+        shared = f", by {self.processes} processes" if self.processes > 1 else ""
         return "\n".join(
             [
                 f"model       about {parameters / 1e6:.2f} M parameters: "
                 f"{self.config.layers} layers of {self.config.dim}",
                 f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens: "
-                f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs",
+                f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
                 f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
                 f"xz makes {self.text.xz:.2f}",
@@ -134,24 +141,39 @@ def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
     return wanted
 
 
-def make_plan(text: Text, rates: Sequence[tuple[ModelConfig, float]], seconds: float, law: Law = LAW) -> TrainingPlan:
+@dataclass(frozen=True)
+class Rate:
+    """How fast a model trains.
+
+    Attributes:
+        config: of the model.
+        tokens: a second.
+        processes: that share out the rows of an update.
+    """
+
+    config: ModelConfig
+    tokens: float
+    processes: int = 1
+
+
+def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW) -> TrainingPlan:
     """Return the plan with the least expected loss.
 
     Args:
         text: what is read.
-        rates: models, each with the tokens a second that it trains on.
+        rates: of the models.
         seconds: of training, with its validations.
         law: what is expected of the models.
     """
     plans = []
-    for config, rate in rates:
+    for rate in rates:
+        config = rate.config
         batches = choose_batches(config, text.train_tokens)
-        tokens = min(rate * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
+        tokens = min(rate.tokens * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
         steps = max(1, int(tokens / batches.tokens))
         relative = law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
-        plans.append(
-            TrainingPlan(config, batches, steps, text, law.yardstick(text.ngram, text.xz) * relative, law.spread)
-        )
+        expected = law.yardstick(text.ngram, text.xz) * relative
+        plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes))
     return min(plans, key=lambda plan: plan.expected)
 
 
@@ -198,7 +220,8 @@ def fit_options(plan: TrainingPlan) -> list[str]:
 
 def _validations(plan: TrainingPlan) -> dict[str, object]:
     """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
-    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens
+    # Each process reads the whole text, with the state carried.
+    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE / plan.processes  # tokens
     whole = plan.text.val_tokens
     times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)) // 2 * 2)  # even: one is half-way
     every = max(1, plan.steps // times)

@@ -28,9 +28,9 @@ def choose_arithmetic(trainer: Trainer, dim: int, before: dict[str, Any] | None 
         before: what :func:`arithmetic` returned in the run that is resumed. It is kept where that is possible, and a
             line says where it is not: sums that others add up differ in their last bits.
     """
-    data = trainer.datamodule.options  # type: ignore[attr-defined]
+    data = trainer.datamodule  # type: ignore[attr-defined]
     known = None if before is None else before.get("threads")
-    threads = use_threads(dim, data.batch_size * data.seq_len, trainer.num_devices, known)
+    threads = use_threads(dim, data.rows * data.options.seq_len, trainer.num_devices, known)
     if known is not None and threads != known:
         rank_zero_info(f"The run was trained with {known} thread(s) until now, and goes on with {threads}: {DIFFERS}")
     compiled = before is None or before.get("native", False)

@@ -40,10 +40,10 @@ from mmrec.training.compat import (
     SubcommandCLI,
     instantiation_error,
     is_first_process,
-    is_left_to_lightning,
     raised_by_lightning,
     refuse_too_many_processes,
 )
+from mmrec.training.cores import choose_processes
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.predictions import write_predictions
@@ -189,8 +189,7 @@ class TrainingCLI(SubcommandCLI):
         else:  # of a run that may have been trained under another name, or elsewhere
             config.run = self.plan.run if self.plan.is_named else None
             config.trainer.default_root_dir = None if self.plan.root == Path() else str(self.plan.root)
-        if is_left_to_lightning(config.trainer):
-            config.trainer.devices = 1  # not all GPUs, each of which would add data.batch_size rows to an update
+        choose_processes(config, str(self.subcommand), self.plan.checkpoint)
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
         self.evaluation = Evaluation(config.get("window"), bool(config.get("learn")))

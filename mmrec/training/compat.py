@@ -21,6 +21,8 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.call import _call_and_handle_interrupt
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim.swa_utils import AveragedModel
 
@@ -182,6 +184,19 @@ def is_first_process() -> bool:
     """
     machine = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
     return not getattr(rank_zero_only, "rank", 0) and machine == "0"
+
+
+ProcessLauncher = _SubprocessScriptLauncher
+"""What begins the processes of a training; Lightning has no public name for it, no issue known."""
+
+
+def call_in_place(trainer: Trainer, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a trainer's function in this process as Lightning does: what is to happen after an error, happens.
+
+    A launcher has no public way to do that in a process that it has begun; no issue known.
+    """
+    trainer.strategy._launcher = None
+    _call_and_handle_interrupt(trainer, function, *args, **kwargs)
 
 
 def is_left_to_lightning(trainer: Any) -> bool:

@@ -17,6 +17,7 @@ from mmrec.data.prepare import prepare
 from mmrec.data.remote_store import open_remote_tokens
 from mmrec.data.store import TokenFolder, open_tokens
 from mmrec.tokenizers import Tokenizer
+from mmrec.training.cores import rows_of_process
 from mmrec.training.options import DataOptions, report_changes
 
 
@@ -91,12 +92,17 @@ class TextDataModule(LightningDataModule):
             if not self.folder.exists():
                 prepare(PrepareOptions(self.options.corpus, output_dir=self.folder))
 
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that this process has."""
+        return rows_of_process(self.trainer, self.options.batch_size)
+
     def _sampler(self) -> SegmentSampler:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return SegmentSampler(
             self.tokens.train,
-            self.options.batch_size,
+            self.rows,
             self.options.seq_len,
             self.options.seed,
             self.options.segment_len,

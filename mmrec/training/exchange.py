@@ -10,13 +10,11 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, distributed
 
 from mmrec.core.errors import UserError
@@ -134,49 +132,16 @@ def gather_all(own: Tensor) -> Tensor:
     return everyone
 
 
-class SharedMemoryStrategy(DDPStrategy):
-    """The model replicated in processes on the cores of one machine, which exchange gradients in memory they share.
+def begin(numbers: int) -> Exchange:
+    """Have this process exchange what it shares with others of its machine through memory from now on.
 
-    The gradients are exchanged after the backward pass: there is no wrapper around the model that would do it within.
+    Args:
+        numbers: float32 numbers that are exchanged at once, if there is room for them.
     """
-
-    _accumulates = False
-
-    def configure_ddp(self) -> None:
-        assert self.model is not None
-        if self.root_device.type != "cpu" or self.num_nodes > 1:
-            raise UserError(
-                "--trainer.strategy cores is for the CPU cores of one machine; use ddp for GPUs and several"
-            )
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            distributed.broadcast(tensor.detach(), 0)
-        exchange = Exchange(sum(parameter.numel() for parameter in self.model.parameters()))
-        _in_use[:] = [exchange]
-
-    @contextmanager
-    def block_backward_sync(self) -> Generator[None]:
-        self._accumulates = True
-        try:
-            yield
-        finally:
-            self._accumulates = False
-
-    def post_backward(self, closure_loss: Tensor) -> None:
-        if self._accumulates or not _in_use or _in_use[0].processes == 1:
-            return
-        assert self.model is not None
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        shared = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
-        _in_use[0].mean(shared)
-        known = {id(each) for each in shared}
-        for each in gradients:
-            if id(each) not in known:
-                distributed.all_reduce(each)
-                each /= _in_use[0].processes
-
-    def teardown(self) -> None:
-        _in_use.clear()
-        super().teardown()
+    _in_use[:] = [Exchange(numbers)]
+    return _in_use[0]
 
 
-StrategyRegistry.register("cores", SharedMemoryStrategy, description="processes on the cores of one machine")
+def end() -> None:
+    """Exchange by torch's process group again."""
+    _in_use.clear()

@@ -127,7 +127,7 @@ class DataOptions:
         corpus: corpus to read where no data_dir is given, from data/CORPUS, prepared first where that does not exist
             yet: tiny_shakespeare, shakespeare_plays or sample.
         data_dir: token folder of your own text, as ``mmrec prepare`` writes it; or its URL, as s3://bucket/folder.
-        batch_size: sequences of a batch, per process.
+        batch_size: sequences of a batch, per process; of all processes together with the strategy cores.
         seq_len: tokens of each sequence in one batch: the length of truncated back-propagation through time; the
             state is carried further.
         segment_len: tokens that a row of the batch reads in order before it goes to another place of the text.

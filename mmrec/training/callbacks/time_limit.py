@@ -13,6 +13,7 @@ from mmrec.core.errors import UserError
 from mmrec.training.compat import is_accumulating
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.optim import decay_start
+from mmrec.training.options import OptimizerOptions
 
 CHECK_EVERY = 10
 """Updates between two looks at the clock."""
@@ -75,7 +76,7 @@ class TimeLimit(Callback):
         self._start = time.perf_counter()
         self._first_step = trainer.global_step
         if self._pace and self._time_is_new:
-            self._decide(trainer, pl_module, self._affordable(trainer.global_step))
+            self._decide(trainer, pl_module, trainer.strategy.broadcast(self._affordable(trainer.global_step)))
         elif self.planned_steps is not None:
             self._decide(trainer, pl_module, self.planned_steps)
 
@@ -111,20 +112,23 @@ class TimeLimit(Callback):
 
     def _reconsider(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make another plan where the one that there is would miss the end of the time."""
-        if not self._pace:
-            return
-        assert self.minutes is not None
-        step, limit = trainer.global_step, 60 * self.minutes
-        affordable = trainer.strategy.broadcast(self._affordable(step))
-        if self.planned_steps is None:
-            self._decide(trainer, pl_module, affordable)
-            return
-        missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / limit
         assert isinstance(pl_module, RecurrentLMModule)
-        options = pl_module.options
+        # By the clock of the first process: all must decide the same.
+        steps = trainer.strategy.broadcast(self._better_plan(trainer.global_step, pl_module.options))
+        if steps is not None:
+            self._decide(trainer, pl_module, steps)
+
+    def _better_plan(self, step: int, options: OptimizerOptions) -> int | None:
+        """Return the number of updates that there is time for, if it is to take the place of the plan's."""
+        assert self.minutes is not None
+        if not self._pace:
+            return None
+        affordable = self._affordable(step)
+        if self.planned_steps is None:
+            return affordable
+        missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / (60 * self.minutes)
         falls = options.schedule == "wsd" and step >= decay_start(options, self.planned_steps)
-        if missed > TOO_LATE or (missed < -TOO_EARLY and not falls):
-            self._decide(trainer, pl_module, affordable)
+        return affordable if missed > TOO_LATE or (missed < -TOO_EARLY and not falls) else None
 
     def _seconds_per_step(self, step: int) -> float:
         """Seconds of an update and its share of the validations."""

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #define PATIENCE 20000 /* turns of waiting, some 100 microseconds, before the core is offered to others */
@@ -45,6 +46,13 @@ static inline void pause_turn(void) {
 #endif
 }
 
+/* Whether a process has ended; its parent is told by the system before it has waited for it. */
+static int has_ended(pid_t process) {
+    siginfo_t found = {0};
+    if (!waitid(P_PID, (id_t)process, &found, WEXITED | WNOHANG | WNOWAIT) && found.si_pid == process) return 1;
+    return kill(process, 0) && errno == ESRCH;
+}
+
 /* The slot of a process in the exchange that this process begins next, or has begun. */
 static char *slot_of(const group *all, integer process, int64_t exchange) {
     return all->slots + ((exchange & 1) * all->processes + process) * all->room * 4;
@@ -70,7 +78,7 @@ static int meet(const group *all, int64_t size) {
             nanosleep(&rest, NULL);
             double now = seconds();
             if (until == 0) until = now + all->limit;
-            if (now > until || (kill((pid_t)theirs->process, 0) && errno == ESRCH)) return NO_ANSWER;
+            if (now > until || has_ended((pid_t)theirs->process)) return NO_ANSWER;
         }
         if (theirs->sizes[mine & 1] != size) result = DIFFERENT_SIZES;
     }

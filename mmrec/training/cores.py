@@ -1,0 +1,218 @@
+"""Training on several cores of one machine: the strategy ``cores``, and how its processes begin."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, distributed
+
+from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.checkpoints.contents import PROGRESS_KEY
+from mmrec.core.devices import device_of_accelerator
+from mmrec.core.errors import UserError, exit_status
+from mmrec.core.forks import can_fork, end, fork, wait_for
+from mmrec.core.threads import available_cores, is_set_by_user, processes_that_pay
+from mmrec.model.ops import dispatch
+from mmrec.training import exchange
+from mmrec.training.arithmetic import DIFFERS
+from mmrec.training.compat import ProcessLauncher, call_in_place, is_left_to_lightning
+from mmrec.training.exchange import Exchange
+from mmrec.training.slurm import current_job
+
+PATIENCE = 10.0
+"""Seconds that other processes have to end by themselves after this one has failed."""
+
+
+class SharedMemoryStrategy(DDPStrategy):
+    """The model replicated in processes on the cores of one machine, which exchange gradients in memory they share.
+
+    The rows of a batch are shared out over them, so that their number does not change the updates. The gradients are
+    exchanged after the backward pass: there is no wrapper around the model that would do it within.
+    """
+
+    _accumulates = False
+    _exchange: Exchange | None = None
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        environment = self.cluster_environment
+        assert environment is not None
+        if self.num_processes > 1 and not environment.creates_processes_externally and can_fork():
+            self._launcher = ForkLauncher(environment, self.num_processes, self.num_nodes)
+
+    def setup_distributed(self) -> None:
+        before = logging.root.manager.disable
+        logging.disable(logging.INFO)  # seven lines of Lightning about processes that nobody has asked for
+        try:
+            super().setup_distributed()
+        finally:
+            logging.disable(before)
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        if self.root_device.type != "cpu" or self.num_nodes > 1:
+            raise UserError(
+                "--trainer.strategy cores is for the CPU cores of one machine; use ddp for GPUs and several"
+            )
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            distributed.broadcast(tensor.detach(), 0)
+        self._exchange = exchange.begin(sum(parameter.numel() for parameter in self.model.parameters()))
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._accumulates or self._exchange is None or self._exchange.processes == 1:
+            return
+        assert self.model is not None
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        shared = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
+        self._exchange.mean(shared)
+        known = {id(each) for each in shared}
+        for each in gradients:
+            if id(each) not in known:
+                distributed.all_reduce(each)
+                each /= self._exchange.processes
+
+    def teardown(self) -> None:
+        self._exchange = None
+        exchange.end()
+        super().teardown()
+
+
+def choose_processes(config: Any, command: str, checkpoint: Path | None) -> None:
+    """Set how many processes train, where nobody has said it, in the parsed ``config`` of ``command``.
+
+    On a CPU they are as many as pay, on GPUs one: each would add ``data.batch_size`` rows to an update. A text is
+    read by one.
+
+    Args:
+        config: is changed.
+        command: fit, validate, test or predict.
+        checkpoint: of the run that is resumed, or None.
+    """
+    trainer = config.trainer
+    if command != "fit" and trainer.strategy == "cores":
+        trainer.devices, trainer.strategy = 1, "auto"
+    if not is_left_to_lightning(trainer):
+        return
+    trainer.devices, name = 1, str(trainer.accelerator)
+    if command == "fit" and name in ("auto", "cpu") and device_of_accelerator(name).type == "cpu":
+        before = None if checkpoint is None else _processes_of(checkpoint)
+        count = processes_for(config.model.config.dim, config.data.batch_size, config.data.seq_len, before)
+        if count > 1:
+            trainer.devices, trainer.strategy = count, "cores"
+
+
+def processes_for(dim: int, rows: int, seq_len: int, before: int | None = None, spare: int = 1) -> int:
+    """Return by how many processes a model is trained on the CPU of this machine where nobody has said it.
+
+    The number follows from sizes, not from a trial, so that a command gives the same bits each time. One core is left
+    to other programs: where one of several processes has to wait for them, all do.
+
+    Args:
+        dim: width of the model, D.
+        rows: of a batch.
+        seq_len: tokens of a row.
+        before: those of the run that is resumed, which keeps its number where there are as many cores.
+        spare: cores that are left to other programs.
+    """
+    cores = 1 if is_set_by_user() or current_job() is not None else available_cores()
+    pays = processes_that_pay(dim, rows, seq_len, cores - spare)
+    count = pays if before is None or before > cores else before
+    if count > 1 and not (dispatch.uses_native() and can_fork()):
+        count = 1
+    if before is not None and count != before:
+        rank_zero_info(f"The run was trained by {before} process(es) until now, and goes on by {count}: {DIFFERS}")
+    return count
+
+
+def _processes_of(checkpoint: Path) -> int:
+    """Return by how many processes the training was done that ``checkpoint`` is of."""
+    progress = read_checkpoint(checkpoint, mmap=True, verify=False).get(PROGRESS_KEY)
+    return len(progress["random"]) if progress else 1
+
+
+def rows_of_process(trainer: Trainer | None, batch_size: int) -> int:
+    """Return how many rows of a batch of ``batch_size`` this process has: its share with the strategy ``cores``.
+
+    Raises:
+        UserError: they cannot be shared out evenly.
+    """
+    if trainer is None or not isinstance(trainer.strategy, SharedMemoryStrategy):
+        return batch_size
+    processes = trainer.world_size
+    if batch_size % processes:
+        raise UserError(
+            f"data.batch_size is {batch_size}, which {processes} processes cannot share out evenly; give a multiple "
+            "of their number, or another --trainer.devices"
+        )
+    return batch_size // processes
+
+
+class ForkLauncher(ProcessLauncher):
+    """Begins the other processes of a training as copies of this one, which is the first of them.
+
+    Lightning's own starts the command again for each, which takes seconds.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Call ``function`` in every process, and return what it returns in this one."""
+        assert trainer is not None
+        environment = {
+            "MASTER_ADDR": self.cluster_environment.main_address,
+            "MASTER_PORT": str(self.cluster_environment.main_port),
+            "WORLD_SIZE": str(self.num_processes),
+        }
+        os.environ |= environment
+        others: list[int] = []
+        try:
+            for rank in range(1, self.num_processes):
+                others.append(fork(partial(_be_other, rank, trainer, function, args, kwargs)))
+            result = function(*args, **kwargs)
+        except BaseException:
+            end(others, PATIENCE)
+            raise
+        else:
+            for number in others:
+                wait_for(number)
+        finally:
+            # Whatever this process does after the training, it does alone.
+            for name in environment:
+                os.environ.pop(name, None)
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+        return result
+
+
+def _be_other(rank: int, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any) -> int:
+    """Train as the process ``rank``, and return its exit status."""
+    from mmrec.training.callbacks.stop_on_signal import StoppedBySignal
+
+    os.environ["LOCAL_RANK"] = str(rank)
+
+    def train() -> None:
+        call_in_place(trainer, function, *args, **kwargs)
+
+    try:
+        return exit_status(train)
+    except StoppedBySignal as stop:
+        return 128 + stop.number
+
+
+StrategyRegistry.register("cores", SharedMemoryStrategy, description="processes on the cores of one machine")
