@@ -215,7 +215,7 @@ def test_interpolation_is_as_witten_and_bell_say() -> None:
 @pytest.mark.parametrize("val_tokens", [1_000, 9_000, 40_000, 100_000])
 def test_one_validation_is_half_way(val_tokens: int) -> None:
     for seconds in (60, 90, 150, 300):
-        plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [(SHAPES[1], 10_000.0)], seconds)
+        plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [Rate(SHAPES[1], 10_000.0)], seconds)
         options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
         every = int(options["trainer.val_check_interval"])
         assert any(BEGIN <= step / plan.steps <= LATEST for step in range(every, plan.steps, every))

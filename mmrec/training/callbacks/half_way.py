@@ -48,7 +48,9 @@ class HalfWay(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
         planned, reached = pl_module.planned_steps, trainer.callback_metrics.get("val/bits_per_byte")
-        if self._has_told or planned is None or reached is None or trainer.global_step < BEGIN * planned:
+        if self._has_told or not trainer.is_global_zero or planned is None or reached is None:
+            return
+        if trainer.global_step < BEGIN * planned:
             return
         self._has_told = True
         data = getattr(trainer, "datamodule", None)
