@@ -28,7 +28,8 @@ def can_fork() -> bool:
 
     if not (sys.platform.startswith("linux") and hasattr(os, "fork")):
         return False
-    if threading.active_count() > 1 or torch.get_num_threads() > 1:
+    # Gradients are computed by a thread for each GPU, which cannot use it in a copy, on a CPU too.
+    if threading.active_count() > 1 or torch.get_num_threads() > 1 or torch.cuda.is_available():
         return False
     return wait_for(fork(_compute_gradient)) == 0
 
