@@ -136,12 +136,14 @@ def test_a_text_is_learned_as_by_torch(form: Form) -> None:
 
 
 @needs_compiler
-def test_a_memory_begun_without_kernels_goes_on_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_memory_begun_without_kernels_goes_on_without(tmp_path: Path, counts: bool) -> None:
     """To the bit as if it had been read at once without them; one begun with them goes on with them."""
     net, tokens, path = made(), torch.randint(7, (4 * PART + 9,)), tmp_path / "a.mem"
     with dispatch.without_native():
-        _, plain = read(net, tokens, learning_memory(net))
-        _, begun = read(net, tokens[:200], learning_memory(net))
+        empty = learning_memory(net).caching(1) if counts else learning_memory(net)
+        _, plain = read(net, tokens, empty)
+        _, begun = read(net, tokens[:200], empty)
         save_memory(path, begun, "hash")
     begun = load_memory(path, net, "hash")
     assert_same(read(net, tokens[200:], begun)[1], plain)

@@ -1,9 +1,13 @@
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from mmrec.checkpoints.cached import DAMPING, MODELS, ORDERS, CachedNgrams
+from mmrec.checkpoints.learned import PART
+from mmrec.inference.cached_reading import CachedReading
 from mmrec.inference.mixing import FORGETTING, features, mix, updated_weights
+from mmrec.model.ops import dispatch
 
 T, N, K = 40, 9, len(ORDERS)
 M = MODELS + K
@@ -101,3 +105,50 @@ def test_numbers_that_are_not_finite_change_nothing() -> None:
     weights, curvature = updated_weights(state.weights, state.curvature, weighed, sets, targets)
     assert torch.equal(weights, state.weights)
     assert torch.equal(curvature, state.curvature)
+
+
+needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
+
+
+def _readings(models: int) -> tuple[CachedReading, CachedReading, Tensor, Tensor]:
+    """Return two readings that have read the same parts, by compiled code and without, and the next part."""
+    random = torch.Generator().manual_seed(4)
+    said = torch.randint(0, N, (5 * PART,), generator=random)
+    said[PART : 2 * PART] = said[:PART]  # of which long contexts know something
+    said[-PART + 50 :] = said[3 : PART - 47]
+    plain = CachedReading(CachedNgrams.empty(1), N)
+    logits = 3 * torch.randn(5, models, PART + 1, N, generator=random)
+    logits[:, :, 5] = torch.tensor([30.0, *[-30.0] * (N - 1)])  # as good as certain, and as good as impossible
+    for number, part in enumerate(said.split(PART)[:-1]):
+        with dispatch.without_native():
+            plain.read(logits[number], part, slice(number == 0, None), is_whole=True)
+    return CachedReading(plain.ngrams, N), plain, logits[-1], said[-PART:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize(("length", "begin"), [(PART, 0), (PART, 1), (37, 0)])
+def test_a_part_is_mixed_by_compiled_code_as_by_torch(models: int, length: int, begin: int) -> None:
+    compiled, plain, logits, tokens = _readings(models)
+    part = logits[:, : length + 1], tokens[:length], slice(begin, None), length == PART
+    found = compiled.read(*part)
+    with dispatch.without_native():
+        expected = plain.read(*part)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(found.exp(), expected.exp(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled.ngrams.weights, plain.ngrams.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.ngrams.curvature, plain.ngrams.curvature, rtol=1e-4, atol=1e-3)
+    assert torch.equal(compiled.ngrams.table, plain.ngrams.table)
+    assert torch.equal(compiled.ngrams.history, plain.ngrams.history)
+    if length == PART:
+        assert not torch.equal(plain.ngrams.weights, CachedNgrams.empty(1).weights)
+
+
+@needs_compiler
+def test_by_compiled_code_numbers_that_are_not_finite_change_nothing() -> None:
+    compiled, _, logits, tokens = _readings(2)
+    before = compiled.ngrams
+    logits[0, 3] = float("nan")
+    compiled.read(logits, tokens, slice(0, None), is_whole=True)
+    assert torch.equal(compiled.ngrams.weights, before.weights)
+    assert torch.equal(compiled.ngrams.curvature, before.curvature)

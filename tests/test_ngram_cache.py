@@ -1,22 +1,40 @@
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from mmrec.checkpoints.cached import HISTORY, NO_TOKEN, ORDERS
 from mmrec.inference.ngram_cache import LARGEST_COUNT, PROBES, NgramCache, extended_history
+from mmrec.model.ops import dispatch
 
 N = 12
+HAS_KERNELS = dispatch.choose_native()
 NOTHING = np.full(HISTORY, NO_TOKEN)
 
 
-def _text(length: int, seed: int = 0) -> np.ndarray:
+@pytest.fixture(
+    params=[False, *([True] if HAS_KERNELS else [])], ids=lambda wanted: "compiled" if wanted else "plain"
+)
+def form(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Count by compiled code, or by the plain form; return which."""
+    if request.param:
+        yield True
+        return
+    with dispatch.without_native():
+        yield False
+
+
+both_forms = pytest.mark.usefixtures("form")
+
+
+def _text(length: int, seed: int = 0, size: int = N) -> np.ndarray:
     """Return tokens that come back: some of them random, some a repetition of what was there before."""
     random = np.random.default_rng(seed)
-    text = list(random.integers(0, N, size=30))
+    text = list(random.integers(0, size, size=30))
     while len(text) < length:
-        begin, size = random.integers(0, len(text)), random.integers(1, 40)
-        text += [*text[begin : begin + size], int(random.integers(0, N))]
+        begin, length_of = random.integers(0, len(text)), random.integers(1, 40)
+        text += [*text[begin : begin + length_of], int(random.integers(0, size))]
     return np.array(text[:length], dtype=np.int64)
 
 
@@ -33,6 +51,7 @@ def _counted(before: np.ndarray, expected: int) -> np.ndarray:
     return counts
 
 
+@both_forms
 def test_counts_are_those_of_the_text_before_each_token_however_it_is_cut() -> None:
     text = _text(400)
     for sizes in ([400], [1] * 150, [7, 128, 1, 64]):
@@ -48,6 +67,7 @@ def test_counts_are_those_of_the_text_before_each_token_however_it_is_cut() -> N
         np.testing.assert_array_equal(history, extended_history(NOTHING, text[:done]))
 
 
+@both_forms
 def test_a_full_table_stays_as_large_as_it_is_and_keeps_what_is_frequent() -> None:
     cache, history = NgramCache(np.zeros(2048, dtype=np.uint16), N), NOTHING
     random = np.random.default_rng(0)
@@ -60,6 +80,7 @@ def test_a_full_table_stays_as_large_as_it_is_and_keeps_what_is_frequent() -> No
     assert row[3] > 10
 
 
+@both_forms
 def test_counts_are_halved_together_and_none_is_lost() -> None:
     cache, history = NgramCache(np.zeros(1 << 16, dtype=np.uint16), N), NOTHING
     for _ in range(40):
@@ -70,6 +91,7 @@ def test_counts_are_halved_together_and_none_is_lost() -> None:
     assert set(np.flatnonzero(row)) == {3, 4}
 
 
+@both_forms
 def test_the_same_text_gives_the_same_table() -> None:
     tables = []
     for _ in range(2):
@@ -81,8 +103,33 @@ def test_the_same_text_gives_the_same_table() -> None:
     assert PROBES > 1
 
 
+@both_forms
 def test_tables_of_earlier_versions_are_read() -> None:
     """What a table says of a text is where every version looks for it."""
     cache = NgramCache(np.zeros(1 << 12, dtype=np.uint16), N)
     cache.update(NOTHING, np.arange(30) % N)
     assert zlib.crc32(cache.table.astype("<u2").tobytes()) == 3329112166
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="no C compiler")
+@pytest.mark.parametrize(
+    ("vocab_size", "slots", "length"),
+    [(N, 512, 4000), (N, 1 << 14, 4000), (256, 1 << 12, 1500), (1024, 1 << 15, 600)],
+)
+def test_compiled_code_counts_to_the_bit_as_the_plain_form(vocab_size: int, slots: int, length: int) -> None:
+    """Also where a table is full, where many tokens want one slot, and where counts are halved."""
+    random = np.random.default_rng(3)
+    caches = [NgramCache(np.zeros(slots, dtype=np.uint16), vocab_size) for _ in range(2)]
+    history, text = NOTHING, _text(length, seed=2, size=vocab_size)
+    text[300:500] = np.resize(text[:3], 200)
+    done = 0
+    while done < len(text):
+        part = text[done : done + int(random.integers(1, 200))]
+        with dispatch.without_native():
+            counts = caches[1].counts(history, part)
+            after = caches[1].update(history, part)
+        np.testing.assert_array_equal(caches[0].counts(history, part), counts)
+        np.testing.assert_array_equal(caches[0].update(history, part), after)
+        np.testing.assert_array_equal(caches[0].table, caches[1].table)
+        history, done = after, done + len(part)
+    assert (caches[0].table > 0).mean() > (0.9 if slots == 512 else 0.01)

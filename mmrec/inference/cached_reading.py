@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrec.checkpoints.cached import MODELS, ORDERS, CachedNgrams
+from mmrec.checkpoints.cached import DAMPING, MODELS, ORDERS, CachedNgrams
 from mmrec.checkpoints.learned import PART
-from mmrec.inference.mixing import features, mix, updated_weights
+from mmrec.inference.mixing import FORGETTING, features, mix, updated_weights
 from mmrec.inference.ngram_cache import NgramCache, extended_history, new_history
+from mmrec.model.ops.native.ngrams import NgramMixing
 
 NEVER = -1e30
 """Logit of a token that is not allowed; a number, so that it can be written wherever log-probabilities are."""
+_RULE = NgramMixing(FORGETTING, DAMPING)
 
 
 class CachedReading:
@@ -41,11 +43,11 @@ class CachedReading:
         counts = self._cache.counts(self.ngrams.history.numpy(), tokens.numpy())
         return features(scores.expand(MODELS, -1, -1), torch.from_numpy(counts))
 
-    def read(self, scores: Tensor, tokens: Tensor, scored: slice, is_whole: bool) -> Tensor:
+    def read(self, logits: Tensor, tokens: Tensor, scored: slice, is_whole: bool) -> Tensor:
         """Read a part, from its beginning on; count and learn where it is whole.
 
         Args:
-            scores: as :meth:`expected` takes them.
+            logits: [m, T + 1, N], of the models as :meth:`expected` takes them.
             tokens: [T], int64, of the part, from its beginning on.
             scored: those of them that something could predict.
             is_whole: whether the part ends here.
@@ -53,24 +55,31 @@ class CachedReading:
         Returns:
             The log-probabilities [T, N] of the mixture.
         """
-        scores = scores.float().cpu()
-        weighed, sets = self.expected(scores, tokens.cpu())
-        mixed = mix(self.ngrams.weights, weighed[:, :-1], sets[:-1])
+        device, tokens = tokens.device, tokens.cpu()
+        learned_from = slice(scored.start if is_whole else len(tokens), len(tokens))
+        mixed, weights, curvature = self._mixed(logits.float().cpu(), tokens, learned_from)
         if not is_whole:
-            self.ngrams = replace(self.ngrams, tokens=tokens.cpu())
-            return mixed.to(tokens.device)
-        part = slice(scored.start, len(tokens))
-        weights, curvature = updated_weights(
-            self.ngrams.weights, self.ngrams.curvature, weighed[:, part], sets[part], tokens[part].cpu()
-        )
+            self.ngrams = replace(self.ngrams, tokens=tokens)
+            return mixed.to(device)
         if not self._has_copied:  # of many MiB, and most readings end before they count
             table = torch.from_numpy(self._cache.copy_table().view(np.int16))
             self.ngrams, self._has_copied = replace(self.ngrams, table=table), True
-        history = torch.from_numpy(self._cache.update(self.ngrams.history.numpy(), tokens.cpu().numpy()))
-        self.ngrams = replace(
-            self.ngrams, history=history, tokens=tokens[:0].cpu(), weights=weights, curvature=curvature
-        )
-        return mixed.to(tokens.device)
+        history = torch.from_numpy(self._cache.update(self.ngrams.history.numpy(), tokens.numpy()))
+        self.ngrams = replace(self.ngrams, history=history, tokens=tokens[:0], weights=weights, curvature=curvature)
+        return mixed.to(device)
+
+    def _mixed(self, logits: Tensor, tokens: Tensor, learned_from: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mixture [T, N], and the weights and their curvature after some of the part's tokens."""
+        weights, curvature = self.ngrams.weights, self.ngrams.curvature
+        if compiled := self._cache.compiled:
+            before, models = (self.ngrams.history, tokens), (logits[0, :-1], logits[-1, :-1])
+            return compiled.mix(_RULE, before, models, weights, curvature, learned_from.start)
+        weighed, sets = self.expected(logits.log_softmax(-1), tokens)
+        mixed = mix(weights, weighed[:, :-1], sets[:-1])
+        if learned_from.start < len(tokens):
+            weighed, sets = weighed[:, learned_from], sets[learned_from]
+            weights, curvature = updated_weights(weights, curvature, weighed, sets, tokens[learned_from])
+        return mixed, weights, curvature
 
 
 def with_counted(ngrams: CachedNgrams, texts: Iterable[np.ndarray], vocab_size: int) -> CachedNgrams:

@@ -45,7 +45,7 @@ class Learner:
         is_whole = len(tokens) == PART
         if is_whole and learned.compiled and self._compiled is not None:
             return self._compiled.read(learned, tokens)
-        with torch.set_grad_enabled(is_whole), _kernels(learned):
+        with torch.set_grad_enabled(is_whole), kernels_of(learned):
             both, state, untouched = self._forward(learned, tokens)
             logits = both.detach()
             mixture, mix, curvature = mix_part(learned, logits[:, :-1], tokens)
@@ -63,7 +63,7 @@ class Learner:
         """Return, after the part that was begun, both models' logits [2, N], the untouched one's state, the mix."""
         if not len(learned.tokens):
             return learned.logits, learned.untouched, learned.mix
-        with _kernels(learned):
+        with kernels_of(learned):
             both, _, untouched = self._forward(learned, learned.tokens)
         _, mix, _ = mix_part(learned, both[:, :-1], learned.tokens)
         return both[:, -1], untouched, mix
@@ -99,7 +99,7 @@ def _say_that_bits_differ() -> None:
     print(f"This memory was begun with compiled kernels; the last digits will differ: {problem}", file=sys.stderr)
 
 
-def _kernels(learned: LearnedWeights) -> AbstractContextManager[None]:
+def kernels_of(learned: LearnedWeights) -> AbstractContextManager[None]:
     """Compute, within, by kernels or by torch, as the memory was begun."""
     return nullcontext() if learned.compiled else dispatch.without_native()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from mmrec.checkpoints.cached import HISTORY, NO_TOKEN, ORDERS
+from mmrec.model.ops import dispatch
+from mmrec.model.ops.native.ngrams import CompiledNgrams, Hashing
 
 LARGEST_COUNT = 63
 COUNT_BITS = 6
@@ -26,6 +29,8 @@ class NgramCache:
     left: the table never grows, and what is rare is forgotten first. At the largest count, all counts of a context
     are halved.
 
+    Where there are compiled kernels they count and look up, with the same counts and the same table to the bit.
+
     Args:
         table: [S], uint16, changed in place by :meth:`update`.
         vocab_size: N, of the tokens.
@@ -44,15 +49,26 @@ class NgramCache:
         # The same for ever: a table that was saved is read by them.
         self._factors = _scattered(np.arange(1, HISTORY + 1, dtype=np.uint64)) | np.uint64(1)
         self._salts = _scattered(np.arange(1, len(ORDERS) + 1, dtype=np.uint64) << np.uint64(32))[:, None]
+        self._hashing = Hashing(ORDERS, self._factors, self._salts, self._begins, self._spans)
 
     def _take(self, table: np.ndarray) -> None:
         self.table = table
+        self._made: CompiledNgrams | None = None
         self._rows = np.lib.stride_tricks.sliding_window_view(table, self.vocab_size + PROBES - 1)
 
     def copy_table(self) -> np.ndarray:
         """Read and change a copy of the table from now on; return it."""
         self._take(self.table.copy())
         return self.table
+
+    @property
+    def compiled(self) -> CompiledNgrams | None:
+        """What counts and looks up by compiled code; None where there is none, or none is wanted."""
+        if not dispatch.has_native(torch.float32) or not self._hashing.takes(self.vocab_size):
+            return None
+        if self._made is None:
+            self._made = CompiledNgrams(self.table, self.vocab_size, self._hashing)
+        return self._made
 
     def counts(self, history: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return how often each token followed the contexts before each of ``tokens``, and before the one after them.
@@ -66,6 +82,8 @@ class NgramCache:
         Returns:
             [K, T + 1, N], float32, of the K orders, each of which knows the tokens alone that the shorter ones know.
         """
+        if compiled := self.compiled:
+            return compiled.counts(torch.from_numpy(history), torch.from_numpy(tokens)).numpy()
         hashes = self._hashes(history, tokens)
         starts, checks = self._places(hashes)
         entries = self._entries[checks]
@@ -87,6 +105,9 @@ class NgramCache:
 
     def update(self, history: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Count ``tokens`` [T] after the contexts before them; return the history after them."""
+        if compiled := self.compiled:
+            compiled.count(torch.from_numpy(history), torch.from_numpy(tokens))
+            return extended_history(history, tokens)
         starts, checks = self._places(self._hashes(history, tokens)[:, :-1])
         entries = self._entries[checks, tokens].astype(np.int64)
         wanted = (starts + tokens).ravel() << 16 | entries.ravel()

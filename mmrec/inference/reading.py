@@ -18,7 +18,7 @@ from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
 from mmrec.inference.cached_reading import CachedGenerating, CachedReading, HeldBack, with_counted
 from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
-from mmrec.inference.learner import Learner
+from mmrec.inference.learner import Learner, kernels_of
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.text_input import iter_file_tokens
 from mmrec.model import RecurrentLM, State
@@ -167,8 +167,9 @@ class Reader:
         part = self._learner.read(learned, tokens)
         mixture, cached = part.mixture, None
         if self._cached is not None:
-            scores, is_whole = part.logits.flip(0).log_softmax(-1), len(tokens) == PART
-            mixture = self._cached.read(scores, tokens, self._scored(learned.tokens), is_whole)
+            with kernels_of(learned):
+                is_whole, scored = len(tokens) == PART, self._scored(learned.tokens)
+                mixture = self._cached.read(part.logits.flip(0), tokens, scored, is_whole)
             cached = self._cached.ngrams
         position = self.memory.position + len(new)
         self.memory = SavedState(part.state, part.expected, position, learned=part.learned, cached=cached)
@@ -182,8 +183,8 @@ class Reader:
         tokens = torch.cat([cached.tokens.to(new.device), new])
         is_whole = len(tokens) == PART
         logits, state = self._net(tokens[None], cached.begin[0])
-        scores = torch.cat([cached.begin[1][None].float(), logits[0].float()])[None].log_softmax(-1)
-        mixture = self._cached.read(scores, tokens, self._scored(cached.tokens), is_whole)
+        expected = torch.cat([cached.begin[1][None].float(), logits[0].float()])[None]
+        mixture = self._cached.read(expected, tokens, self._scored(cached.tokens), is_whole)
         last = logits[0, -1].float().clone()
         if is_whole:
             self._cached.ngrams = replace(self._cached.ngrams, begin=(state, last))

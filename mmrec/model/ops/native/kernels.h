@@ -81,6 +81,17 @@ static inline float sigmoid(float x) { return 1.0f / (2.0f + expm1_of(-x)); }
 
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
+/* Takes the logarithm of the sum of powers from a row, which are logarithms of probabilities then. */
+static inline void normalize_row(integer size, const float *x, float *y) {
+    float most = x[0], sum = 0;
+    SUMS(omp simd reduction(max : most))
+    for (integer c = 0; c < size; c++) most = x[c] > most ? x[c] : most;
+    SUMS(omp simd reduction(+ : sum))
+    for (integer c = 0; c < size; c++) sum += power_of(x[c] - most);
+    float rest = logf(sum); /* of one sum with `most`, more digits would be lost than a certain token leaves */
+    VECTORIZE for (integer c = 0; c < size; c++) y[c] = (x[c] - most) - rest;
+}
+
 /* The causal convolution reads the last `width` rows from a ring of `places`; row t of the text is in place
    (t + places) % places. `since` counts the tokens of the same document before this one: taps beyond them are left
    out. */

@@ -3,17 +3,6 @@
 /* Learning from a part of a text: the mixture of two predictions with the gradient of one, and the update of all
    weights, in float32. Their torch forms are in mmrec/inference/learning.py. */
 
-/* Takes the logarithm of the sum of powers from a row, which are logarithms of probabilities then. */
-static void normalize_row(integer size, const float *x, float *y) {
-    float most = x[0], sum = 0;
-    SUMS(omp simd reduction(max : most))
-    for (integer c = 0; c < size; c++) most = x[c] > most ? x[c] : most;
-    SUMS(omp simd reduction(+ : sum))
-    for (integer c = 0; c < size; c++) sum += power_of(x[c] - most);
-    float rest = logf(sum); /* of one sum with `most`, more digits would be lost than a certain token leaves */
-    VECTORIZE for (integer c = 0; c < size; c++) y[c] = (x[c] - most) - rest;
-}
-
 /* What a block of tokens says of the mixture's weights: the slope of the log-likelihood, and how it bends. */
 typedef struct {
     double slope[2], bend[3]; /* bend: of the first, of both, of the second */
