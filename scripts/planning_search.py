@@ -23,7 +23,7 @@ from pathlib import Path
 from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser
 
 from mmrec.data.store import open_tokens
-from mmrec.model import ModelConfig
+from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.law import LAW
 from mmrec.planning.machine import seconds_per_update
 from mmrec.planning.plan import (
@@ -33,7 +33,6 @@ from mmrec.planning.plan import (
     Text,
     TrainingPlan,
     choose_batches,
-    layer_parameters,
     make_plan,
     regularization,
 )

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from mmrec.checkpoints.loading import load_model
 from mmrec.data.store import TokenFolder, open_tokens
+from mmrec.model import layer_parameters
 from mmrec.planning.comparison import bits_per_byte as scored_bits_per_byte
 from mmrec.planning.comparison import carried_nll
-from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options, layer_parameters
+from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
 

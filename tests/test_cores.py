@@ -20,7 +20,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.threads import processes_that_pay
 from mmrec.model.ops.native import functions
 from mmrec.training import cores
-from mmrec.training.cores import SharedMemoryStrategy, choose_processes, rows_of_process
+from mmrec.training.cores import SharedMemoryStrategy, choose_processes, processes_for, rows_of_process
 
 pytestmark = [
     pytest.mark.slow,
@@ -150,6 +150,18 @@ def test_rows_that_cannot_be_shared_out_are_refused(mmrec: Command, prepared: Pa
     assert rows_of_process(None, 4) == 4
     said = run(tmp_path, *fit(prepared, *CORES, "--data.batch_size=3"), status=2)
     assert "cannot share out evenly" in said
+
+
+def test_what_processes_need_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmrec.model import ModelConfig, layer_parameters
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = ModelConfig(dim=768, layers=12, ffn_dim=2048)
+    for name, value in {"available_cores": 9, "can_fork": True}.items():
+        monkeypatch.setattr(cores, name, lambda value=value: value)
+    for memory, count in ((10**12, 8), (4 * 4 * 16 * layer_parameters(config), 4), (10**9, 1)):
+        monkeypatch.setattr(cores, "available_memory", lambda memory=memory: memory)
+        assert processes_for(config, 8, 512) == count
 
 
 def test_a_command_that_reads_is_one_process() -> None:

@@ -12,7 +12,7 @@ import pytest
 from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
-from mmrec.model import RecurrentLM
+from mmrec.model import RecurrentLM, layer_parameters
 from mmrec.planning.half_way import LATEST
 from mmrec.planning.law import LAW, MOST_APART
 from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
@@ -25,7 +25,6 @@ from mmrec.planning.plan import (
     Text,
     choose_batches,
     fit_options,
-    layer_parameters,
     make_plan,
     regularization,
 )

@@ -90,6 +90,14 @@ def test_the_quota_of_a_container_counts(
     assert threads.available_cores(tmp_path / "none") == 6
 
 
+@pytest.mark.parametrize(("limit", "expected"), [("1000000", 1_000_000), ("max", None), ("", None)])
+def test_the_memory_is_that_of_the_container(tmp_path: Path, limit: str, expected: int | None) -> None:
+    (tmp_path / "memory.max").write_text(limit, encoding="utf-8")
+    whole = threads.available_memory(tmp_path / "none")
+    assert whole > 10**8
+    assert threads.available_memory(tmp_path / "memory.max") == (expected or whole)
+
+
 PROGRAM = """
 import os
 from mmrec.core.runtime import configure

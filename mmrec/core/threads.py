@@ -9,6 +9,8 @@ user sets by the variables of OpenMP counts before all that is decided here.
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 NUMBER_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -25,7 +27,7 @@ PROCESS_SHARE = 2**23
 quickstart."""
 WEIGHTS_SHARE = 2**18
 """Weights of a D x D matrix that a thread has at least, where a token is read at a time."""
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CPU_MAX, MEMORY_MAX = (Path("/sys/fs/cgroup", name) for name in ("cpu.max", "memory.max"))
 
 
 def is_set_by_user() -> bool:
@@ -47,6 +49,15 @@ def available_cores(cpu_max: Path = CPU_MAX) -> int:
     except (OSError, ValueError):  # no such file, or no quota: "max"
         pass
     return max(1, cores)
+
+
+def available_memory(memory_max: Path = MEMORY_MAX) -> int:
+    """Return the bytes of memory that there are, used or not: the machine's, or its container's."""
+    known = hasattr(os, "sysconf") and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= os.sysconf_names.keys()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else sys.maxsize
+    with suppress(OSError, ValueError):  # no such file, or no limit: "max"
+        memory = min(memory, int(memory_max.read_text(encoding="utf-8")))
+    return memory
 
 
 def threads_that_pay(dim: int, tokens: int, cores: int) -> int:

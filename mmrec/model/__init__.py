@@ -19,7 +19,7 @@ Letters of dimensions, in this folder and in ``ops``:
 ========  ==================================================================
 """
 
-from mmrec.model.config import LAYER_TYPES, ModelConfig
+from mmrec.model.config import LAYER_TYPES, ModelConfig, layer_parameters
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import CausalConv, FeedForward, RMSNorm
 from mmrec.model.lm import INITIAL_SCALE, Block, RecurrentLM
@@ -47,6 +47,7 @@ __all__ = [
     "State",
     "apply_reset",
     "detach_state",
+    "layer_parameters",
     "reset_state_rows",
     "state_to",
 ]

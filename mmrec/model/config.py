@@ -78,6 +78,11 @@ class ModelConfig:
         return cls(**named)
 
 
+def layer_parameters(config: ModelConfig) -> int:
+    """Return about how many parameters the layers have: all but the embedding and the output layer."""
+    return config.layers * (5 * config.dim**2 + 3 * config.dim * config.ffn_dim)
+
+
 LAYER_TYPES: dict[str, Callable[[ModelConfig], RecurrentLayer]] = {
     "short": lambda c: RGLRU(c.dim, c.conv_width),
     "long": lambda c: GatedDeltaNet(c.dim, c.heads, c.conv_width, c.negative_eigenvalues),

@@ -14,11 +14,11 @@ from mmrec.core.errors import UserError
 from mmrec.core.forks import call_in_copies, can_fork
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
-from mmrec.model import ModelConfig, RecurrentLM, State
+from mmrec.model import ModelConfig, RecurrentLM, State, layer_parameters
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import SHAPES, Batches, Rate, Text, choose_batches, has_second_token, layer_parameters
+from mmrec.planning.plan import SHAPES, Batches, Rate, Text, choose_batches, has_second_token
 from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
@@ -125,7 +125,7 @@ def measure_rates(
     best = float("inf")
     for config in shapes:
         batches = choose_batches(config, text.train_tokens)
-        processes = processes_for(config.dim, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
+        processes = processes_for(config, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
         trial = _try_together(config, text, accelerator, seconds, processes)
         waited += trial.waited
         worked += trial.worked

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from mmrec.model import ModelConfig
+from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.law import LAW, Law
 
 SHAPES = (
@@ -29,11 +29,6 @@ VALIDATION_SHARE = 0.06
 """Most of the time that all validations of a training may take."""
 FORWARD_SHARE = 0.3
 """Of an update's time, what scoring as many tokens takes."""
-
-
-def layer_parameters(config: ModelConfig) -> int:
-    """Return about how many parameters the layers have: all but the embedding and the output layer."""
-    return config.layers * (5 * config.dim**2 + 3 * config.dim * config.ffn_dim)
 
 
 @dataclass(frozen=True)

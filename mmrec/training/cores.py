@@ -21,7 +21,8 @@ from mmrec.checkpoints.contents import PROGRESS_KEY
 from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError, exit_status
 from mmrec.core.forks import can_fork, end, fork, wait_for
-from mmrec.core.threads import available_cores, is_set_by_user, processes_that_pay
+from mmrec.core.threads import available_cores, available_memory, is_set_by_user, processes_that_pay
+from mmrec.model import ModelConfig, layer_parameters
 from mmrec.model.ops import dispatch
 from mmrec.training import exchange
 from mmrec.training.arithmetic import DIFFERS
@@ -29,6 +30,9 @@ from mmrec.training.compat import ProcessLauncher, call_in_place, is_left_to_lig
 from mmrec.training.exchange import Exchange
 from mmrec.training.slurm import current_job
 
+BYTES_OF_PARAMETER, MEMORY_SHARE = 16, 0.25
+"""What a process needs for a parameter, with its gradient, momentum and buffers; and the share of the memory that all
+may take for that."""
 PATIENCE = 10.0
 """Seconds that other processes have to end by themselves after this one has failed."""
 
@@ -114,26 +118,27 @@ def choose_processes(config: Any, command: str, checkpoint: Path | None) -> None
     trainer.devices, name = 1, str(trainer.accelerator)
     if command == "fit" and name in ("auto", "cpu") and device_of_accelerator(name).type == "cpu":
         before = None if checkpoint is None else _processes_of(checkpoint)
-        count = processes_for(config.model.config.dim, config.data.batch_size, config.data.seq_len, before)
+        count = processes_for(config.model.config, config.data.batch_size, config.data.seq_len, before)
         if count > 1:
             trainer.devices, trainer.strategy = count, "cores"
 
 
-def processes_for(dim: int, rows: int, seq_len: int, before: int | None = None, spare: int = 1) -> int:
+def processes_for(config: ModelConfig, rows: int, seq_len: int, before: int | None = None, spare: int = 1) -> int:
     """Return by how many processes a model is trained on the CPU of this machine where nobody has said it.
 
     The number follows from sizes, not from a trial, so that a command gives the same bits each time. One core is left
     to other programs: where one of several processes has to wait for them, all do.
 
     Args:
-        dim: width of the model, D.
+        config: of the model.
         rows: of a batch.
         seq_len: tokens of a row.
         before: those of the run that is resumed, which keeps its number where there are as many cores.
         spare: cores that are left to other programs.
     """
     cores = 1 if is_set_by_user() or current_job() is not None else available_cores()
-    pays = processes_that_pay(dim, rows, seq_len, cores - spare)
+    fit = int(MEMORY_SHARE * available_memory() / (BYTES_OF_PARAMETER * layer_parameters(config)))
+    pays = processes_that_pay(config.dim, rows, seq_len, min(cores - spare, fit))
     count = pays if before is None or before > cores else before
     if count > 1 and not (dispatch.uses_native() and can_fork()):
         count = 1
