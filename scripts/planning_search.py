@@ -88,7 +88,8 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
     for factor in (0.5, 2, 3):
         yield Arm(f"rate x {factor}", planned, plan.batches, (f"--model.learning_rate={rate * factor}",))
     for name, dropout, decay in REGULARIZED:
-        if regularization(plan.epochs) == {"model.dropout": dropout, "model.weight_decay": decay}:
+        planned_options = regularization(plan)
+        if (planned_options["dropout"], planned_options["weight_decay"]) == (dropout, decay):
             name, dropout, decay = INSTEAD_OF_PLAN
         yield Arm(name, planned, plan.batches, (f"--model.dropout={dropout}", f"--model.weight_decay={decay}"))
     yield Arm("no second token", planned, plan.batches, ("--model.mtp_loss_weight=0",))
@@ -175,7 +176,7 @@ def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPl
     config = SHAPES[int(trained["plan"]["shape"])]
     batches = choose_batches(config, text.train_tokens)
     tokens = int(trained["plan"]["tokens"])
-    expected = LAW.yardstick(text.ngram, text.xz)
+    expected = LAW.yardstick(text.ngram, text.xz, text.train_tokens)
     expected *= LAW.relative_loss(layer_parameters(config), text.train_tokens, tokens)
     return TrainingPlan(config, batches, tokens // batches.tokens, text, expected, LAW.spread)
 

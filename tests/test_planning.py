@@ -12,9 +12,9 @@ import pytest
 from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
-from mmrec.model import RecurrentLM, layer_parameters
+from mmrec.model import ModelConfig, RecurrentLM, layer_parameters
 from mmrec.planning.half_way import LATEST
-from mmrec.planning.law import LAW, MOST_APART
+from mmrec.planning.law import LAW, MOST_APART, MOST_COUNTED
 from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
@@ -23,6 +23,7 @@ from mmrec.planning.plan import (
     SHAPES,
     Rate,
     Text,
+    TrainingPlan,
     choose_batches,
     fit_options,
     make_plan,
@@ -52,18 +53,21 @@ def test_more_text_and_more_time_are_expected_to_help() -> None:
 
 
 def test_what_xz_makes_of_a_text_counts_within_bounds() -> None:
-    assert LAW.yardstick(2.0, 2.0) == 2.0
-    assert LAW.yardstick(2.0, 1.5) < 2.0 < LAW.yardstick(2.0, 2.5)
-    assert LAW.yardstick(2.0, 0.0) == pytest.approx(2.0 * MOST_APART**-LAW.copies)
-    assert LAW.yardstick(2.0, 9.0) == pytest.approx(2.0 * MOST_APART**LAW.copies)
-    assert LAW.yardstick(0.0, 0.1) == 0.0
+    many = MOST_COUNTED
+    assert LAW.yardstick(2.0, 2.0, many) == 2.0
+    assert LAW.yardstick(2.0, 1.5, many) < 2.0 < LAW.yardstick(2.0, 2.5, many)
+    assert LAW.yardstick(2.0, 0.0, many) == pytest.approx(2.0 * MOST_APART**-LAW.copies)
+    assert LAW.yardstick(2.0, 9.0, many) == pytest.approx(2.0 * MOST_APART**LAW.copies)
+    assert LAW.yardstick(0.0, 0.1, many) == 0.0
+
+
+def test_ngrams_of_a_short_text_are_a_lower_bar() -> None:
+    short, long, longer = (LAW.yardstick(2.0, 2.0, tokens) for tokens in (50_000, MOST_COUNTED, 10 * MOST_COUNTED))
+    assert short < long == longer
 
 
 @pytest.mark.parametrize("config", SHAPES[:4], ids=lambda config: str(config.dim))
-def test_parameters_are_about_those_of_the_model(config: object) -> None:
-    from mmrec.model import ModelConfig
-
-    assert isinstance(config, ModelConfig)
+def test_parameters_are_about_those_of_the_model(config: ModelConfig) -> None:
     net = RecurrentLM(config, 65)
     real = net.parameter_count() - net.embedding.weight.numel()
     assert layer_parameters(config) == pytest.approx(real, rel=0.05)
@@ -92,10 +96,22 @@ def test_batches_leave_a_text_room(tokens: int) -> None:
         assert batches.tokens * 2 <= tokens or (batches.rows == 1 and batches.seq_len <= 16)
 
 
+def _dropout(config: ModelConfig, train_tokens: int, epochs: float) -> float:
+    """Return the dropout of a plan for a model and a text that is read so often."""
+    batches = choose_batches(config, train_tokens)
+    text = dataclasses.replace(TEXT, train_tokens=train_tokens)
+    plan = TrainingPlan(config, batches, round(epochs * train_tokens / batches.tokens), text, 2.0, 0.05)
+    return regularization(plan)["dropout"]
+
+
 def test_more_epochs_are_regularized_more() -> None:
-    dropouts = [regularization(epochs)["dropout"] for epochs in (4, 6, 20)]
-    assert dropouts == sorted(dropouts)
-    assert dropouts[0] < dropouts[-1]
+    dropouts = [_dropout(SHAPES[1], 120_000, epochs) for epochs in (4, 6, 20, 40)]
+    assert dropouts == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_a_model_with_little_room_beside_its_text_is_regularized_less() -> None:
+    assert [_dropout(config, 80_000, 26) for config in SHAPES[:3]] == [0.1, 0.3, 0.3]
+    assert [_dropout(SHAPES[1], tokens, 7.5) for tokens in (100_000, 320_000)] == [0.1, 0.0]
 
 
 def test_validations_take_a_small_share_of_the_time() -> None:

@@ -166,19 +166,21 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
         batches = choose_batches(config, text.train_tokens)
         tokens = min(rate.tokens * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
         steps = max(1, int(tokens / batches.tokens))
-        relative = law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
-        expected = law.yardstick(text.ngram, text.xz) * relative
+        expected = law.yardstick(text.ngram, text.xz, text.train_tokens)
+        expected *= law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
         plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes))
     return min(plans, key=lambda plan: plan.expected)
 
 
-def regularization(epochs: float) -> dict[str, float]:
-    """Return the options against overfitting of a training that reads its text so often.
+def regularization(plan: TrainingPlan) -> dict[str, float]:
+    """Return the options against overfitting of a training.
 
-    The shares of dropout are those of docs/planning_search.csv that did best.
+    By how often it reads its text, and by the parameters for each token of that: a small model has little room to
+    learn a text by heart. The shares of dropout are those of docs/planning.md that did best.
     """
-    dropout = 0.0 if epochs <= 4 else 0.1 if epochs <= 10 else 0.2 if epochs <= 20 else 0.3
-    return {"dropout": dropout, "weight_decay": 0.1 if epochs <= 4 else 0.5, "confidence_penalty": 0.1}
+    overfits = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
+    dropout = 0.0 if overfits <= 13 else 0.1 if overfits <= 40 else 0.2 if overfits <= 70 else 0.3
+    return {"dropout": dropout, "weight_decay": 0.5 if dropout else 0.1, "confidence_penalty": 0.1}
 
 
 def has_second_token(text: Text) -> bool:
@@ -190,7 +192,7 @@ def fit_options(plan: TrainingPlan) -> list[str]:
     """Return the options of ``mmrec fit`` that carry a plan out, but for the text and for where it ends."""
     config, batches, steps = plan.config, plan.batches, plan.steps
     rate = 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
-    model = regularization(plan.epochs) | {
+    model = regularization(plan) | {
         "learning_rate": rate,
         "warmup_steps": max(1, min(100, steps // 20)),
         "mtp_loss_weight": 0.3 if has_second_token(plan.text) else 0.0,

@@ -7,14 +7,13 @@ import lzma
 import numpy as np
 
 from mmrec.data.store import TokenFolder
+from mmrec.planning.law import MOST_COUNTED
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.plan import Text
 from mmrec.tokenizers import token_lengths
 
 MOST_COMPRESSED = 4_000_000
 """Bytes of the end of a training text that a compressor reads before the validation text, at about 1 MB a second."""
-MOST_COUNTED = 1_000_000
-"""Tokens of either that the n-gram model reads, in about three seconds."""
 
 
 def describe_text(folder: TokenFolder) -> Text:
