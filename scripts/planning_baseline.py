@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from planning_study import append, digest, is_there, rows, table_parser
+from planning_study import append, digest, is_there, rows, table_parser, text_digest
 from torch import Tensor
 
 from mmrec.baselines.learning import RandomWindows, train_step
@@ -112,7 +112,7 @@ def add_row(table: Path, folder: Path, name: str, seconds: float, seed: int) -> 
         key
         | {
             "text": folder.name,
-            "text_sha256": opened.manifest["corpus"]["sha256"][:16],
+            "text_sha256": text_digest(opened),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "tokens": tokens,
             "epochs": round(tokens / len(opened.train), 3),
@@ -182,18 +182,22 @@ def windowed_nll(model: GPT, text: np.ndarray, window: int) -> Tensor:
 
 
 def report(table: Path, plans: Path) -> None:
-    """Print each text's plan beside the best of the three."""
-    found = rows(table)
-    planned = {(row["text"], row["seconds"]): row for row in rows(plans) if row["change"] == "plan"}
-    for text, seconds in dict.fromkeys((row["text"], row["seconds"]) for row in found):
-        best = min(
-            (row for row in found if (row["text"], row["seconds"]) == (text, seconds)),
-            key=lambda row: float(row["bits_per_byte"]),
-        )
-        plan = planned.get((text, seconds))
-        ours = float(plan["bits_per_byte"]) if plan else float("nan")
+    """Print each text's plan beside the best of the three: the plan of their commit, or the newest where none is."""
+    cells: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows(table):
+        cells.setdefault((row["text_sha256"], row["seconds"]), []).append(row)
+    for (text, seconds), found in cells.items():
+        best = min(found, key=lambda row: float(row["bits_per_byte"]))
+        planned = [
+            row
+            for row in rows(plans)
+            if (row["text_sha256"], row["seconds"], row["change"]) == (text, seconds, "plan")
+        ]
+        planned.sort(key=lambda row: row["commit"] == best["commit"])
+        ours = float(planned[-1]["bits_per_byte"]) if planned else float("nan")
         share = ours / float(best["bits_per_byte"]) - 1
-        print(f"{text:<16} {seconds:>5} s  plan {ours:.3f}, {share:+.1%}, {best['model']} {best['bits_per_byte']}")
+        name = best["text"]
+        print(f"{name:<16} {seconds:>5} s  plan {ours:.3f}, {share:+.1%}, {best['model']} {best['bits_per_byte']}")
 
 
 if __name__ == "__main__":

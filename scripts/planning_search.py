@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser
+from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser, text_digest
 
 from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig, layer_parameters
@@ -40,6 +40,7 @@ from mmrec.planning.text import describe_text
 
 COLUMNS = (
     "text",
+    "text_sha256",
     "sha256",
     "train_tokens",
     "xz",
@@ -150,6 +151,7 @@ def search(
             key
             | row_of(folder, changed, reached)
             | {
+                "text_sha256": text_digest(opened),
                 "shape": arm.shape,
                 "tokens": changed.tokens,
                 "expected": round(changed.expected, 4) if arm.change == "plan" else "",
@@ -182,11 +184,12 @@ def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPl
 
 
 def report(table: Path) -> None:
-    """Print the regret of the plan on each text and time."""
-    cells: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    """Print the regret of the plan on each text and time, with the trainings of the same commit."""
+    cells: dict[tuple[str, str, str, str], list[dict[str, str]]] = {}
     for row in rows(table):
-        cells.setdefault((row["text"], row["sha256"], row["seconds"]), []).append(row)
-    for (text, _, seconds), found in cells.items():
+        key = row["text"], row["sha256"], row["seconds"], row["commit"].rstrip("+")
+        cells.setdefault(key, []).append(row)
+    for (text, _, seconds, _), found in cells.items():
         planned = [float(row["bits_per_byte"]) for row in found if row["change"] == "plan"]
         best = min(found, key=lambda row: float(row["bits_per_byte"]))
         if planned:

@@ -93,6 +93,11 @@ def digest(tokens: TokenFolder) -> str:
     return str(tokens.manifest["files"]["train.bin"]["sha256"])[:16]
 
 
+def text_digest(tokens: TokenFolder) -> str:
+    """Return what names a text in a table, by whatever tokenizer it was prepared: the begin of its sha256."""
+    return str(tokens.manifest["corpus"]["sha256"])[:16]
+
+
 def is_there(table: Path, key: dict[str, str]) -> bool:
     """Whether ``table`` has a row with these values."""
     return any(all(row[name] == value for name, value in key.items()) for row in rows(table))
