@@ -67,6 +67,12 @@ class Compressors:
         return self._sizes
 
 
+def xz_size(data: bytes) -> int:
+    """Return how many bytes xz makes of ``data``."""
+    compressor = _xz()
+    return len(compressor.compress(data)) + len(compressor.flush())
+
+
 def ppmd_sizes(parts: Sequence[bytes]) -> list[int] | None:
     """Return how many bytes PPMd has written after each of ``parts``, which it reads one after the other.
 
@@ -83,13 +89,17 @@ def ppmd_sizes(parts: Sequence[bytes]) -> list[int] | None:
     return sizes
 
 
+def _xz() -> Compressor:
+    return lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+
+
 def _ppmd() -> Compressor:
     compressor: Compressor = optional_import("pyppmd").PpmdCompressor(max_order=PPMD_ORDER, mem_size=PPMD_MEMORY)
     return compressor
 
 
 def _compressors() -> dict[str, Compressor]:
-    return {"xz -9e": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), f"PPMd, order {PPMD_ORDER}": _ppmd()}
+    return {"xz -9e": _xz(), f"PPMd, order {PPMD_ORDER}": _ppmd()}
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

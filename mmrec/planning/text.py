@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import lzma
-
 import numpy as np
 
 from mmrec.data.store import TokenFolder
+from mmrec.inference.compressors import xz_size
 from mmrec.planning.law import MOST_COUNTED
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.plan import Text
@@ -34,7 +33,7 @@ def describe_text(folder: TokenFolder) -> Text:
 def xz_bits_per_byte(folder: TokenFolder) -> float:
     """Return the bits per byte that xz makes of the validation text after the training text, or the ends of both."""
     before, text = texts(folder)
-    return 8 * (_xz(before + text) - _xz(before)) / len(text)
+    return 8 * (xz_size(before + text) - xz_size(before)) / len(text)
 
 
 def texts(folder: TokenFolder, most: int = MOST_COMPRESSED) -> tuple[bytes, bytes]:
@@ -46,8 +45,3 @@ def spelled(folder: TokenFolder, tokens: np.ndarray) -> bytes:
     """Return the bytes that ``tokens`` [T] of ``folder`` stand for."""
     each = [folder.tokenizer.token_bytes(token) for token in range(folder.tokenizer.vocab_size)]
     return b"".join(each[token] for token in tokens)
-
-
-def _xz(data: bytes) -> int:
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 64 << 20}]
-    return len(lzma.compress(data, lzma.FORMAT_RAW, filters=filters))
