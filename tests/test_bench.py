@@ -22,6 +22,7 @@ from mmrec.bench.compare import Runner
 from mmrec.bench.measurements import TIME_TO_TARGET, LearningOptions, learning
 from mmrec.bench.tables import at_time, ratios, time_to
 from mmrec.model.ops import chunked
+from mmrec.model.ops.native import functions
 
 
 def test_gpt_is_gpt2() -> None:
@@ -159,9 +160,10 @@ def test_cores_are_measured_in_turn_alone_and_beside_a_neighbour(
         running[0] = False
 
     def measure(self: Runner, **request: Any) -> dict[str, Any]:
-        assert (request["measurement"], request["length"]) == ("train", 64)
+        count = request.get("processes", 1)
+        assert (request["measurement"], request["length"]) == ("train" if count == 1 else "train_together", 64)
         asked.append((request["threads"], running[0]))
-        return {"tokens_per_second": 100.0 * request["threads"] / (2 if running[0] else 1)}
+        return {"tokens_per_second": 100.0 * count * request["threads"] / (2 if running[0] else 1)}
 
     monkeypatch.setattr(Runner, "measure", measure)
     monkeypatch.setattr(cores, "neighbour", neighbour)
@@ -175,12 +177,20 @@ def test_cores_are_measured_in_turn_alone_and_beside_a_neighbour(
         ("processes", 2),
         ("processes", 3),
     ]
-    assert len(asked) == 2 * 2 * (1 + 1 + 1 + 2 + 3)
+    assert len(asked) == 2 * 2 * 5
     assert asked[:4] == [(1, False), (1, True), (2, False), (2, True)]
     assert [run["tokens_per_second"] for run in rows[-1]["alone"]] == [300.0, 300.0]
     printed = capsys.readouterr().out
     assert "3 processes" in printed
     assert "0.50 (0.50 to 0.50)" in printed
+
+
+@pytest.mark.skipif(not functions.is_built(), reason="there is no C compiler")
+def test_processes_train_one_model_together() -> None:
+    request = {"threads": 1, "device": "cpu", "baseline": "mmrec", "precision": "32-true", "seconds": 0.1}
+    sizes = {"length": 64, "vocab_size": 65, "step_tokens": 256, "processes": 2}
+    found = Runner(1).measure(measurement="train_together", **request, **sizes)
+    assert found["tokens_per_second"] > 0
 
 
 def test_a_neighbour_computes_until_it_is_no_longer_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 
 def test_each_copy_returns_what_it_found() -> None:
-    found = forks.call_in_copies(lambda: (os.getpid(), os.getppid()), 3)
-    assert len({number for number, _ in found}) == 3
-    assert {parent for _, parent in found} == {os.getpid()}
+    found = forks.call_in_copies(lambda rank: (rank, os.getpid(), os.getppid()), 3)
+    assert [rank for rank, *_ in found] == [0, 1, 2]
+    assert len({number for _, number, _ in found}) == 3
+    assert {parent for *_, parent in found} == {os.getpid()}
 
 
 def test_an_error_is_raised_where_it_is_waited_for() -> None:
-    def fail() -> int:
+    def fail(rank: int) -> int:
         raise UserError("no such thing")
 
     with pytest.raises(UserError, match="no such thing"):
@@ -34,7 +35,7 @@ def test_an_error_is_raised_where_it_is_waited_for() -> None:
 
 def test_a_copy_that_the_system_ends_is_told_of() -> None:
     with pytest.raises(UserError, match="too little memory"):
-        forks.call_in_copies(lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+        forks.call_in_copies(lambda _: os.kill(os.getpid(), signal.SIGKILL), 1)
 
 
 def test_a_copy_ends_with_its_status_and_says_why_it_failed(capfd: pytest.CaptureFixture[str]) -> None:

@@ -178,10 +178,12 @@ class TrainingLoop:
         loss = token_nll(logits, targets, "mean") + weight * token_nll(second, mtp_targets(targets), "mean")
         return loss, state
 
-    def update(self, loss: Tensor) -> None:
-        """Make one update from ``loss``, with gradients clipped to norm 1."""
+    def update(self, loss: Tensor, average: Callable[[list[nn.Parameter]], None] | None = None) -> None:
+        """Make one update from ``loss``, with gradients clipped to norm 1, after ``average`` has averaged them."""
         self._optimizer.zero_grad()
         loss.backward()
+        if average is not None:
+            average(self._parameters)
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._schedule.step()

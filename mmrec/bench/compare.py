@@ -124,7 +124,6 @@ class Comparison:
         request: dict[str, Any] = {"vocab_size": VOCABULARY, "seconds": self._options.seconds, "length": length}
         measure = partial(
             self._runner.measure,
-            measurement="train",
             baseline=OURS,
             precision=self._precision,
             device="cpu",

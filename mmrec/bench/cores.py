@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,19 +42,20 @@ def measure_cores(measure: Measure, cores: int, rounds: int) -> list[dict[str, A
     """Measure in turn, each number of threads and of processes, alone and beside a neighbour.
 
     Args:
-        measure: of a training's speed; its argument ``threads`` is the number of threads.
+        measure: of a training's speed, by the ``measurement`` "train" with so many ``threads``, or "train_together"
+            by so many ``processes``.
         cores: of the machine.
         rounds: repetitions.
 
     Returns:
-        A row for each number: ``kind`` (threads, or processes of one thread that each train a model of their own),
+        A row for each number: ``kind`` (threads, or processes of one thread that share out the rows of an update),
         ``number``, and the tokens a second of all in each round, ``alone`` and ``beside``.
     """
     rows: list[dict[str, Any]] = [
         {"kind": kind, "number": number, "alone": [], "beside": []}
         for kind in ("threads", "processes")
         for number in numbers(cores)
-        if kind == "threads" or number > 1
+        if kind == "threads" or (number > 1 and hasattr(os, "fork"))
     ]
     for _ in range(rounds):
         for row in rows:
@@ -66,10 +67,8 @@ def measure_cores(measure: Measure, cores: int, rounds: int) -> list[dict[str, A
 
 def _speed(measure: Measure, kind: str, number: int) -> float:
     if kind == "threads":
-        return float(measure(threads=number)["tokens_per_second"])
-    with ThreadPoolExecutor(number) as pool:
-        found = list(pool.map(lambda _: measure(threads=1), range(number)))
-    return float(sum(one["tokens_per_second"] for one in found))
+        return float(measure(measurement="train", threads=number)["tokens_per_second"])
+    return float(measure(measurement="train_together", threads=1, processes=number)["tokens_per_second"])
 
 
 def show_cores(rows: list[dict[str, Any]], cores: int) -> None:

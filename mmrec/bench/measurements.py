@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from mmrec.baselines.learning import make_batches, train_step, validation_loss
 from mmrec.baselines.models import GPT, Cache, make_baseline, size
 from mmrec.baselines.training import HYPERPARAMETERS, Hyperparameters, TrainingLoop, carries_state, initial_state
+from mmrec.core.forks import call_in_copies
 from mmrec.core.runtime import FULL, configure
 from mmrec.data.store import open_tokens
 from mmrec.model import RecurrentLM
 from mmrec.model.decode import Decoder
+from mmrec.training import exchange
+from mmrec.training.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def train_speed(
     precision: str,
     step_tokens: int = 4096,
     device: str = "cpu",
+    group: Exchange | None = None,
 ) -> dict[str, Any]:
     """Train on random tokens for some seconds: forward, backward, clipping and update.
 
@@ -94,6 +99,7 @@ def train_speed(
         precision: of the matrix products, Lightning's name.
         step_tokens: tokens of an update, where a row is shorter.
         device: that it is trained on.
+        group: of the processes that train one model together, this one on ``step_tokens`` tokens.
     """
     model = make_baseline(baseline, vocab_size, length).to(device)
     constant_rate = Hyperparameters(learning_rate=1e-3, warmup_steps=0)
@@ -102,23 +108,55 @@ def train_speed(
     def update(rows: int, length: int) -> None:
         tokens = torch.randint(vocab_size, (rows, length + 1), device=device)
         loss, _ = loop.loss(tokens[:, :-1], tokens[:, 1:], initial_state(model, rows))
-        loop.update(loss)
+        loop.update(loss, None if group is None else group.mean_gradients)
 
     rows = max(1, step_tokens // length)
     update(rows, min(length, 256))  # libraries set themselves up
-    times = repeat(lambda: update(rows, length), seconds, device)
+    times = repeat(lambda: update(rows, length), seconds, device, group)
     return {"tokens_per_second": rows * length * len(times) / sum(times), "updates": len(times), "size": size(model)}
 
 
-def repeat(action: Callable[[], None], seconds: float, device: str = "cpu") -> list[float]:
-    """Do ``action`` on ``device`` until ``seconds`` are over, once at least; return the time of each."""
+def train_speed_together(processes: int, step_tokens: int = 4096, **options: Any) -> dict[str, Any]:
+    """Train as :func:`train_speed` does, the tokens of an update shared out over processes on cores of this machine.
+
+    Args:
+        processes: their number.
+        step_tokens: tokens of an update of all of them.
+        options: of :func:`train_speed`.
+
+    Returns:
+        ``tokens_per_second`` of all together.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train(rank: int) -> float:
+            meet = f"file://{folder}/meet"
+            distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=processes)
+            group = exchange.begin(exchange.ROOM)
+            found = train_speed(step_tokens=step_tokens // processes, group=group, **options)
+            return float(found["tokens_per_second"])
+
+        return {"tokens_per_second": sum(call_in_copies(train, processes))}
+
+
+def repeat(
+    action: Callable[[], None], seconds: float, device: str = "cpu", group: Exchange | None = None
+) -> list[float]:
+    """Do ``action`` on ``device`` until ``seconds`` are over, once at least; return the time of each.
+
+    All processes of ``group`` do it as often.
+    """
     times: list[float] = []
-    while not times or sum(times) < seconds:
+    more = True
+    while more:
         wait_for(device)
         started = time.monotonic()
         action()
         wait_for(device)
         times.append(time.monotonic() - started)
+        more = sum(times) < seconds
+        if group is not None:
+            more = bool(group.gather(torch.tensor([more])).all())
     return times
 
 
@@ -248,6 +286,7 @@ def learning(options: LearningOptions) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train_speed,
+    "train_together": train_speed_together,
     "decode": decode_speed,
     "read": read_speed,
     "learn": lambda **options: learning(LearningOptions(**options)),

@@ -84,20 +84,22 @@ def end(numbers: Sequence[int], seconds: float) -> None:
         time.sleep(0.01)
 
 
-def call_in_copies(function: Callable[[], Result], count: int) -> list[Result]:
+def call_in_copies(function: Callable[[int], Result], count: int) -> list[Result]:
     """Return what ``function`` returns in each of ``count`` copies of this process, which call it at once.
+
+    Each gives it its number, from 0.
 
     Raises:
         UserError: the system has ended one of them.
         Exception: what the function raised.
     """
     begun = []
-    for _ in range(count):
+    for rank in range(count):
         source, target = os.pipe()
 
-        def send(target: int = target) -> int:
+        def send(rank: int = rank, target: int = target) -> int:
             try:
-                answer: tuple[bool, object] = True, function()
+                answer: tuple[bool, object] = True, function(rank)
             except Exception as error:  # it is raised where it is waited for
                 answer = False, error
             with open(target, "wb") as file:

@@ -157,7 +157,7 @@ def _try_together(config: ModelConfig, text: Text, accelerator: str, seconds: fl
     batches = choose_batches(config, text.train_tokens).share(processes)
     trial = partial(_try, config, text, accelerator, length, batches, processes)
     # In copies of this process: it must not compute gradients itself, or it could not be copied for the training.
-    trials = call_in_copies(trial, processes) if _can_be_copied(accelerator) else [trial()]
+    trials = call_in_copies(lambda _: trial(), processes) if _can_be_copied(accelerator) else [trial()]
     return _Trial(
         max(each.pace for each in trials) + (EXCHANGE_SECONDS if processes > 1 else 0.0),
         max(each.waited for each in trials),

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -84,14 +83,7 @@ class SharedMemoryStrategy(DDPStrategy):
         if self._accumulates or self._exchange is None or self._exchange.processes == 1:
             return
         assert self.model is not None
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        shared = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
-        self._exchange.mean(shared)
-        known = {id(each) for each in shared}
-        for each in gradients:
-            if id(each) not in known:
-                distributed.all_reduce(each)
-                each /= self._exchange.processes
+        self._exchange.mean_gradients(self.model.parameters())
 
     def teardown(self) -> None:
         self._exchange = None

@@ -89,6 +89,17 @@ class Exchange:
         sizes = (ctypes.c_int64 * len(given))(*(each.numel() for each in given))
         self._run("exchange_mean", len(given), addresses, sizes)
 
+    def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make the gradient of each of ``parameters``, where it has one, the mean of all processes' ones."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        shared = [each for each in gradients if each.dtype == torch.float32 and each.is_contiguous()]
+        self.mean(shared)
+        known = {id(each) for each in shared}
+        for each in gradients:
+            if id(each) not in known:
+                distributed.all_reduce(each)
+                each /= self.processes
+
     def gather(self, own: Tensor) -> Tensor:
         """Return all processes' ``own``, of one shape [M, ...], behind each other."""
         own = own.contiguous()
