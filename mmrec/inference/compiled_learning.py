@@ -94,6 +94,7 @@ def update_rule(learned: LearnedWeights, parameters: int) -> UpdateRule:
         one_minus_beta2=1 - learning.BETA2,
         correction=1 - learning.BETA2 ** (learned.updates + 1),
         largest_update=learning.LARGEST_UPDATE,
+        largest_mean=learning.LARGEST_MEAN[learned.form],
         least_square=learning.LEAST_SQUARE,
         largest_square=learning.LARGEST_GRADIENT**2,
     )

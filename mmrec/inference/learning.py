@@ -10,6 +10,7 @@ difference is mostly noise, the mixture takes a part of it; on text unlike what 
 from __future__ import annotations
 
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ BETA2 = 0.99
 """Of the average of squared gradients."""
 LARGEST_UPDATE = 10.0
 """Of a weight, in learning rates: with the decay it bounds the difference, whatever is read."""
+LARGEST_MEAN: dict[Form, float] = {"full": 3.0, "small": math.inf}
+"""Of the root of a parameter's mean squared update, in learning rates (Adafactor's clipping): a part unlike all
+before it, as a line of one character is, takes the weights no further. The small form loses by such a bound."""
 LEAST_SQUARE, LARGEST_GRADIENT = 1e-30, 1e12
 """Added to a squared gradient, so that no mean is 0; and what is too large to learn from: its square overflows."""
 MIX_BLOCK = 16
@@ -104,7 +108,7 @@ def updated_weights(
 
     A gradient that is not finite, or beyond :data:`LARGEST_GRADIENT`, changes nothing.
     """
-    rate, keep = LEARNING_RATES[learned.form], 1 - DECAY
+    rate, keep, bound = LEARNING_RATES[learned.form], 1 - DECAY, LARGEST_MEAN[learned.form]
     correction = 1 - BETA2 ** (learned.updates + 1)
     difference: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
@@ -114,7 +118,8 @@ def updated_weights(
         else:
             squares[name] = torch.lerp(learned.squares[name], gradient.square().add_(LEAST_SQUARE), 1 - BETA2)
             update = gradient * (squares[name] / correction).rsqrt_()
-        update.clamp_(-LARGEST_UPDATE, LARGEST_UPDATE)
+        mean = update.square().mean().sqrt_()
+        update.div_((mean / bound).clamp_min_(1)).clamp_(-LARGEST_UPDATE, LARGEST_UPDATE)
         moved = (learned.difference[name].float() * keep).sub_(update, alpha=rate * keep)
         difference[name] = moved.half()
     if not all(bool((square < LARGEST_GRADIENT**2).all()) for square in squares.values()):

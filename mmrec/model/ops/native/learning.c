@@ -96,7 +96,7 @@ typedef struct {
 
 typedef struct {
     integer count; /* of parameters */
-    float rate, keep, one_minus_beta2, correction, largest_update, least_square, largest_square;
+    float rate, keep, one_minus_beta2, correction, largest_update, largest_mean, least_square, largest_square;
 } Updating;
 
 static inline float moved_mean(const Updating *by, float before, float square) {
@@ -176,14 +176,32 @@ static void root_scales(const Updating *by, integer size, const float *means, fl
     VECTORIZE for (integer c = 0; c < size; c++) scales[c] = 1.0f / sqrtf(means[c] / by->correction);
 }
 
+/* What an update is scaled by, so that the mean of its squares has a root of no more than the largest. */
+static float bounding_scale(const Updating *by, double sum, integer count) {
+    float mean = sqrtf((float)(sum / count));
+    return mean > by->largest_mean ? by->largest_mean / mean : 1.0f;
+}
+
+/* The sum of the squares of a row's gradients, each scaled by one of `scales`. */
+static float scaled_squares(integer size, const float *grad, const float *scales) {
+    float sum = 0;
+    SUMS(omp simd reduction(+ : sum))
+    for (integer c = 0; c < size; c++) sum += grad[c] * scales[c] * (grad[c] * scales[c]);
+    return sum;
+}
+
 static void move_matrix(const Updating *by, const Parameter *p, float *scales) {
     float sum = 0;
     SUMS(omp simd reduction(+ : sum))
     for (integer r = 0; r < p->rows; r++) sum += p->rows_after[r];
     float mean = sum / p->rows;
+    double squares = 0;
     root_scales(by, p->columns, p->columns_after, scales);
     for (integer r = 0; r < p->rows; r++)
-        move_row(by, p, r * p->columns, p->columns, 1.0f / sqrtf(p->rows_after[r] / mean), scales);
+        squares += scaled_squares(p->columns, p->grad + r * p->columns, scales) * (mean / p->rows_after[r]);
+    float scale = bounding_scale(by, squares, p->rows * p->columns);
+    for (integer r = 0; r < p->rows; r++)
+        move_row(by, p, r * p->columns, p->columns, scale / sqrtf(p->rows_after[r] / mean), scales);
 }
 
 /* Updates a parameter; returns 0, with no weight changed, where its gradient is too large or not finite. */
@@ -195,7 +213,7 @@ static int update_parameter(const Updating *by, const Parameter *p, float *scale
         move_matrix(by, p, scales);
     } else {
         root_scales(by, p->rows, p->rows_after, scales);
-        move_row(by, p, 0, p->rows, 1.0f, scales);
+        move_row(by, p, 0, p->rows, bounding_scale(by, scaled_squares(p->rows, p->grad, scales), p->rows), scales);
     }
     return 1;
 }

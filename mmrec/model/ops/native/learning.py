@@ -23,7 +23,7 @@ class UpdateRule(Structure):
     _fields_ = [
         ("count", c_int64),
         *((name, c_float) for name in ("rate", "keep", "one_minus_beta2", "correction")),
-        *((name, c_float) for name in ("largest_update", "least_square", "largest_square")),
+        *((name, c_float) for name in ("largest_update", "largest_mean", "least_square", "largest_square")),
     ]
 
 
