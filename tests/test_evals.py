@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -19,11 +20,13 @@ from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.data.batches import IGNORE_INDEX
 from mmrec.data.store import open_tokens
 from mmrec.evals.carry import bands, carried, windowed
-from mmrec.evals.length import by_position, span_nll, train_gpt
+from mmrec.evals.length import by_position, span_nll
 from mmrec.evals.models import BASELINES, OURS, SelectiveLogits, layer_parameters, make_model
+from mmrec.evals.peer import gpt_hyperparameters, learned_nll, train_gpt
 from mmrec.evals.recipes import FULL, SMALL
 from mmrec.evals.tasks import MQAR, PERMUTATIONS, S5, Copy, Induction, KeyValue, Parity, Passkey, Task
 from mmrec.evals.training import Recipe, sample_level, train
+from mmrec.inference.learning import LEARNING_RATES, MIX_BLOCK
 from mmrec.model import ModelConfig, RecurrentLM
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=16)
@@ -253,7 +256,7 @@ def checkpoint(small_root: Path) -> Path:
 
 def test_a_gpt_is_trained_to_compare_with(prepared: Path) -> None:
     data = open_tokens(prepared)
-    before, after = (train_gpt(data, 64, 4096 * updates, 0) for updates in (1, 12))
+    before, after = (train_gpt(data, gpt_hyperparameters(64, 4096, 1e-3), 4096 * updates, 0) for updates in (1, 12))
     starts = np.arange(0, 2000, 100)
     losses = [float(span_nll(model, np.asarray(data.val), starts, 8, 56, None).mean()) for model in (before, after)]
     assert losses[1] < losses[0] - 0.05
@@ -271,8 +274,10 @@ def test_length_and_carry_of_a_checkpoint(
     assert curves["mmrec"]["positions"] == [1, 64, 1024]
     assert curves["mmrec, learned"]["positions"] == [1, 64]
     assert np.array(curves["mmrec, learned"]["losses"]).shape == (2, 2)
-    assert curves["GPT, window 320"]["positions"] == [1, 64]
-    assert mmrec("eval", "carry", *options, "--files=[book.txt]", "--window=64") == 0
+    assert curves["GPT, window 320"]["positions"] == curves["GPT, learned"]["positions"] == [1, 64]
+    assert np.array(curves["GPT, learned"]["losses"]).shape == (2, 2)
+    carry = [*options, "--files=[book.txt]", "--window=64", "--gpt_tokens=8192"]
+    assert mmrec("eval", "carry", *carry) == 0
     texts = json.loads(Path("eval/carry.json").read_text())["texts"]
     for name in ("length", "carry", "learned"):
         assert Path(f"eval/{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -284,6 +289,7 @@ def test_length_and_carry_of_a_checkpoint(
     for result in texts.values():
         assert result["positions"][-1]["end"] == result["tokens"]
         assert result["learned"] < result["carried"]
+        assert result["GPT, learned"] < result["GPT"]
     capsys.readouterr()
     for arguments, says in [
         (["length", *options, "--positions=[4096]", "--spans=2"], "2 spans and position 4,096 need 5,120"),
@@ -291,6 +297,7 @@ def test_length_and_carry_of_a_checkpoint(
         (["length", *options, *length, "--gpt_window=99"], "must be above 256"),
         (["length", f"--ckpt={checkpoint}"], "data/shakespeare_plays"),
         (["carry", f"--ckpt={checkpoint}"], "no text to score"),
+        (["carry", f"--ckpt={checkpoint}", "--files=[book.txt]", "--gpt_tokens=9"], "that is trained on the text of"),
         (["carry", *options, "--window=100000"], "not more than a window"),
         (["carry", *options, "--files=[nowhere.txt]"], "nowhere.txt: cannot be read"),
     ]:
@@ -303,12 +310,44 @@ def test_length_and_carry_of_a_checkpoint(
 def test_carried_and_windowed_differ_by_the_memory_alone(checkpoint: Path, prepared: Path) -> None:
     trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)[:300]
     kept = carried(trained, text)
-    torch.testing.assert_close(windowed(trained, text, 1000), kept, atol=1e-4, rtol=1e-4)  # one window is all
-    emptied = windowed(trained, text, 50)
+    torch.testing.assert_close(windowed(trained.net, text, 1000), kept, atol=1e-4, rtol=1e-4)  # one window is all
+    emptied = windowed(trained.net, text, 50)
     torch.testing.assert_close(emptied[:50], kept[:50], atol=1e-4, rtol=1e-4)
     alone = carried(LoadedModel(trained.net, trained.tokenizer, 0), text[50:101])
     torch.testing.assert_close(emptied[50:100], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(emptied[50:100], kept[50:100], atol=1e-3)
+
+
+def test_a_gpt_learns_from_each_part_after_it_was_scored() -> None:
+    """The first part as without learning, each part by the weights that those before have left, none by its own."""
+    torch.manual_seed(0)
+    gpt, text = GPT(11, 24, dim=16, layers=1, heads=2).eval(), np.random.default_rng(0).integers(11, size=90)
+    text[50:] = np.resize(text[30:40], 40)
+    before = copy.deepcopy(gpt.state_dict())
+    plain = windowed(gpt, text, 24)
+    for part in (24, 10):
+        found = learned_nll(gpt, text, part)
+        assert found.shape == (89,)
+        begin = min(part, MIX_BLOCK)  # then the mixture moves
+        torch.testing.assert_close(found[:begin], plain[:begin], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found[part : 2 * part], plain[part : 2 * part], atol=1e-5)
+        changed = text.copy()
+        changed[3 * part + 2 :] = 0
+        torch.testing.assert_close(learned_nll(gpt, changed, part)[: 3 * part + 1], found[: 3 * part + 1])
+    assert all(torch.equal(weight, before[name]) for name, weight in gpt.state_dict().items())
+
+
+def test_parts_of_a_gpt_are_read_with_what_its_window_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEARNING_RATES, "full", 0.0)
+    torch.manual_seed(0)
+    gpt, text = GPT(11, 24, dim=16, layers=1, heads=2).eval(), np.random.default_rng(0).integers(11, size=61)
+    found = learned_nll(gpt, text, 10)
+    for place in (0, 9, 10, 23, 30, 59):
+        end = min(place // 10 * 10 + 10, 60)
+        window = torch.from_numpy(text[max(0, end - 24) : place + 1])[None]
+        with torch.no_grad():
+            logits = gpt(window)[0][0, -1]
+        assert float(found[place]) == pytest.approx(float(-logits.log_softmax(-1)[text[place + 1]]), abs=1e-4)
 
 
 @pytest.mark.parametrize("window", [1, 16, 100, 256])

@@ -178,13 +178,18 @@ def learned_parameters(net: RecurrentLM, form: Form) -> dict[str, nn.Parameter]:
 
 
 def statistics_shapes(net: RecurrentLM, form: Form) -> dict[str, torch.Size]:
-    """Return the shapes of the running means of squared gradients, by their names.
+    """Return the shapes of the running means of squared gradients of what learns in ``net``, by their names."""
+    return squares_shapes(learned_parameters(net, form))
+
+
+def squares_shapes(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Size]:
+    """Return the shapes of the running means of squared gradients of ``parameters``, by their names.
 
     Of a matrix there are those of its rows and of its columns alone, whose product stands for the whole (Adafactor;
     Shazeer and Stern 2018); of a vector there is one of each number.
     """
     shapes = {}
-    for name, parameter in learned_parameters(net, form).items():
+    for name, parameter in parameters.items():
         if parameter.dim() == 2:
             shapes[f"{name}.rows"] = torch.Size((parameter.shape[0], 1))
             shapes[f"{name}.columns"] = torch.Size((1, parameter.shape[1]))

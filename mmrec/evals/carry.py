@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.baselines.models import GPT
+from mmrec.baselines.training import device_of, initial_state
+from mmrec.checkpoints.learned import PART
 from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
@@ -18,13 +21,17 @@ from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
+from mmrec.evals.peer import gpt_hyperparameters, learned_nll, train_gpt
 from mmrec.evals.report import print_table, refuse_to_replace_results, save, save_plot
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.inference.text_input import iter_file_tokens
+from mmrec.model import RecurrentLM
 
 ROWS = 32
 """Windows that are read side by side."""
+GPT_RECIPE = 1024, 3e-3
+"""Tokens of an update, as many as ``quickstart`` has, and the rate: better than nanoGPT's 1e-3 by 0.13 nats/byte."""
 
 
 def carried(trained: LoadedModel, text: np.ndarray, learn: bool = False) -> Tensor:
@@ -35,11 +42,11 @@ def carried(trained: LoadedModel, text: np.ndarray, learn: bool = False) -> Tens
 
 
 @torch.inference_mode()
-def windowed(trained: LoadedModel, text: np.ndarray, window: int) -> Tensor:
+def windowed(net: RecurrentLM | GPT, text: np.ndarray, window: int) -> Tensor:
     """Return the same with the state reset after every ``window`` tokens."""
-    parts, device = [], trained.net.embedding.weight.device
+    parts, device = [], device_of(net)
     for inputs, targets, *_ in WindowedEvalLoader(text, window, ROWS):
-        logits, _ = trained.net(inputs.to(device), trained.net.zero_state(len(inputs)))
+        logits, _ = net(inputs.to(device), initial_state(net, len(inputs)))
         parts.append(token_nll(logits, targets.to(device)).cpu())
     return torch.cat(parts).double()
 
@@ -68,7 +75,10 @@ class CarryOptions:
     Args:
         data_dir: score the validation text of this token folder.
         files: UTF-8 texts to score, too.
-        window: tokens between two resets of the state.
+        window: tokens between two resets of the state, and of the GPT's longest text.
+        gpt_tokens: train a GPT of 0.8 M parameters on so many tokens of the training text of data_dir, to compare
+            with; it learns from what it reads, too.
+        seed: of the GPT.
         output_dir: folder for carry.json, carry.png and learned.png.
 
     Raises:
@@ -78,6 +88,8 @@ class CarryOptions:
     data_dir: Path | None = None
     files: Sequence[str] = ()
     window: int = 256
+    gpt_tokens: int = 0
+    seed: int = 0
     output_dir: Path = Path("eval")
 
     def __post_init__(self) -> None:
@@ -85,6 +97,8 @@ class CarryOptions:
             raise UserError(f"--window is {self.window}; it must be at least 1")
         if self.data_dir is None and not self.files:
             raise UserError("there is no text to score; give --data_dir, --files or both")
+        if self.gpt_tokens and self.data_dir is None:
+            raise UserError("--gpt_tokens is for a GPT that is trained on the text of --data_dir; give that, too")
 
     def texts(self, trained: LoadedModel) -> dict[str, np.ndarray]:
         """Return the tokens of each text by its name; UserError where one is not longer than a window."""
@@ -98,6 +112,16 @@ class CarryOptions:
                 raise UserError(f"{name}: has {len(text)} tokens, not more than a window of {self.window}")
         return found
 
+    def gpt(self, trained: LoadedModel) -> GPT | None:
+        """Return the GPT that is compared with, if any; UserError where the training text is too short for it."""
+        if not self.gpt_tokens or self.data_dir is None:
+            return None
+        data = open_tokens_for(self.data_dir, trained.tokenizer)
+        if len(data.train) <= self.window:
+            raise UserError(f"{self.data_dir}: the training text has {len(data.train)} tokens, too few for a window")
+        chosen = gpt_hyperparameters(self.window, *GPT_RECIPE)
+        return train_gpt(data, chosen, self.gpt_tokens, self.seed, device_of(trained.net))
+
 
 def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
     """Score texts with the state reset at every window, carried, and with weights that learn, by one checkpoint.
@@ -109,23 +133,29 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
     trained = load_chosen(checkpoint)
     use_threads(trained.net.config.dim, READ_CHUNK)
     texts = options.texts(trained)
-    results = {name: compare(trained, text, options.window) for name, text in texts.items()}
+    gpt = options.gpt(trained)
+    results = {name: compare(trained, text, options.window, gpt) for name, text in texts.items()}
     show(results, options.window)
     save(options.output_dir / "carry.json", {"window": options.window, "texts": results})
     save_plot(options.output_dir / "carry.png", lambda axes: _draw(axes, results))
     save_plot(options.output_dir / "learned.png", lambda axes: _draw_by_text(axes, results))
 
 
-def compare(trained: LoadedModel, text: np.ndarray, window: int) -> dict[str, Any]:
-    """Return the mean loss of ``text``, windowed, carried and learned.
+def compare(trained: LoadedModel, text: np.ndarray, window: int, gpt: GPT | None = None) -> dict[str, Any]:
+    """Return the mean loss of ``text``, windowed, carried and learned, and of a GPT, if any.
 
-    In all; by the position in a window ("points"); and by the position in the text ("positions").
+    The GPT learns from windows one after the other, which takes the passes over the text that ours takes, and from
+    parts of as many tokens as ours that are read again with the rest of a window before them, which takes more. In
+    all; by the position in a window ("points"); and by the position in the text ("positions").
     """
     losses = {
-        "windowed": windowed(trained, text, window),
+        "windowed": windowed(trained.net, text, window),
         "carried": carried(trained, text),
         "learned": carried(trained, text, learn=True),
     }
+    if gpt is not None:
+        losses |= {"GPT": windowed(gpt, text, window), "GPT, learned": learned_nll(gpt, text, window)}
+        losses["GPT, parts"] = learned_nll(gpt, text, min(PART, window))
     position = torch.arange(len(text) - 1)
 
     def means(place: Tensor, begin: int, end: int) -> dict[str, float]:
@@ -141,21 +171,25 @@ def compare(trained: LoadedModel, text: np.ndarray, window: int) -> dict[str, An
 
 def show(results: dict[str, Any], window: int) -> None:
     """Print the losses of each text: by the position in a window, by the position in the text, and in all."""
+    peers = next(iter(results.values()))
+    peers = [name for name in PEERS if name in peers]
     for title, key in (("position in the window", "points"), ("position in the text", "positions")):
         rows = []
         for name, result in results.items():
             for point in result[key]:
-                rows.append([name, f"{point['begin']:,} to {point['end'] - 1:,}", *_figures(point)])
-            rows.append([name, "all", *_figures(result)])
-        print_table(f"nats/token, windows of {window}", ["text", title, *LOSSES, *GAINS], rows)
+                rows.append([name, f"{point['begin']:,} to {point['end'] - 1:,}", *_figures(point, peers)])
+            rows.append([name, "all", *_figures(result, peers)])
+        print_table(f"nats/token, windows of {window}", ["text", title, *LOSSES, *GAINS, *peers], rows)
 
 
 LOSSES, GAINS = ("windowed", "carried", "learned"), ("gain, carried", "gain, learned")
+PEERS = ("GPT", "GPT, learned", "GPT, parts")
 
 
-def _figures(point: dict[str, Any]) -> list[str]:
+def _figures(point: dict[str, Any], peers: list[str]) -> list[str]:
     gains = [f"{point['windowed'] - point[name]:+.4f}" for name in LOSSES[1:]]
-    return [*(f"{point[name]:.4f}" for name in LOSSES), *gains]
+    losses = [f"{point[name]:.4f}" for name in (*LOSSES, *peers)]
+    return [*losses[: len(LOSSES)], *gains, *losses[len(LOSSES) :]]
 
 
 def _draw(axes: Any, results: dict[str, Any]) -> None:
@@ -170,8 +204,12 @@ def _draw(axes: Any, results: dict[str, Any]) -> None:
 def _draw_by_text(axes: Any, results: dict[str, Any]) -> None:
     for number, (name, result) in enumerate(results.items()):
         middle = [(point["begin"] + point["end"]) / 2 for point in result["positions"]]
-        for kind, line in (("carried", ":"), ("learned", "-")):
-            gain = [point["windowed"] - point[kind] for point in result["positions"]]
+        for windows, kind, line in (
+            ("windowed", "carried", ":"), ("windowed", "learned", "-"), ("GPT", "GPT, learned", "--")
+        ):  # fmt: skip
+            if kind not in result:
+                continue
+            gain = [point[windows] - point[kind] for point in result["positions"]]
             axes.plot(middle, gain, line, marker="o", color=f"C{number}", label=f"{Path(name).name}, {kind}")
     axes.set(xscale="log", xlabel="position in the text", ylabel="gain over windows, nats/token")
     axes.set_ylim(bottom=0)

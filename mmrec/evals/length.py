@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmrec.baselines.learning import RandomWindows, train_step
 from mmrec.baselines.models import GPT
-from mmrec.baselines.training import HYPERPARAMETERS, TrainingLoop
 from mmrec.checkpoints.loading import load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
-from mmrec.core.runtime import native_precision
 from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder, open_tokens_for
+from mmrec.evals.peer import gpt_hyperparameters, learned_nll, train_gpt
 from mmrec.evals.report import print_table, refuse_to_replace_results, save, save_plot
 from mmrec.inference.metrics import token_nll
 from mmrec.inference.reading import READ_CHUNK, iter_nll
 from mmrec.model import RecurrentLM
 
-CPU_DEVICE = torch.device("cpu")
 BLOCK, BLOCKS = 256, 4
 """Tokens that are scored together, and how many such stand side by side in one span."""
 CHUNK = 1024
@@ -86,13 +83,13 @@ def by_position(net: nn.Module, text: np.ndarray, positions: Sequence[int], span
     return np.stack(found)
 
 
-def learned_by_position(net: RecurrentLM, text: np.ndarray, positions: Sequence[int], spans: int) -> np.ndarray:
+def learned_by_position(net: RecurrentLM | GPT, text: np.ndarray, positions: Sequence[int], spans: int) -> np.ndarray:
     """Return the mean loss of the same spans with weights that learn, [positions, spans], in nats.
 
     They learn from every number of tokens before a span, and from the span itself, each part after it is scored.
 
     Args:
-        net: ours, in evaluation mode.
+        net: ours or a GPT, in evaluation mode; the GPT learns from whole windows.
         text: [tokens], longer than the last position; what stands before its start is its end.
         positions: tokens read before each span.
         spans: places in the text, as in :func:`by_position`.
@@ -102,21 +99,15 @@ def learned_by_position(net: RecurrentLM, text: np.ndarray, positions: Sequence[
     for row, position in enumerate(tqdm(positions, desc="learning", disable=not sys.stderr.isatty())):
         for column, begin in enumerate(begins):
             tokens = text[(begin + np.arange(-position, BLOCK * BLOCKS)) % len(text)]
-            parts = [nll for nll, _ in iter_nll(net, tokens, SavedState.empty(net).learning(net))]
-            found[row, column] = torch.cat(parts)[position:].double().mean()
+            found[row, column] = _learned(net, tokens)[-BLOCK * BLOCKS :].double().mean()
     return found
 
 
-def train_gpt(data: TokenFolder, window: int, tokens: int, seed: int, device: torch.device = CPU_DEVICE) -> GPT:
-    """Return a GPT of 0.8 M parameters on ``device``, trained by nanoGPT's CPU recipe on windows of ``window``."""
-    torch.manual_seed(seed)
-    chosen = replace(HYPERPARAMETERS["gpt"], batch_size=max(1, 4096 // window), seq_len=window)
-    model, steps = GPT(data.tokenizer.vocab_size, window).to(device), chosen.steps(tokens)
-    loop = TrainingLoop(model, chosen, steps, native_precision(device.type))
-    batches = RandomWindows(model, data.train, chosen, seed)
-    for _ in tqdm(range(steps), desc="training the GPT", disable=not sys.stderr.isatty()):
-        train_step(loop, batches)
-    return model.eval()
+def _learned(net: RecurrentLM | GPT, tokens: np.ndarray) -> Tensor:
+    """Return the NLL of each token in nats, that of the first left out or 0, with weights that learn."""
+    if isinstance(net, GPT):
+        return learned_nll(net, tokens, len(net.positions.weight))
+    return torch.cat([nll for nll, _ in iter_nll(net, tokens, SavedState.empty(net).learning(net))])
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,8 @@ class LengthOptions:
             than the last position.
         positions: how many tokens are read before.
         spans: places in the text that are scored, 1,024 tokens at each.
-        learn_to: score with weights that learn from what is read before, too, at positions up to this one.
+        learn_to: score with weights that learn from what is read before, too, at positions up to this one; the
+            GPT as well, where there is one.
         gpt_tokens: train a GPT of 0.8 M parameters on so many tokens of the training text, to compare with.
         gpt_window: its longest text, in tokens.
         seed: of the GPT.
@@ -192,8 +184,11 @@ def length(checkpoint: CheckpointOptions, options: LengthOptions) -> None:
     window = options.gpt_window if options.gpt_tokens else None
     if window is not None:
         within = [place for place in places if place + BLOCK <= window]
-        gpt = train_gpt(data, window, options.gpt_tokens, options.seed, trained.net.embedding.weight.device)
+        device, chosen = trained.net.embedding.weight.device, gpt_hyperparameters(window, 4096, 1e-3)
+        gpt = train_gpt(data, chosen, options.gpt_tokens, options.seed, device)
         curves[f"GPT, window {window}"] = (within, by_position(gpt, text, within, spans))
+        if near:
+            curves["GPT, learned"] = (near, learned_by_position(gpt, text, near, spans))
     show(curves)
     listed = {name: {"positions": at, "losses": values.tolist()} for name, (at, values) in curves.items()}
     results = {"spans": spans, "span": BLOCK * BLOCKS, "curves": listed}
