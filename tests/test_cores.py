@@ -6,21 +6,26 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command
 from helpers import assert_same_training, fit, last
 from processes import OUTPUT, interrupt, run, start, wait
+from torch import distributed
 
 from mmrec.core import threads
 from mmrec.core.errors import UserError
 from mmrec.core.threads import processes_that_pay
 from mmrec.model.ops.native import functions
+from mmrec.model.ops.native.build import library
 from mmrec.training import cores
 from mmrec.training.cores import SharedMemoryStrategy, choose_processes, processes_for, rows_of_process
+from mmrec.training.exchange import Exchange
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,6 +94,75 @@ def test_a_run_goes_on_by_its_own_number_of_processes(prepared: Path, tmp_path: 
     assert last("a", tmp_path)["global_step"] == 5
 
 
+def _without_kernels() -> None:
+    os.environ["MMREC_NATIVE"] = "0"
+    library.cache_clear()
+    _two_cores()
+
+
+def test_a_run_of_several_processes_goes_on_where_there_are_no_kernels(prepared: Path, tmp_path: Path) -> None:
+    """One that begins there is refused: once, and before it has a folder."""
+    options = [*STEPS, *CORES, "--data.batch_size=4", "--run=a"]
+    said = run(tmp_path, *fit(prepared, *options), status=2, prepare=_without_kernels)
+    assert said.count("needs the compiled kernels") == 1
+    assert not (tmp_path / "lightning_logs/a").exists()
+    run(tmp_path, *fit(prepared, *options, "--trainer.max_steps=1"))
+    anew = ["fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=2"]
+    said = run(tmp_path, *anew, prepare=_without_kernels)
+    assert "trained by 2 process(es) until now, and goes on by 1" in said
+    assert last("a", tmp_path)["global_step"] == 2
+
+
+def _second_refuses() -> None:
+    post_backward = SharedMemoryStrategy.post_backward
+
+    def refuse(self: SharedMemoryStrategy, closure_loss: torch.Tensor) -> None:
+        if self.global_rank or _all_refuse:
+            raise UserError("a reason that it knows")
+        post_backward(self, closure_loss)
+
+    SharedMemoryStrategy.post_backward = refuse  # type: ignore[method-assign]
+
+
+_all_refuse = False
+
+
+def _both_refuse() -> None:
+    global _all_refuse
+    _all_refuse = True
+    _second_refuses()
+
+
+def _second_is_killed_at_the_start() -> None:
+    share = Exchange._map
+
+    def die(size: int) -> Any:
+        if distributed.get_rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share(size)
+
+    Exchange._map = staticmethod(die)  # type: ignore[method-assign]
+
+
+def _shared_files() -> set[Path]:
+    return {*Path("/dev/shm").glob("*mmrec")}
+
+
+def test_one_that_is_killed_at_the_start_leaves_nothing(prepared: Path, tmp_path: Path) -> None:
+    before = _shared_files()
+    options = [*STEPS, *CORES, "--data.batch_size=4"]
+    said = run(tmp_path, *fit(prepared, *options), status=2, prepare=_second_is_killed_at_the_start)
+    assert said.count("mmrec: error: another process of this training has ended") == 1
+    assert _shared_files() <= before
+
+
+@pytest.mark.parametrize("prepare", [_second_refuses, _both_refuse])
+def test_what_is_wrong_is_said_once(prepared: Path, tmp_path: Path, prepare: Callable[[], None]) -> None:
+    said = run(tmp_path, *fit(prepared, *STEPS, *CORES, "--data.batch_size=4"), status=2, prepare=prepare)
+    assert said.count("mmrec: error: a reason that it knows") == 1
+    assert said.count("mmrec: error") == 1
+
+
 def _slowly() -> None:
     """Make updates take long enough to be stopped in between."""
     step = SharedMemoryStrategy.post_backward
@@ -120,10 +194,12 @@ ENDLESS = [*CORES, "--trainer.max_epochs=100", "--data.batch_size=4", "--last.ev
 def test_ctrl_c_stops_all_of_them_after_the_same_update(prepared: Path, tmp_path: Path) -> None:
     process = start(tmp_path, fit(prepared, *ENDLESS), _slowly)
     other = _begun(tmp_path, process.pid)
-    interrupt([process])  # the one; a terminal would send it to all
+    interrupt([process])
+    os.kill(other, signal.SIGINT)  # as a terminal does
     assert wait([process]) == 128 + signal.SIGINT
     assert not Path(f"/proc/{other}").exists()
-    assert "Stopped and saved" in (tmp_path / OUTPUT).read_text(encoding="utf-8")
+    said = (tmp_path / OUTPUT).read_text(encoding="utf-8")
+    assert said.count("Stopping after this update") == said.count("Stopped and saved") == 1
     assert len(last("a", tmp_path)["mmrec_progress"]["random"]) == 2
 
 
@@ -149,7 +225,9 @@ def test_rows_that_cannot_be_shared_out_are_refused(mmrec: Command, prepared: Pa
         rows_of_process(trainer, 4)  # type: ignore[arg-type]
     assert rows_of_process(None, 4) == 4
     said = run(tmp_path, *fit(prepared, *CORES, "--data.batch_size=3"), status=2)
-    assert "cannot share out evenly" in said
+    assert said.count("cannot share out evenly") == 1
+    said = run(tmp_path, *fit(prepared, *CORES, "--trainer.num_nodes=2"), status=2)
+    assert said.count("is for the CPU cores of one machine") == 1
 
 
 def test_what_processes_need_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from mmrec.training.compat import (
     raised_by_lightning,
     refuse_too_many_processes,
 )
-from mmrec.training.cores import choose_processes
+from mmrec.training.cores import check_processes, choose_processes
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.predictions import write_predictions
@@ -274,6 +274,7 @@ class TrainingCLI(SubcommandCLI):
         if self.trainer.num_devices > 1:
             keep_for_other_processes(1)  # each chooses anew
         if subcommand == "fit":
+            check_processes(self.trainer, self.datamodule.options.batch_size)
             self._check_interval()
             if is_first_process():  # not before all that was given is known to be good
                 self._hold_run()

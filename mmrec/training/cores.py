@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.checkpoints.contents import PROGRESS_KEY
 from mmrec.core.devices import device_of_accelerator
-from mmrec.core.errors import UserError, exit_status
+from mmrec.core.errors import UserError, exit_status, one_line
 from mmrec.core.forks import can_fork, end, fork, wait_for
 from mmrec.core.threads import available_cores, available_memory, is_set_by_user, processes_that_pay
 from mmrec.model import ModelConfig, layer_parameters
@@ -26,7 +26,7 @@ from mmrec.model.ops import dispatch
 from mmrec.training import exchange
 from mmrec.training.arithmetic import DIFFERS
 from mmrec.training.compat import ProcessLauncher, call_in_place, is_left_to_lightning
-from mmrec.training.exchange import Exchange
+from mmrec.training.exchange import Exchange, ProcessEndedError, failures_of_gloo
 from mmrec.training.slurm import current_job
 
 BYTES_OF_PARAMETER, MEMORY_SHARE = 16, 0.25
@@ -34,6 +34,8 @@ BYTES_OF_PARAMETER, MEMORY_SHARE = 16, 0.25
 may take for that."""
 PATIENCE = 10.0
 """Seconds that other processes have to end by themselves after this one has failed."""
+MOST_SAID = 4096
+"""Bytes that a process says of what was wrong: a pipe takes so many at once."""
 
 
 class SharedMemoryStrategy(DDPStrategy):
@@ -61,12 +63,17 @@ class SharedMemoryStrategy(DDPStrategy):
         finally:
             logging.disable(before)
 
-    def configure_ddp(self) -> None:
-        assert self.model is not None
+    def check(self) -> None:
+        """Raise UserError where this strategy cannot train: several machines would wait for each other."""
         if self.root_device.type != "cpu" or self.num_nodes > 1:
             raise UserError(
                 "--trainer.strategy cores is for the CPU cores of one machine; use ddp for GPUs and several"
             )
+        exchange.kernels()
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        self.check()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             distributed.broadcast(tensor.detach(), 0)
         self._exchange = exchange.begin(sum(parameter.numel() for parameter in self.model.parameters()))
@@ -105,6 +112,8 @@ def choose_processes(config: Any, command: str, checkpoint: Path | None) -> None
     trainer = config.trainer
     if command != "fit" and trainer.strategy == "cores":
         trainer.devices, trainer.strategy = 1, "auto"
+    if command == "fit" and checkpoint is not None and _cannot_begin(trainer):
+        trainer.devices = trainer.strategy = "auto"
     if not is_left_to_lightning(trainer):
         return
     trainer.devices, name = 1, str(trainer.accelerator)
@@ -113,6 +122,13 @@ def choose_processes(config: Any, command: str, checkpoint: Path | None) -> None
         count = processes_for(config.model.config, config.data.batch_size, config.data.seq_len, before)
         if count > 1:
             trainer.devices, trainer.strategy = count, "cores"
+
+
+def _cannot_begin(trainer: Any) -> bool:
+    """Return whether the strategy ``cores`` of a run that is resumed finds no compiled kernels, or too few cores."""
+    if trainer.strategy != "cores" or not str(trainer.devices).isdigit() or int(trainer.devices) == 1:
+        return False
+    return not dispatch.uses_native() or int(trainer.devices) > max(2, os.cpu_count() or 1)
 
 
 def processes_for(config: ModelConfig, rows: int, seq_len: int, before: int | None = None, spare: int = 1) -> int:
@@ -162,6 +178,13 @@ def rows_of_process(trainer: Trainer | None, batch_size: int) -> int:
     return batch_size // processes
 
 
+def check_processes(trainer: Trainer, batch_size: int) -> None:
+    """Raise UserError where the strategy ``cores`` cannot train on such batches, before any process begins."""
+    if isinstance(trainer.strategy, SharedMemoryStrategy):
+        trainer.strategy.check()
+        rows_of_process(trainer, batch_size)
+
+
 class ForkLauncher(ProcessLauncher):
     """Begins the other processes of a training as copies of this one, which is the first of them.
 
@@ -178,17 +201,25 @@ class ForkLauncher(ProcessLauncher):
         }
         os.environ |= environment
         others: list[int] = []
+        source, target = os.pipe()  # what was wrong, by the others: it is said once
         try:
             for rank in range(1, self.num_processes):
-                others.append(fork(partial(_be_other, rank, trainer, function, args, kwargs)))
-            result = function(*args, **kwargs)
-        except BaseException:
+                others.append(fork(partial(_be_other, rank, target, trainer, function, args, kwargs)))
+            with failures_of_gloo():
+                result = function(*args, **kwargs)
+        except BaseException as error:
             end(others, PATIENCE)
+            os.set_blocking(source, False)
+            with suppress(BlockingIOError):
+                if isinstance(error, ProcessEndedError) and (said := os.read(source, MOST_SAID)):
+                    raise UserError(said.decode(errors="replace").splitlines()[0]) from error
             raise
         else:
             for number in others:
                 wait_for(number)
         finally:
+            os.close(source)
+            os.close(target)
             # Whatever this process does after the training, it does alone.
             for name in environment:
                 os.environ.pop(name, None)
@@ -197,17 +228,26 @@ class ForkLauncher(ProcessLauncher):
         return result
 
 
-def _be_other(rank: int, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any) -> int:
-    """Train as the process ``rank``, and return its exit status."""
+def _be_other(rank: int, target: int, trainer: Trainer, function: Callable[..., Any], args: Any, kwargs: Any) -> int:
+    """Train as the process ``rank``, write to ``target`` what was wrong, and return its exit status."""
     from mmrec.training.callbacks.stop_on_signal import StoppedBySignal
 
     os.environ["LOCAL_RANK"] = str(rank)
 
     def train() -> None:
-        call_in_place(trainer, function, *args, **kwargs)
+        try:
+            with failures_of_gloo():
+                call_in_place(trainer, function, *args, **kwargs)
+        except ProcessEndedError:
+            raise  # the first may have been killed, and say nothing any more
+        except UserError as error:
+            os.write(target, f"{one_line(error)}\n".encode()[:MOST_SAID])
+            wrong.append(error)
 
+    wrong: list[UserError] = []
     try:
-        return exit_status(train)
+        status = exit_status(train)
+        return 2 if wrong else status
     except StoppedBySignal as stop:
         return 128 + stop.number
 

@@ -10,7 +10,8 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,35 @@ FAILURES = {
 }
 
 
+class ProcessEndedError(UserError):
+    """Another process of the training has ended, and knows why."""
+
+
+@contextmanager
+def failures_of_gloo() -> Generator[None]:
+    """Raise ProcessEndedError where gloo, by which the processes find each other, tells of another's end."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ProcessEndedError(FAILURES[1]) from error
+
+
 class _Group(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("lines", "slots")),
         *((name, ctypes.c_int64) for name in ("room", "rank", "processes")),
         ("limit", ctypes.c_double),
     ]
+
+
+def kernels() -> Any:
+    """Return the compiled kernels; UserError where there are none."""
+    found = library(torch.float32)
+    if found is None or not hasattr(found, "exchange_mean"):
+        raise UserError("the strategy 'cores' needs the compiled kernels, and there are none; use ddp instead")
+    return found
 
 
 class Exchange:
@@ -55,10 +79,7 @@ class Exchange:
     """
 
     def __init__(self, numbers: int) -> None:
-        kernels = library(torch.float32)
-        if kernels is None or not hasattr(kernels, "exchange_mean"):
-            raise UserError("the strategy 'cores' needs the compiled kernels, and there are none; use ddp instead")
-        self._kernels = kernels
+        self._kernels = kernels()
         rank, processes = distributed.get_rank(), distributed.get_world_size()
         room = -(-min(numbers, ROOM) // LINE) * LINE
         self._memory = self._map(processes * (LINE + SETS * room * 4))
@@ -74,12 +95,14 @@ class Exchange:
         given: list[Any] = [None]
         if distributed.get_rank() == 0:
             given[0] = _file_of(size)
-        distributed.broadcast_object_list(given)
-        with open(given[0], "r+b") as file:
-            memory = mmap.mmap(file.fileno(), size)
-        distributed.barrier()
-        if distributed.get_rank() == 0:
-            os.unlink(given[0])
+        try:
+            distributed.broadcast_object_list(given)
+            with open(given[0], "r+b") as file:
+                memory = mmap.mmap(file.fileno(), size)
+            distributed.barrier()
+        finally:
+            if distributed.get_rank() == 0:
+                os.unlink(given[0])
         return memory
 
     def mean(self, tensors: Iterable[Tensor]) -> None:
@@ -111,7 +134,7 @@ class Exchange:
     def _run(self, name: str, count: int, *arguments: Any) -> None:
         failed = getattr(self._kernels, name)(ctypes.byref(self._group), ctypes.c_int64(count), *arguments)
         if failed:
-            raise UserError(FAILURES[failed])
+            raise (ProcessEndedError if failed == 1 else UserError)(FAILURES[failed])
 
 
 def _file_of(size: int) -> str:

@@ -50,11 +50,12 @@ class StopOnSignal(Callback):
     def __init__(self, last: LastCheckpoint) -> None:
         self.last = last
         self._signal: int | None = None
+        self._says = True
         self._before: dict[int, Any] = {}
         self._group: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signal = None
+        self._signal, self._says = None, trainer.is_global_zero
         numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if REQUEUE_SIGNAL and current_job() else [])]
         try:
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -66,8 +67,9 @@ class StopOnSignal(Callback):
         self._signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # the second one ends the process, wherever it is
-        # Written past Python's buffers, which the signal may have interrupted.
-        os.write(2, b"\nStopping after this update ...\n")
+        if self._says:  # a terminal sends Ctrl-C to all processes
+            # Written past Python's buffers, which the signal may have interrupted.
+            os.write(2, b"\nStopping after this update ...\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
