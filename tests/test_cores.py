@@ -144,6 +144,20 @@ def _second_is_killed_at_the_start() -> None:
     Exchange._map = staticmethod(die)  # type: ignore[method-assign]
 
 
+def _ctrl_c_at_the_start() -> None:
+    def stop(size: int) -> Any:
+        raise KeyboardInterrupt
+
+    Exchange._map = staticmethod(stop)  # type: ignore[method-assign]
+
+
+def test_ctrl_c_at_the_start_is_said_once(prepared: Path, tmp_path: Path) -> None:
+    options = [*STEPS, *CORES, "--data.batch_size=4"]
+    said = run(tmp_path, *fit(prepared, *options), status=130, prepare=_ctrl_c_at_the_start)
+    assert said.count("mmrec: stopped by Ctrl-C") == 1
+    assert "Traceback" not in said
+
+
 def _shared_files() -> set[Path]:
     return {*Path("/dev/shm").glob("*mmrec")}
 

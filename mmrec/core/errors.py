@@ -39,7 +39,7 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
             command()
         finally:
             sys.stdout.flush()  # here, where a failure can still be told
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, SystemExit) as error:
         if not _interrupted(error):
             raise
         print(f"\n{program}: stopped by Ctrl-C", file=sys.stderr)  # after the terminal's ^C
@@ -62,7 +62,7 @@ def exit_status(command: Callable[[], object], program: str = "mmrec") -> int:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or what a library met as it cleaned up after it (loguru a lock that was held)."""
+    """Whether it is Ctrl-C, or what a library made of it: loguru fails as it cleans up, Lightning exits with 1."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -242,12 +243,14 @@ def _be_other(rank: int, target: int, trainer: Trainer, function: Callable[..., 
             raise  # the first may have been killed, and say nothing any more
         except UserError as error:
             os.write(target, f"{one_line(error)}\n".encode()[:MOST_SAID])
-            wrong.append(error)
+            told.append(2)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C before the first update: the first process says so
+            told.append(128 + signal.SIGINT)
 
-    wrong: list[UserError] = []
+    told: list[int] = []
     try:
         status = exit_status(train)
-        return 2 if wrong else status
+        return told[0] if told else status
     except StoppedBySignal as stop:
         return 128 + stop.number
 
