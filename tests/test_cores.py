@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import Command
 from helpers import assert_same_training, fit, last
-from processes import OUTPUT, interrupt, run, start, wait
+from processes import OUTPUT, interrupt, run, server, start, wait
 from torch import distributed
 
 from mmrec.core import threads
@@ -242,6 +243,26 @@ def test_rows_that_cannot_be_shared_out_are_refused(mmrec: Command, prepared: Pa
     assert said.count("cannot share out evenly") == 1
     said = run(tmp_path, *fit(prepared, *CORES, "--trainer.num_nodes=2"), status=2)
     assert said.count("is for the CPU cores of one machine") == 1
+
+
+def _train_in_thread(folder: Path, arguments: list[str]) -> None:
+    from mmrec.cli import main
+
+    os.chdir(folder)
+    said: list[int] = []
+    thread = threading.Thread(target=lambda: said.append(main(arguments)))
+    thread.start()
+    thread.join()
+    raise SystemExit(said[0])
+
+
+def test_a_thread_of_another_program_trains_by_processes(prepared: Path, tmp_path: Path) -> None:
+    """Signals are handled in main threads alone, and the second process has one: both exchange the same."""
+    arguments = fit(prepared, *STEPS, *CORES, "--data.batch_size=4", "--run=a")
+    process = server().Process(target=_train_in_thread, args=(tmp_path, arguments))
+    process.start()
+    assert wait([process], 120) == 0
+    assert last("a", tmp_path)["global_step"] == 6
 
 
 def test_what_processes_need_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

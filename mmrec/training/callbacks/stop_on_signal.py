@@ -57,9 +57,9 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._says = None, trainer.is_global_zero
         numbers = [signal.SIGINT, signal.SIGTERM, *([REQUEUE_SIGNAL] if REQUEUE_SIGNAL and current_job() else [])]
+        leave_out_sigterm_broadcast(trainer)  # in a thread, too: the others wait for no such thing
         try:
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
-            leave_out_sigterm_broadcast(trainer)
         except ValueError:  # not in the main thread, which alone may handle signals
             self._before = {}
 
