@@ -28,7 +28,7 @@ FOREIGN = {
     "docs/platforms.md": {"from"},
     "docs/sweeps.md": {f"trainer.logger.{name}" for name in ("save_dir", "tracking_uri", "offline")},
     "docs/serve.md": {"batch_size", "include_path", "model_args", "output_path", "tasks"},
-    "docs/training.md": {"logdir"},
+    "docs/training.md": {"logdir", "trainer.logger.save_dir"},
     "README.md": {"logdir"},
     "README.tr.md": {"logdir"},
 }

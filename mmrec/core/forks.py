@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mmrec.core.errors import UserError
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def can_fork() -> bool:
@@ -84,7 +84,7 @@ def end(numbers: Sequence[int], seconds: float) -> None:
         time.sleep(0.01)
 
 
-def call_in_copies(function: Callable[[int], Result], count: int) -> list[Result]:
+def call_in_copies(function: Callable[[int], T], count: int) -> list[T]:
     """Return what ``function`` returns in each of ``count`` copies of this process, which call it at once.
 
     Each gives it its number, from 0.
@@ -115,7 +115,7 @@ def call_in_copies(function: Callable[[int], Result], count: int) -> list[Result
         wait_for(number)
     if not all(answers):
         raise UserError("the system has ended a process of this command, perhaps since there is too little memory")
-    results: list[Result] = []
+    results: list[T] = []
     for answer in answers:
         succeeded, value = pickle.loads(answer)
         if not succeeded:
