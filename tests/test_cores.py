@@ -62,7 +62,8 @@ def test_processes_that_nobody_asked_for_train_what_one_does(prepared: Path, tmp
     """And a run keeps their number: copies of the command's process, or begun by others, make the same bits."""
     options = [*STEPS, "--model.dropout=0", "--data.batch_size=4", "--trainer.precision=64-true"]
     run(tmp_path, *fit(prepared, *options, "--run=one"))
-    run(tmp_path, *fit(prepared, *options, "--run=auto"), prepare=_three_cores)
+    said = run(tmp_path, *fit(prepared, *options, "--run=auto"), prepare=_three_cores)
+    assert "2 processes share out the 4 rows of a batch" in said
     one, auto = last("one", tmp_path), last("auto", tmp_path)
     assert [len(each["mmrec_progress"]["random"]) for each in (one, auto)] == [1, 2]
     for name, weight in one["state_dict"].items():

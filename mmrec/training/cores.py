@@ -123,6 +123,8 @@ def choose_processes(config: Any, command: str, checkpoint: Path | None) -> None
         count = processes_for(config.model.config, config.data.batch_size, config.data.seq_len, before)
         if count > 1:
             trainer.devices, trainer.strategy = count, "cores"
+            rows = config.data.batch_size
+            rank_zero_info(f"{count} processes share out the {rows} rows of a batch; --trainer.devices 1 leaves one")
 
 
 def _cannot_begin(trainer: Any) -> bool:
