@@ -233,6 +233,7 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
         ),
         (["--model.dim=3"], "dim"),
         (["--minutes=few"], "minutes"),
+        (["--run=../elsewhere"], "name of a folder"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
@@ -242,6 +243,8 @@ def test_what_cannot_be_is_refused_in_one_line(
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert word in said[0]
+    assert not Path("elsewhere").exists()
+    assert not Path("../elsewhere").exists()
 
 
 def test_a_text_that_is_not_there_is_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:

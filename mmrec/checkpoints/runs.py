@@ -18,6 +18,12 @@ CONFIG, HISTORY = "config.yaml", "history.jsonl"
 BEST, LAST, PREVIOUS, STABLE = "best", "last", "previous", "stable"
 
 
+def check_name(run: str) -> None:
+    """Raise UserError where ``run`` cannot be the name of a run: its folder would lie elsewhere."""
+    if Path(run).name != run or run == "..":
+        raise UserError(f"--run is {run!r}; it must be the name of a folder, not a path")
+
+
 def checkpoint_folder(root: Path, run: str) -> Path:
     """Return the folder of the checkpoints of ``run``."""
     return root / LOGS / run / CHECKPOINTS

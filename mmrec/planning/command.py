@@ -55,6 +55,8 @@ def train(args: Sequence[str]) -> None:
     parser.add_argument("--plan", action="store_true", help="only say what would be done; the text is prepared")
     parser.add_class_arguments(TrainOptions, skip={"texts", "plan"})
     options = TrainOptions(**vars(parser.parse_args(own)))
+    if options.run is not None:
+        runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
     folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default)

@@ -165,8 +165,8 @@ def plan_run(request: RunRequest, taken: Collection[str] = ()) -> RunPlan:
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, or a run of that name exists already.
     """
-    if request.run is not None and (Path(request.run).name != request.run or request.run == ".."):
-        raise UserError(f"--run is {request.run!r}; it must be the name of a folder, not a path")
+    if request.run is not None:
+        runs.check_name(request.run)
     root = Path(request.root or ".")
     name, which = request.run, request.checkpoint
     if request.command == "fit" and request.job is not None:
