@@ -302,3 +302,13 @@ def test_what_is_expected_half_way_is_said_of_trainings_that_were_looked_at(
     if said is not None:
         assert f"{expected:.2f} bits/byte" in said
         assert read_record(tmp_path) == line.record
+
+
+def test_a_text_in_another_encoding_trains_where_that_is_named(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("novel.txt").write_bytes(text.encode("utf-16"))
+    assert mmrec("train", "novel.txt", "--plan") == 2
+    assert "--encoding: utf-16" in capsys.readouterr().err
+    assert mmrec("train", "novel.txt", "--plan", "--encoding=utf-16") == 0
+    assert "expected" in capsys.readouterr().out

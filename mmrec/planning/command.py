@@ -59,7 +59,7 @@ def train(args: Sequence[str]) -> None:
         runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
-    folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default)
+    folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default, options.encoding)
     run = options.run or folder.folder.resolve().name
     where = Path(runs.LOGS, run)
     before = read_record(where)

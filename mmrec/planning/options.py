@@ -25,6 +25,7 @@ class TrainOptions:
         plan: only say what would be done; the text is prepared for it.
         run: name of the run; that of the text if left out.
         tokenizer: characters, bytes or bpe, or the path of an existing one; chosen by the text if left out.
+        encoding: of your own files.
         on: cpu, gpu, or auto for a GPU where there is one; auto if left out, or what the run was begun on.
     """
 
@@ -33,6 +34,7 @@ class TrainOptions:
     plan: bool = False
     run: str | None = None
     tokenizer: str | None = None
+    encoding: str = "utf-8"
     on: Literal["auto", "cpu", "gpu"] | None = None
 
     def __post_init__(self) -> None:

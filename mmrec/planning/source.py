@@ -25,7 +25,7 @@ VOCABULARY = 4096
 
 
 def prepare_texts(
-    texts: Sequence[str], tokenizer: str | None, minutes: float | None = None, output_dir: Path | None = None
+    texts: Sequence[str], tokenizer: str | None, minutes: float | None = None, encoding: str = "utf-8"
 ) -> TokenFolder:
     """Prepare what ``texts`` name, by ``tokenizer`` or by the one that suits it, and return the token folder.
 
@@ -33,18 +33,18 @@ def prepare_texts(
         texts: name of a corpus, or files, folders and URLs.
         tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text.
         minutes: of all that is done; None for no limit.
-        output_dir: the folder; None for the one that ``mmrec prepare`` would take.
+        encoding: of your own files.
 
     Raises:
-        UserError: they name nothing that can be read, or so much that the time would be over; or the folder holds
-            something else.
+        UserError: they name nothing that can be read, or so much that the time would be over; or the folder that
+            ``mmrec prepare`` would take holds something else.
     """
-    options = _options(texts, output_dir)
+    options = _options(texts, encoding)
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
     if tokenizer is None and texts[0] not in CORPORA:
-        tokenizer = choose_tokenizer(source)
+        tokenizer = choose_tokenizer(source, encoding)
     vocabulary = VOCABULARY if tokenizer == "bpe" else None
     folder = prepare(
         PrepareOptions(
@@ -55,6 +55,7 @@ def prepare_texts(
             input_dir=options.input_dir,
             tokenizer=tokenizer,
             vocab_size=vocabulary,
+            encoding=encoding,
         )
     )
     assert folder is not None  # Slurm alone returns none
@@ -79,19 +80,19 @@ def _local_size(path: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _options(texts: Sequence[str], output_dir: Path | None) -> PrepareOptions:
+def _options(texts: Sequence[str], encoding: str) -> PrepareOptions:
     """Return the options of ``mmrec prepare`` that mean ``texts``: a small folder of texts is held in memory."""
     first, *rest = texts
     folder = Path(first)
     if first in CORPORA or rest or not folder.is_dir():
-        return PrepareOptions(first, rest, output_dir=output_dir)
+        return PrepareOptions(first, rest, encoding=encoding)
     if _local_size(first) >= SMALL_BYTES:
-        return PrepareOptions(first, output_dir=output_dir)
+        return PrepareOptions(first, encoding=encoding)
     name = folder.resolve().name or "texts"
-    return PrepareOptions(input_dir=folder, output_dir=output_dir or Path("data", name))
+    return PrepareOptions(input_dir=folder, output_dir=Path("data", name), encoding=encoding)
 
 
-def choose_tokenizer(source: ResolvedSource) -> str:
+def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> str:
     """Return the tokenizer for a text: bytes where most characters are one, else characters, else bpe."""
     if source.is_large:
         local = [Path(path) for path in source.paths if "://" not in path]
@@ -99,7 +100,7 @@ def choose_tokenizer(source: ResolvedSource) -> str:
         return "bytes" if source.paths and len(local) == len(source.paths) and size < SMALL_BYTES else "bpe"
     characters: set[str] = set()
     length = size = 0
-    corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir))
+    corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir, encoding))
     for document in corpus.documents():
         characters |= {*document.text}
         length += len(document.text)
