@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 
@@ -130,7 +130,7 @@ def measure_rates(
         waited += trial.waited
         worked += trial.worked
         own.append(Rate(config, batches.tokens / trial.pace, processes))
-        slower = max(1.0, waited / max(worked, 1e-9))
+        slower = _slowed_down(waited, worked)
         expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1].tokens / slower * seconds)
         if expected > best:
             break
@@ -146,7 +146,7 @@ def with_processes_that_pay(rate: Rate, text: Text, seconds: float, accelerator:
     if rate.processes == 1:
         return rate
     alone = _try_together(rate.config, text, accelerator, seconds, 1)
-    slower = max(1.0, alone.waited / max(alone.worked, 1e-9))
+    slower = _slowed_down(alone.waited, alone.worked)
     tokens = choose_batches(rate.config, text.train_tokens).tokens / alone.pace / slower
     return rate if rate.tokens > WORTH_SEVERAL * tokens else Rate(rate.config, tokens)
 
@@ -157,7 +157,8 @@ def _try_together(config: ModelConfig, text: Text, accelerator: str, seconds: fl
     batches = choose_batches(config, text.train_tokens).share(processes)
     trial = partial(_try, config, text, accelerator, length, batches, processes)
     # In copies of this process: it must not compute gradients itself, or it could not be copied for the training.
-    trials = call_in_copies(lambda _: trial(), processes) if _can_be_copied(accelerator) else [trial()]
+    is_cpu = device_of_accelerator(accelerator).type == "cpu"
+    trials = call_in_copies(lambda _: trial(), processes) if is_cpu and can_fork() else [trial()]
     return _Trial(
         max(each.pace for each in trials) + (EXCHANGE_SECONDS if processes > 1 else 0.0),
         max(each.waited for each in trials),
@@ -165,9 +166,9 @@ def _try_together(config: ModelConfig, text: Text, accelerator: str, seconds: fl
     )
 
 
-@cache
-def _can_be_copied(accelerator: str) -> bool:
-    return device_of_accelerator(accelerator).type == "cpu" and can_fork()
+def _slowed_down(waited: float, worked: float) -> float:
+    """Return how many times as long a trial took as it would have alone: at least 1."""
+    return max(1.0, waited / max(worked, 1e-9))
 
 
 @dataclass(frozen=True)

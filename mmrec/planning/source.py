@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmrec.core.errors import UserError
@@ -46,18 +47,7 @@ def prepare_texts(
     if tokenizer is None and texts[0] not in CORPORA:
         tokenizer = choose_tokenizer(source, encoding)
     vocabulary = VOCABULARY if tokenizer == "bpe" else None
-    folder = prepare(
-        PrepareOptions(
-            options.corpus,
-            options.paths,
-            output_dir=source.output_dir,
-            input_file=options.input_file,
-            input_dir=options.input_dir,
-            tokenizer=tokenizer,
-            vocab_size=vocabulary,
-            encoding=encoding,
-        )
-    )
+    folder = prepare(replace(options, output_dir=source.output_dir, tokenizer=tokenizer, vocab_size=vocabulary))
     assert folder is not None  # Slurm alone returns none
     return folder
 

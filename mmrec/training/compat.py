@@ -208,6 +208,11 @@ def is_left_to_lightning(trainer: Any) -> bool:
     return trainer.devices == "auto" and trainer.strategy == "auto" and trainer.num_nodes == 1 and not started
 
 
+def most_processes() -> int:
+    """Return how many processes may be begun on the CPUs of this machine: one a core; two always may."""
+    return max(2, os.cpu_count() or 1)
+
+
 def refuse_too_many_processes(trainer: Trainer) -> None:
     """Raise UserError where Lightning would start more processes on CPUs than there are cores; two it always may.
 
@@ -216,11 +221,11 @@ def refuse_too_many_processes(trainer: Trainer) -> None:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if environment is None or environment.creates_processes_externally:
         return  # there is one, or others have started them all: torchrun, Slurm
-    cores = os.cpu_count() or 1
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(2, cores):
+    most = most_processes()
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
         raise UserError(
-            f"--trainer.devices {trainer.num_devices} starts as many processes on the {cores} CPU cores of this "
-            f"machine; give at most {max(2, cores)} (torchrun starts more, if they are wanted)"
+            f"--trainer.devices {trainer.num_devices} starts as many processes on the {os.cpu_count() or 1} CPU "
+            f"cores of this machine; give at most {most} (torchrun starts more, if they are wanted)"
         )
 
 

@@ -26,7 +26,7 @@ from mmrec.model import ModelConfig, layer_parameters
 from mmrec.model.ops import dispatch
 from mmrec.training import exchange
 from mmrec.training.arithmetic import DIFFERS
-from mmrec.training.compat import ProcessLauncher, call_in_place, is_left_to_lightning
+from mmrec.training.compat import ProcessLauncher, call_in_place, is_left_to_lightning, most_processes
 from mmrec.training.exchange import Exchange, ProcessEndedError, failures_of_gloo
 from mmrec.training.slurm import current_job
 
@@ -131,7 +131,7 @@ def _cannot_begin(trainer: Any) -> bool:
     """Return whether the strategy ``cores`` of a run that is resumed finds no compiled kernels, or too few cores."""
     if trainer.strategy != "cores" or not str(trainer.devices).isdigit() or int(trainer.devices) == 1:
         return False
-    return not dispatch.uses_native() or int(trainer.devices) > max(2, os.cpu_count() or 1)
+    return not dispatch.uses_native() or int(trainer.devices) > most_processes()
 
 
 def processes_for(config: ModelConfig, rows: int, seq_len: int, before: int | None = None, spare: int = 1) -> int:
