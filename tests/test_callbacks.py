@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,34 @@ def test_a_loss_that_is_not_finite_is_never_the_best(mmrec: Command, prepared: P
     (best,) = (state for name, state in last("a")["callbacks"].items() if name.startswith("BestCheckpoint"))
     assert float(best["best_model_score"]) == 3.0
     assert torch.load(checkpoints("a") / "best.ckpt", weights_only=True)["epoch"] == 2
+
+
+# The progress bar
+
+
+def test_the_bar_counts_the_updates_of_the_whole_training(
+    mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bar = ["--trainer.enable_progress_bar=true", SHORT]
+    assert mmrec(*fit(prepared, *bar, "--trainer.max_epochs=2", "--run=a")) == 0
+    counted = bars(capfd)
+    assert counted[0] == ("Epoch 0", 1, 18)
+    assert counted[-1] == ("Epoch 1", 18, 18)
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=3", bar[0]) == 0
+    assert [count for _, *count in bars(capfd)] == [[step, 27] for step in range(18, 28)]
+
+
+def test_the_bar_ends_where_the_time_does(mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    limited = ["--time_limit.minutes=60", "--time_limit.planned_steps=12", "--trainer.max_epochs=-1"]
+    assert mmrec(*fit(prepared, "--trainer.enable_progress_bar=true", SHORT, *limited)) == 0
+    assert {total for _, _, total in bars(capfd)} == {12}
+
+
+def bars(capfd: pytest.CaptureFixture[str]) -> list[tuple[str, int, int]]:
+    """Return what the bar of a training showed since: what stands before it, the updates made and those planned."""
+    shown = re.findall(r"(Epoch \d+): [^\r\n]*? (\d+)/(\d+) \[", "".join(capfd.readouterr()))
+    seen = dict.fromkeys((name, int(made), int(planned)) for name, made, planned in shown)
+    return [(name, made, planned) for name, made, planned in seen if made]
 
 
 # Lightning's own

@@ -13,16 +13,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.model import RecurrentLM
 from mmrec.training.callbacks.throughput import Throughput
-from mmrec.training.compat import is_logging_step
+from mmrec.training.compat import is_accumulating, is_logging_step
 from mmrec.training.module import RecurrentLMModule
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with the time that is left of the whole training, where its end is planned.
+    """Lightning's bar over all updates of a training, with the time that is left, where its end is planned.
 
-    It goes by what updates and validations have taken since training started. The loss and the tokens per second are
-    those that are logged: to read one at every update would be to wait for the device at every update. The number of
-    the version, which here is a name, is left out.
+    The time goes by what updates and validations have taken since training started. Where no end is planned, there is
+    a bar for each epoch. The loss and the tokens per second are those that are logged: to read one at every update
+    would be to wait for the device at every update. The number of the version, which here is a name, is left out.
 
     Args:
         throughput: measures the tokens per second.
@@ -40,20 +40,39 @@ class ProgressBar(TQDMProgressBar):
             self._logged = {"train/loss": float(trainer.callback_metrics["train/loss"])}
             if self._throughput is not None and self._throughput.latest is not None:
                 self._logged["train/tokens_per_second"] = self._throughput.latest
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        planned, step = _planned_steps(pl_module), trainer.global_step
+        if planned is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif not is_accumulating(trainer) and self._should_update(step, planned):
+            self.train_progress_bar.total, self.train_progress_bar.n = planned, step
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start, self._first_step = time.monotonic(), trainer.global_step
+        self.train_progress_bar.initial = self._first_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        planned = _planned_steps(pl_module)
+        if planned is None:
+            super().on_train_epoch_start(trainer, pl_module)
+        else:
+            self.train_progress_bar.total, self.train_progress_bar.n = planned, trainer.global_step
+            self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"} | self._logged
-        assert isinstance(pl_module, RecurrentLMModule)
-        planned, step = pl_module.planned_steps, trainer.global_step
+        planned, step = _planned_steps(pl_module), trainer.global_step
         if trainer.training and planned is not None and step > self._first_step:
             pace = (time.monotonic() - self._start) / (step - self._first_step)
             metrics["left"] = str(timedelta(seconds=round(pace * max(0, planned - step))))
         return metrics
+
+
+def _planned_steps(pl_module: LightningModule) -> int | None:
+    """Return the number of updates at which the training is planned to end; None where nothing says so."""
+    assert isinstance(pl_module, RecurrentLMModule)
+    return pl_module.planned_steps
 
 
 class Summary(Callback):
