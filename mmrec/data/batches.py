@@ -209,9 +209,13 @@ class StatefulEvalLoader:
         return -(-(len(self.tokens) - 1) // self.seq_len)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.tokens) - 1, self.seq_len):
-            window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))[None]
-            yield Batch(window[:, :-1], window[:, 1:], torch.tensor([start == 0]))
+        return map(self.batch, range(len(self)))
+
+    def batch(self, number: int) -> Batch:
+        """Return batch ``number``, counted from 0."""
+        start = number * self.seq_len
+        window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))[None]
+        return Batch(window[:, :-1], window[:, 1:], torch.tensor([start == 0]))
 
 
 class WindowedEvalLoader:

@@ -29,8 +29,8 @@ class TextMetrics:
     """Loss, perplexity and bits per byte of a text; in any number of updates the figures are the same.
 
     Sums are float64, so that a text of 10^9 tokens loses nothing, and on the CPU where a device has none.
-    The figures are of the scored tokens alone, and of this process alone: where several score a text, each reads the
-    whole of it.
+    The figures are of the scored tokens alone, and of those that this process is given: where several score a text,
+    each is given all of it.
 
     Attributes:
         nll: sum of the negative log-likelihoods in nats, a scalar, as the others are.

@@ -1,4 +1,4 @@
-"""Means over the processes of one machine through memory that they share, without waiting for the system.
+"""What the processes of one machine tell each other through memory that they share, without waiting for the system.
 
 What one process computes in a few milliseconds waits for the other's, thousands of times a minute. gloo sends that
 through sockets, and each time the system wakes a process, which takes as long as the sum itself.
@@ -29,7 +29,7 @@ SETS = 2
 ROOM = 1 << 22
 """Numbers of 4 bytes in a slot, at the most; what is larger is exchanged in parts."""
 LIMIT = 1800.0
-"""Seconds that a process waits for another: one may write a checkpoint or score a text meanwhile."""
+"""Seconds that a process waits for another: one may write a checkpoint or a text meanwhile."""
 SHARED_MEMORY = Path("/dev/shm")
 FAILURES = {
     1: f"another process of this training has ended, or did not answer for {LIMIT:.0f} seconds",
@@ -68,25 +68,26 @@ def kernels() -> Any:
     return found
 
 
-class Exchange:
-    """Memory that all processes of a group on one machine share; all must call its methods in the same order.
+class _SharedMemory:
+    """Memory that all processes of a group on one machine share: of each a line that says how far it is, and slots.
 
     Args:
-        numbers: float32 numbers that are exchanged at once, if there is room for them.
+        room: numbers of 4 bytes in a slot, at least.
+        slots: of each process.
 
     Raises:
         UserError: there are no compiled kernels.
     """
 
-    def __init__(self, numbers: int) -> None:
+    def __init__(self, room: int, slots: int) -> None:
         self._kernels = kernels()
         rank, processes = distributed.get_rank(), distributed.get_world_size()
-        room = -(-min(numbers, ROOM) // LINE) * LINE
-        self._memory = self._map(processes * (LINE + SETS * room * 4))
+        room = -(-room // LINE) * LINE
+        self._memory = self._map(processes * (LINE + slots * room * 4))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         ctypes.c_int64.from_address(start + rank * LINE + 3 * 8).value = os.getpid()
         self._group = _Group(start, start + processes * LINE, room, rank, processes, LIMIT)
-        self.processes = processes
+        self.rank, self.processes = rank, processes
         distributed.barrier()  # until all have said who they are
 
     @staticmethod
@@ -105,12 +106,38 @@ class Exchange:
                 os.unlink(given[0])
         return memory
 
+    def _call(self, name: str, count: int, *arguments: Any) -> None:
+        failed = getattr(self._kernels, name)(ctypes.byref(self._group), ctypes.c_int64(count), *arguments)
+        if failed:
+            raise (ProcessEndedError if failed == 1 else UserError)(FAILURES[failed])
+
+
+class Exchange(_SharedMemory):
+    """Memory in which all processes of a group exchange tensors; all must call its methods in the same order.
+
+    Args:
+        numbers: float32 numbers that are exchanged at once, if there is room for them.
+
+    Raises:
+        UserError: there are no compiled kernels.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__(min(numbers, ROOM), SETS)
+        self._relay: Relay | None = None
+
+    def relay(self, numbers: int) -> Relay:
+        """Return the relay of these processes, for as many ``numbers`` as at the first call, which makes it."""
+        if self._relay is None:
+            self._relay = Relay(numbers)
+        return self._relay
+
     def mean(self, tensors: Iterable[Tensor]) -> None:
         """Make each of ``tensors``, contiguous and float32, the mean of all processes' ones, to the same bits."""
         given = list(tensors)
         addresses = (ctypes.c_void_p * len(given))(*(each.data_ptr() for each in given))
         sizes = (ctypes.c_int64 * len(given))(*(each.numel() for each in given))
-        self._run("exchange_mean", len(given), addresses, sizes)
+        self._call("exchange_mean", len(given), addresses, sizes)
 
     def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make the gradient of each of ``parameters``, where it has one, the mean of all processes' ones."""
@@ -128,13 +155,45 @@ class Exchange:
         own = own.contiguous()
         everyone = own.new_empty(self.processes * len(own), *own.shape[1:])
         addresses = (ctypes.c_void_p(each.data_ptr()) for each in (own, everyone))
-        self._run("exchange_copies", own.nbytes, *addresses)
+        self._call("exchange_copies", own.nbytes, *addresses)
         return everyone
 
-    def _run(self, name: str, count: int, *arguments: Any) -> None:
-        failed = getattr(self._kernels, name)(ctypes.byref(self._group), ctypes.c_int64(count), *arguments)
-        if failed:
-            raise (ProcessEndedError if failed == 1 else UserError)(FAILURES[failed])
+
+class Relay(_SharedMemory):
+    """Memory by which each process hands tensors on to the next one, and the last to the first.
+
+    A place in it is written to again once the next process has read what stands there: that is so where what is
+    written has followed from what the next process made of it, round all processes, or after an exchange.
+
+    Args:
+        numbers: of 4 bytes that a process may hand on before the next one has taken any.
+
+    Raises:
+        UserError: there are no compiled kernels.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__(numbers, 1)
+        self._reserved = 0
+
+    def reserve(self, counts: int) -> int:
+        """Return the count that the next ``counts`` ones come after; all processes reserve the same."""
+        before = self._reserved
+        self._reserved += counts
+        return before
+
+    def give(self, tensor: Tensor, place: int, count: int) -> None:
+        """Hand ``tensor`` on, at the byte ``place``; ``count``, which only rises, says that it is there."""
+        self._copy("relay_give", tensor.contiguous(), place, count)
+
+    def take(self, tensor: Tensor, place: int, count: int) -> None:
+        """Fill ``tensor``, contiguous, from the byte ``place``, once the process before has said ``count``."""
+        self._copy("relay_take", tensor, place, count)
+
+    def _copy(self, name: str, tensor: Tensor, place: int, count: int) -> None:
+        self._call(
+            name, count, ctypes.c_int64(place), ctypes.c_int64(tensor.nbytes), ctypes.c_void_p(tensor.data_ptr())
+        )
 
 
 def _file_of(size: int) -> str:
@@ -155,6 +214,11 @@ def _file_of(size: int) -> str:
 
 _in_use: list[Exchange] = []
 """That of this process, while it trains with others of its machine."""
+
+
+def in_use() -> Exchange | None:
+    """Return the exchange by which this process trains with others of its machine, if it does."""
+    return _in_use[0] if _in_use else None
 
 
 def gather_all(own: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from mmrec.inference.metrics import TextMetrics
 class TextScore(TextMetrics, Metric):
     """:class:`mmrec.inference.metrics.TextMetrics`, whose sums are the states of a metric.
 
-    Programs that train nothing do without torchmetrics. Every process reads the whole text, so nothing is added up
-    over them.
+    Programs that train nothing do without torchmetrics. Every process has the figures of the whole text, so
+    nothing is added up over them.
     """
 
     full_state_update = False

@@ -30,6 +30,7 @@ from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import learning_rate_share, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
+from mmrec.training.shared_reading import share_out
 from mmrec.training.strategy import shard
 
 
@@ -72,7 +73,6 @@ class RecurrentLMModule(LightningModule):
         self._planned_steps: int | None = None
         self._steps_by_options: int | None = None
         self._steps_in_time: int | None = None
-        self._reader: Reader | None = None
         self._compiled: Callable[..., tuple[Tensor, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
@@ -212,13 +212,17 @@ class RecurrentLMModule(LightningModule):
             # States are kept in float32 where the weights are in half of it.
             dtype = torch.promote_types(self.net.embedding.weight.dtype, torch.float32)
             state = self.net.zero_state(rows, self.device, dtype)
-        separator = self.tokenizer.separator if self.options.reset_at_documents else None
-        starts = None if separator is None else batch.inputs == separator
+        starts = self._starts(batch)
         state = reset_state_rows(state, batch.reset_mask)
         if self.training and starts is None and (trained := self._found_pass()):
             return trained.hidden(batch.inputs, state)
         hidden = self._compiled if self._compiled is not None and self.training else self.net.hidden
         return hidden(batch.inputs, state, starts)
+
+    def _starts(self, batch: Batch) -> Tensor | None:
+        """Return the tokens of ``batch`` [B, T], bool, before which the state is reset; None where nothing is."""
+        separator = self.tokenizer.separator if self.options.reset_at_documents else None
+        return None if separator is None else batch.inputs == separator
 
     def _found_pass(self) -> TrainingPass | None:
         """Return what computes batches of training without a graph, if anything does: the first of them decides."""
@@ -235,6 +239,7 @@ class RecurrentLMModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._start_text()
+        self._shared = share_out(self.trainer, self.net, self._starts) if self._reader is None else None
 
     def on_test_epoch_start(self) -> None:
         self._start_text()
@@ -243,7 +248,7 @@ class RecurrentLMModule(LightningModule):
         self.score.reset()
         self._reading: State | None = None
         datamodule = getattr(self.trainer, "datamodule", None)
-        self._reader = None
+        self._reader: Reader | None = None
         if datamodule is not None and datamodule.evaluation.learn:
             if self._is_sharded:
                 raise UserError("--learn needs all weights in each process; leave trainer/fsdp out")
@@ -251,13 +256,14 @@ class RecurrentLMModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target of the batch, [M], in nats."""
-        return {"nats": self._score_batch(batch)}
+        return {"nats": self._score_batch(batch, None if self._shared is None else self._shared.nll(batch_idx))}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._score_batch(batch)
 
-    def _score_batch(self, batch: Batch) -> Tensor:
-        each = self._nats(batch) if self._reader is None else self._learned_nats(batch, self._reader)
+    def _score_batch(self, batch: Batch, each: Tensor | None = None) -> Tensor:
+        if each is None:
+            each = self._nats(batch) if self._reader is None else self._learned_nats(batch, self._reader)
         self.score.update(each, self.token_lengths[batch.targets.flatten()])
         return each
 
@@ -283,7 +289,7 @@ class RecurrentLMModule(LightningModule):
 
     def _log_score(self, prefix: str) -> None:
         for name, value in self.score.compute().items():
-            # Every process reads the whole text: the mean over them is the same figure.
+            # Every process has the whole text's figures: the mean over them is the same.
             self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
 
     def on_predict_epoch_start(self) -> None:

@@ -1,4 +1,4 @@
-/* Means and copies over the processes of one machine, through memory that they share.
+/* Means and copies over the processes of one machine, and a relay between them, through memory that they share.
 
    Each process has a line of `lines`: how many exchanges it has begun, the sizes of the last two, and its number for
    the system. It writes what it gives to its slot, counts, waits until all others have counted as far, and reads all
@@ -58,6 +58,24 @@ static char *slot_of(const group *all, integer process, int64_t exchange) {
     return all->slots + ((exchange & 1) * all->processes + process) * all->room * 4;
 }
 
+/* Wait until a process has counted as far as `count`. */
+static int await(const group *all, integer other, int64_t count) {
+    line *theirs = &all->lines[other];
+    double until = 0;
+    for (int64_t turn = 1; __atomic_load_n(&theirs->begun, __ATOMIC_ACQUIRE) < count; turn++) {
+        pause_turn();
+        if (turn < PATIENCE) continue;
+        sched_yield();
+        if (turn < 2 * PATIENCE) continue;
+        struct timespec rest = {0, 200000};
+        nanosleep(&rest, NULL);
+        double now = seconds();
+        if (until == 0) until = now + all->limit;
+        if (now > until || has_ended((pid_t)theirs->process)) return NO_ANSWER;
+    }
+    return DONE;
+}
+
 /* Count, and wait until all have counted as far, with as much to exchange. All are waited for where sizes differ, too:
    who goes on after that overwrites a size that another has yet to read. */
 static int meet(const group *all, int64_t size) {
@@ -66,21 +84,9 @@ static int meet(const group *all, int64_t size) {
     int64_t mine = own->begun + 1;
     own->sizes[mine & 1] = size;
     __atomic_store_n(&own->begun, mine, __ATOMIC_RELEASE);
-    double until = 0;
     for (integer other = 0; other < all->processes; other++) {
-        line *theirs = &all->lines[other];
-        for (int64_t turn = 1; __atomic_load_n(&theirs->begun, __ATOMIC_ACQUIRE) < mine; turn++) {
-            pause_turn();
-            if (turn < PATIENCE) continue;
-            sched_yield();
-            if (turn < 2 * PATIENCE) continue;
-            struct timespec rest = {0, 200000};
-            nanosleep(&rest, NULL);
-            double now = seconds();
-            if (until == 0) until = now + all->limit;
-            if (now > until || has_ended((pid_t)theirs->process)) return NO_ANSWER;
-        }
-        if (theirs->sizes[mine & 1] != size) result = DIFFERENT_SIZES;
+        if (await(all, other, mine)) return NO_ANSWER;
+        if (all->lines[other].sizes[mine & 1] != size) result = DIFFERENT_SIZES;
     }
     return result;
 }
@@ -138,6 +144,25 @@ EXPORT int exchange_copies(const group *all, integer bytes, const char *own, cha
         for (integer other = 0; other < all->processes; other++)
             memcpy(everyone + other * bytes + from, slot_of(all, other, exchange), part);
     }
+    return DONE;
+}
+
+/* A relay has memory of its own, with one slot a process, in which what it gives stands at a place that belongs to it.
+   A process says by a count how much it has given, and the next process waits for that count. It may write to a place
+   again as soon as it has taken what followed from what stood there, since the next process has read that by then. */
+
+/* Give `bytes` of `from` to the next process, at `place` of the slot; `count` of all that was ever given is there then. */
+EXPORT int relay_give(const group *all, integer count, integer place, integer bytes, const char *from) {
+    memcpy(all->slots + all->rank * all->room * 4 + place, from, bytes);
+    __atomic_store_n(&all->lines[all->rank].begun, count, __ATOMIC_RELEASE);
+    return DONE;
+}
+
+/* to [bytes] <- what stands at `place` of the process before this one, once that has given as much as `count`. */
+EXPORT int relay_take(const group *all, integer count, integer place, integer bytes, char *to) {
+    integer other = (all->rank + all->processes - 1) % all->processes;
+    if (await(all, other, count)) return NO_ANSWER;
+    memcpy(to, all->slots + other * all->room * 4 + place, bytes);
     return DONE;
 }
 #endif
