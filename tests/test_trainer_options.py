@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Command
 from helpers import checkpoints, fit, last, losses
+from lightning.pytorch.loggers import CSVLogger
 
 EVERY_STEP = "--trainer.log_every_n_steps=1"
 SHORT = ["--trainer.limit_train_batches=5", "--trainer.max_epochs=4", "--model.warmup_steps=1"]  # of 21 batches
@@ -134,12 +136,45 @@ REFUSED = {
         ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=3"],
         "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid",
     ),
+    "incomplete": (
+        ["--trainer.logger=CSVLogger"],
+        "--trainer.logger is not complete: give --trainer.logger.save_dir",
+    ),
+    "no logger": (
+        ["--trainer.logger=NoLogger"],
+        "--trainer.logger is NoLogger; it must be true or false or the name",
+    ),
+    "no callback": (["--trainer.callbacks+=Nope"], "--trainer.callbacks is Nope; it must be the name of a class"),
+    "no option": (
+        ["--trainer.logger=CSVLogger", "--trainer.logger.foo=3"],
+        "--trainer.logger.foo is none of the options of the class that --trainer.logger names",
+    ),
+    "an option's kind": (
+        ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=x"],
+        "--trainer.callbacks.save_top_k is x; it must be a whole number",
+    ),
+    "choices": (["--trainer.precision=17"], "--trainer.precision is 17; it must be one of 64, 32, 16, "),
+    "kind": (["--trainer.max_steps=x"], "--trainer.max_steps is x; it must be a whole number"),
+    "server": ([f"--trainer.logger={__name__}.NoServer"], "error: the logger NoServer does not start: nobody"),
     "LearningRateFinder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used"),
     "BatchSizeFinder": (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder cannot be used"),
 }
+
+
+class NoServer(CSVLogger):
+    """A logger whose server is not there."""
+
+    def __init__(self) -> None:
+        super().__init__("tables")
+
+    @property
+    def experiment(self) -> Any:
+        raise RuntimeError("nobody answers")
+
+
 PACKAGES = {"WandbLogger": "wandb", "CometLogger": "comet_ml"}
 """What is refused where the package is missing."""
-FOUND_IN_TRAINING = {"nothing", "none", "two best"}
+FOUND_IN_TRAINING = {"nothing", "none", "two best", "server"}
 """What is found when the run has been begun, whose folder stays."""
 
 

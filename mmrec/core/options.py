@@ -18,38 +18,11 @@ from jsonargparse._core import ArgumentGroup
 from jsonargparse._typehints import ActionTypeHint, adapt_typehints
 
 from mmrec.core.config_files import check_config
-from mmrec.core.errors import UserError, nearest, one_line
+from mmrec.core.errors import UserError, nearest
+from mmrec.core.parse_errors import parse_error
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-
-def parse_error(parser: ArgumentParser, message: str) -> UserError:
-    """Return the error for a message of ``parser``, with the nearest option for one that it does not know."""
-    text = _without_listing(one_line(message))
-    # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
-    unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", text)
-    hint = ""
-    if re.search(r"Unable to load config ['\"]?{\s*\w+:[^\s,}]", text):
-        hint = "; in YAML a space stands after a colon: {dim: 16}"
-    elif unknown:
-        known = [option.removeprefix("--") for option in parser._option_string_actions]
-        hint = nearest(unknown[1].split("=")[0], known)
-    return UserError(text + hint)
-
-
-def _without_listing(message: str) -> str:
-    """Return what an option must be, where jsonargparse lists the errors of each type of one that may be left out."""
-    listing = re.fullmatch(
-        r"Parser key \"([\w.]+)\": Does not validate against any of the Union subtypes .*?Errors:"
-        r"((?: - Expected a <class '\w+'>)+) Given value type: .*? Given value: (.*)",
-        message,
-    )
-    if listing is None:
-        return message
-    kinds = [kind for kind in re.findall(r"'(\w+)'", listing[2]) if kind != NoneType.__name__]
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return f"--{listing[1]} is {listing[3]}; it must be {' or '.join(names.get(kind, kind) for kind in kinds)}"
 
 
 def _kinds(typehint: Any) -> tuple[Any, ...]:
@@ -159,7 +132,7 @@ class Parser(_TextOptions, ArgumentParser):
     """A parser that takes texts as they were typed, whole numbers of 64 bits, and says errors in one line.
 
     Raises:
-        UserError: of :func:`parse_error`, wherever argparse would print its usage and exit.
+        UserError: of :func:`mmrec.core.parse_errors.parse_error`, wherever argparse would print its usage and exit.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from mmrec.checkpoints import runs
 from mmrec.checkpoints.chat_template import ChatOptions
 from mmrec.checkpoints.checkpoint import read_checkpoint
-from mmrec.core.errors import UserError, one_line
+from mmrec.core.errors import UserError
 from mmrec.core.options import Parser, resolve_configs
 from mmrec.core.runtime import native_precision
 from mmrec.core.threads import keep_for_other_processes
@@ -40,7 +40,7 @@ from mmrec.training.compat import (
     SubcommandCLI,
     instantiation_error,
     is_first_process,
-    raised_by_lightning,
+    refusal,
     refuse_too_many_processes,
 )
 from mmrec.training.cores import check_processes, choose_processes
@@ -387,13 +387,14 @@ def _run(
     try:
         with ExitStack() as held:
             TrainingCLI(request, plan, [request.command, *args], held, added, args=[request.command, *complete])
-    except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
-        if not raised_by_lightning(error):
-            raise
-        raise UserError(one_line(error)) from error
     except StoppedBySignal as stop:
         line = resume_by or f"mmrec fit --run {stop.path.parent.parent.name} --ckpt_path last"
         print(f"\nStopped and saved. Resume with: {line}", file=sys.stderr)
         sys.exit(128 + stop.number)
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise UserError(reason) from error
     finally:
         sys.argv = before

@@ -20,16 +20,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-from mmrec.core.errors import UserError
+from mmrec.core.errors import UserError, one_line
 
 # The training loop
 
@@ -286,7 +288,16 @@ class SubcommandCLI(LightningCLI):
         pass
 
 
-def raised_by_lightning(error: BaseException) -> bool:
+def refusal(error: Exception) -> str | None:
+    """Return why Lightning, or its logger, does not take what it was given, as one line; None for another error."""
+    of_input = isinstance(error, MisconfigurationException | ValueError | ModuleNotFoundError)
+    if of_input and _raised_by_lightning(error):
+        return one_line(error)
+    logger = _logger_that_failed(error)
+    return f"the logger {logger} does not start: {one_line(error)}" if logger is not None else None
+
+
+def _raised_by_lightning(error: Exception) -> bool:
     """Return whether Lightning itself raised ``error``, for what it was given, and nothing that it called.
 
     Lightning has no class of its own for errors in what a user gives; no issue known.
@@ -295,6 +306,21 @@ def raised_by_lightning(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+
+
+def _logger_that_failed(error: Exception) -> str | None:
+    """Return the name of the class of logger that could not begin what it logs to.
+
+    Lightning lets through what the package of the logger raises (no key, no server, a database of another version);
+    no issue known.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        logger = trace.tb_frame.f_locals.get("self")
+        if trace.tb_frame.f_code.co_name == "experiment" and isinstance(logger, Logger):
+            return type(logger).__name__
+        trace = trace.tb_next
+    return None
 
 
 def instantiation_error(error: ValueError) -> str | None:
