@@ -10,17 +10,26 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+
+import pytest
 
 OUTPUT = "output.txt"
 """What the processes that were started in a folder have printed, and said of their failures."""
 
 
+@cache
 def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmrec.training.cli", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:  # it is not told where pytest finds the modules of the tests
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
     return context
 
 
@@ -91,6 +100,7 @@ def _be_rank(environment: dict[str, str], prepare: Callable[[], None] | None) ->
 def _command(
     folder: Path, arguments: list[str], prepare: Callable[..., None] | None, more: tuple[object, ...]
 ) -> None:
+    assert "preloaded" in sys.modules, "the server has imported nothing"
     import torch
 
     from mmrec.cli import main

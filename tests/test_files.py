@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import signal
 import stat
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import server
 
 from mmrec.core import files
 from mmrec.core.files import staged_file, staged_folder, staged_text, write_file
-
-FORK = multiprocessing.get_context("forkserver")
 
 
 def names(folder: Path) -> list[str]:
@@ -336,7 +334,7 @@ def test_killed_in_the_middle(tmp_path: Path, kind: str, where: str) -> None:
         return
     write(tmp_path / "a", "before")
     for _ in range(3):
-        victim = FORK.Process(target=_die, args=(tmp_path / "a", kind, where))
+        victim = server().Process(target=_die, args=(tmp_path / "a", kind, where))
         victim.start()
         victim.join()
         assert victim.exitcode == -signal.SIGKILL
@@ -361,7 +359,7 @@ def _write_often(path: Path, kind: str, letter: str) -> None:
 def test_several_at_once_write_whole_files(tmp_path: Path, kind: str) -> None:
     write = WRITERS[kind]
     write(tmp_path / "a", "w" * 50_000)
-    writers = [FORK.Process(target=_write_often, args=(tmp_path / "a", kind, letter)) for letter in "xyz"]
+    writers = [server().Process(target=_write_often, args=(tmp_path / "a", kind, letter)) for letter in "xyz"]
     for writer in writers:
         writer.start()
     replaced = [FileNotFoundError] if kind == "folder" else []

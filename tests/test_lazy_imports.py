@@ -9,6 +9,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import Command
+from fsspec.implementations.memory import MemoryFileSystem
+from helpers import fit
+from lightning.fabric.utilities import cloud_io
 
 from mmrec.core.lazy_imports import import_lazily
 
@@ -85,3 +89,14 @@ def test_a_help_is_printed_without_the_compiler() -> None:
     assert "--model.config.dim" in ran.stdout
     assert "lightning.pytorch" in ran.stderr
     assert "torch._dynamo.eval_frame" not in ran.stderr
+
+
+def test_a_training_in_a_folder_asks_no_cloud_whose_it_is(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(cloud_io, "module_available", asked.append)
+    assert mmrec(*fit(prepared, "--trainer.max_steps=1", "--run=a")) == 0
+    assert not asked
+    assert not cloud_io._is_dir(MemoryFileSystem(), "/somewhere")
+    assert {"s3fs", "gcsfs"} <= {*asked}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import multiprocessing
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from processes import server
 from torch import distributed
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.lr_scheduler import LambdaLR
@@ -117,7 +117,7 @@ def _share(rank: int, rendezvous: Path, results: Any) -> None:
 
 
 def test_each_process_orthogonalizes_a_share_to_the_same_bits(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = server()
     results = context.Queue()
     processes = [context.Process(target=_share, args=(rank, tmp_path / "meet", results)) for rank in (0, 1)]
     for process in processes:

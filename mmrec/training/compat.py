@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.utilities import cloud_io
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -240,6 +242,25 @@ def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
+# Folders
+
+
+_is_object_storage = cloud_io._is_object_storage
+
+
+def _is_in_a_cloud(file_system: Any) -> bool:
+    return not isinstance(file_system, LocalFileSystem) and _is_object_storage(file_system)
+
+
+def know_local_folders() -> None:
+    """Let Lightning know that a folder of this machine is in no cloud.
+
+    Otherwise it imports the clients of all clouds that are installed, to ask whether the folder is theirs: a second
+    of every start; no issue known.
+    """
+    cloud_io._is_object_storage = _is_in_a_cloud  # type: ignore[assignment]
+
+
 # The command line
 
 
@@ -249,6 +270,10 @@ class SubcommandCLI(LightningCLI):
     ``_parse_ckpt_path`` is turned off: it would look for hyper-parameters in the checkpoint and let them win over the
     command line (issues 20310 and 20801, pull request 21455, open).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        know_local_folders()
+        super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return the one subcommand that runs, with the arguments of the trainer's method that are not options.
