@@ -123,8 +123,8 @@ def test_all_that_is_measured(
 
     monkeypatch.setattr(Runner, "measure", measure_here)
     for name in ("mmrec", "gpt"):
-        monkeypatch.setitem(TIME_TO_TARGET, name, {**TIME_TO_TARGET[name], "max_tokens": 17_000})
-    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=16000"
+        monkeypatch.setitem(TIME_TO_TARGET, name, {**TIME_TO_TARGET[name], "batch_size": 4, "max_tokens": 4_300})
+    options = "--rounds=1 --seconds=0.01 --threads=1 --lengths=[64] --positions=[10,2048] --tokens=8000"
     measures = "--measures=[train,decode,read,learn,time_to_target]"
     assert mmrec("bench", *options.split(), measures, "--baselines=[gpt]", f"--data_dir={prepared}") == 0
     results = json.loads(Path("bench/results.json").read_text())
@@ -134,7 +134,7 @@ def test_all_that_is_measured(
         curve = results["learn"][name][0]["curve"]
         assert curve[-1]["loss"] < curve[0]["loss"]
         assert len(results["time_to_target"][name][0]["curve"]) >= 16
-        assert results["time_to_target"][name][0]["curve"][-1]["tokens"] <= 17_000
+        assert results["time_to_target"][name][0]["curve"][-1]["tokens"] <= 4_300
     cache = [found["gpt"][0]["state_bytes"] for found in results["decode"]]
     state = [found["mmrec"][0]["state_bytes"] for found in results["decode"]]
     assert cache[1] > 25 * cache[0]  # 64 tokens are generated after each position

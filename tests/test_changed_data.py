@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Command, make_text
+from conftest import Command, make_text
 from helpers import checkpoints, fit, last, losses
+from processes import run
 
 from mmrec.data.batches import SegmentSampler
 from mmrec.data.options import PrepareOptions
@@ -111,16 +110,8 @@ def test_within_an_epoch_gradients_may_be_accumulated_otherwise(mmrec: Command, 
 
 
 @pytest.mark.slow
-def test_other_processes_read_the_next_epoch(mmrec: Command, prepared: Path, tmp_path: Path) -> None:
-    assert mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a")) == 0
+def test_other_processes_read_the_next_epoch(prepared: Path, tmp_path: Path) -> None:
+    run(tmp_path, *fit(prepared, "--trainer.max_epochs=1", "--run=a"))
     again = ["fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=2", "--trainer.devices=2"]
-    command = [sys.executable, "-m", "mmrec", *again, "--trainer.strategy=ddp"]
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-    }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert last("a")["global_step"] == BATCHES + batches(prepared, rows=4)
+    run(tmp_path, *again, "--trainer.strategy=ddp", ranks=2)
+    assert last("a", tmp_path)["global_step"] == BATCHES + batches(prepared, rows=4)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import importlib.util
 import json
 import os
 import sqlite3
-import subprocess
-import sys
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from conftest import REPOSITORY, Command
+from conftest import Command
 from helpers import fit, losses
 from lightning.pytorch.loggers import Logger
+from processes import run
 
 CSV = ["--trainer.logger+=CSVLogger", "--trainer.logger.save_dir=tables"]
 MEASURED = ("val_loss_by_position/from_0", "val_half_life/layer0_short", "val_state_norm/layer1_long", "val/loss")
@@ -62,14 +63,16 @@ class TableLogger(NotesLogger):
         self.write(key, [columns, *data], step)
 
 
+def choose_offline() -> None:
+    """Let a process of its own do what these packages do at its end, and nothing over a network."""
+    os.environ |= {"WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true", "COMET_START_ONLINE": "false"}
+    os.environ |= {"COMET_OFFLINE_DIRECTORY": "comet", "COMET_DISABLE_ENV_DETAILS": "true"}
+    Finalize(None, atexit._run_exitfuncs, exitpriority=0)  # multiprocessing leaves that out
+
+
 def train(folder: Path, prepared: Path, *options: str) -> None:
     """Train in a process of its own: these packages leave threads and processes behind."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "COMET_START_ONLINE": "false"}
-    environment |= {"COMET_OFFLINE_DIRECTORY": "comet", "COMET_DISABLE_ENV_DETAILS": "true"}
-    command = [sys.executable, "-m", "mmrec", *fit(prepared, "--trainer.max_epochs=2", "--run=a", *options)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(folder, *fit(prepared, "--trainer.max_epochs=2", "--run=a", *options), prepare=choose_offline)
 
 
 @pytest.mark.slow

@@ -15,9 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, SHAKESPEARE
+from conftest import REPOSITORY, SHAKESPEARE, make_text
 
 Script = Callable[..., int]
+
+
+@pytest.fixture
+def text() -> str:
+    """Shorter than elsewhere: the plan's model is large for a test."""
+    return make_text()[:6_000]
 
 
 @pytest.fixture
