@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -32,6 +33,12 @@ put_off_metrics()  # as every command does: Lightning is imported three seconds 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Google's client, wherever it is first imported, would ask Google about a bucket of the tests: for minutes.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage leave alone what all modules have made: each took a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

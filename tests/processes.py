@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -84,6 +85,17 @@ def run(
     return said
 
 
+def run_program(folder: Path, program: Path, *arguments: str) -> str:
+    """Run a program of Python in ``folder`` to its end, and return what it printed or said."""
+    output = folder / OUTPUT
+    output.unlink(missing_ok=True)
+    process = server().Process(target=_program, args=(folder, [str(program), *arguments]))
+    process.start()
+    status, said = wait([process]), output.read_text(encoding="utf-8")
+    assert status == 0, said
+    return said
+
+
 def interrupt(processes: Sequence[ForkServerProcess], number: signal.Signals = signal.SIGINT) -> None:
     """Send a signal to all of them, as a terminal does."""
     for process in processes:
@@ -97,13 +109,10 @@ def _be_rank(environment: dict[str, str], prepare: Callable[[], None] | None) ->
         prepare()
 
 
-def _command(
-    folder: Path, arguments: list[str], prepare: Callable[..., None] | None, more: tuple[object, ...]
-) -> None:
+def _enter(folder: Path) -> None:
+    """Go to ``folder``, be no part of the tests' group of processes, and write into a file there."""
     assert "preloaded" in sys.modules, "the server has imported nothing"
     import torch
-
-    from mmrec.cli import main
 
     os.chdir(folder)
     os.setsid()
@@ -112,6 +121,22 @@ def _command(
     output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+
+
+def _command(
+    folder: Path, arguments: list[str], prepare: Callable[..., None] | None, more: tuple[object, ...]
+) -> None:
+    from mmrec.cli import main
+
+    _enter(folder)
     if prepare is not None:
         prepare(*more)
     raise SystemExit(main(arguments))
+
+
+def _program(folder: Path, line: list[str]) -> None:
+    _enter(folder)
+    os.environ["MPLBACKEND"] = "Agg"
+    sys.argv = line
+    sys.path.insert(0, str(Path(line[0]).resolve().parent))
+    runpy.run_path(line[0], run_name="__main__")
