@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmrec.core.errors import UserError
 from mmrec.data.batches import (
     IGNORE_INDEX,
+    STRETCH,
     Batch,
     SegmentSampler,
     StatefulEvalLoader,
@@ -166,6 +167,31 @@ def test_a_text_is_read_once_and_to_its_end(total: int, length: int) -> None:
     assert torch.cat([b.inputs for b in batches], dim=1).tolist() == [list(range(total - 1))]
     assert torch.cat([b.targets for b in batches], dim=1).tolist() == [list(range(1, total))]
     assert [bool(b.reset_mask) for b in batches] == [True] + [False] * (len(batches) - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(total=st.integers(2, 60_000), length=st.integers(100, 5000), share=st.floats(0, 1))
+def test_a_text_that_is_scored_in_part_is_scored_all_over(total: int, length: int, share: float) -> None:
+    whole = len(StatefulEvalLoader(np.arange(total), length))
+    loader = StatefulEvalLoader(np.arange(total), length, int(share * (whole - 1)))
+    batches = list(loader)
+    assert len(loader) == whole
+    assert len(batches) == int(share * (whole - 1))
+    scored = [token for batch in batches for token in batch.targets[0].tolist()]
+    assert scored == sorted(set(scored))  # none twice
+    assert [batch.targets.numel() for batch in batches] == [loader.targets(n) for n in range(len(batches))]
+    assert all(batch.targets.numel() == length for batch in batches)
+    begins = [number for number, batch in enumerate(batches) if batch.reset_mask]
+    for before, after in itertools.pairwise(range(len(batches))):
+        follows = batches[before].targets[0, -1] == batches[after].inputs[0, 0]
+        assert follows or after in begins
+    if len(begins) > 1:
+        assert scored[-1] == total - 1
+        assert min(after - before for before, after in itertools.pairwise(begins)) * length >= STRETCH
+        # Between two stretches a like number of tokens is left out, however many that are.
+        ends = [batches[number - 1].targets[0, -1].item() for number in begins[1:]]
+        gaps = [batches[number].inputs[0, 0].item() - end for number, end in zip(begins[1:], ends, strict=True)]
+        assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize(("total", "rows", "length"), [(10, 1, 10), (10, 8, 2), (0, 1, 1)])

@@ -17,6 +17,7 @@ from processes import run, server
 from torch import Tensor, distributed
 
 from mmrec.checkpoints.loading import load_model
+from mmrec.data import batches
 from mmrec.data.batches import Batch, StatefulEvalLoader
 from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import TextMetrics
@@ -33,6 +34,8 @@ VOCABULARY = 11
 BATCH = 16
 TEXTS = (16 * 14 + 6, 16 * 2, 16 * 6 + 1)
 """Lengths: the last batch is short, whole, or of one token; the second has fewer batches than there are processes."""
+PARTS = (None, None, 5)
+"""Batches of each of them that are scored, in stretches of two; None for all."""
 
 
 def _net(dtype: torch.dtype) -> RecurrentLM:
@@ -48,6 +51,10 @@ def _text(length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(VOCABULARY, size=length).astype(np.uint16)
 
 
+def _loader(number: int) -> StatefulEvalLoader:
+    return StatefulEvalLoader(_text(TEXTS[number]), BATCH, PARTS[number])
+
+
 def _no_starts(batch: Batch) -> Tensor | None:
     return None
 
@@ -57,11 +64,12 @@ def _documents(batch: Batch) -> Tensor | None:
 
 
 def _plain(
-    net: RecurrentLM, text: np.ndarray, starts: Callable[[Batch], Tensor | None], dtype: torch.dtype
+    net: RecurrentLM, loader: StatefulEvalLoader, starts: Callable[[Batch], Tensor | None], dtype: torch.dtype
 ) -> Tensor:
     """Read as one process does: with the state carried from batch to batch."""
     state, found = net.zero_state(1, dtype=dtype), []
-    for batch in StatefulEvalLoader(text, BATCH):
+    for batch in loader:
+        state = net.zero_state(1, dtype=dtype) if batch.reset_mask else state
         hidden, state = net.hidden(batch.inputs, state, starts(batch))
         found.append(nll_in_parts(net.head, hidden, batch.targets))
     return torch.cat(found)
@@ -74,18 +82,19 @@ CASES = [(dtype, starts) for dtype in (torch.float32, torch.float64) for starts 
 def _read(rank: int, rendezvous: Path, results: Any) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
-    shared_reading.ROUNDS = 2
+    shared_reading.ROUNDS, batches.STRETCH = 2, 2 * BATCH
     found = []
     for dtype, starts in CASES:
         group, net = exchange.begin(100), _net(dtype)
-        for length in TEXTS:
-            loader = StatefulEvalLoader(_text(length), BATCH)
-            reading = SharedReading(net, loader, len(loader), group, starts)
-            found.append([reading.nll(number).tolist() for number in range(len(loader))])
+        for text in range(len(TEXTS)):
+            loader = _loader(text)
+            reading = SharedReading(net, loader, loader.scored, group, starts)
+            found.append([reading.nll(number).tolist() for number in range(loader.scored)])
     results.put((rank, found))
 
 
-def test_several_processes_find_the_bits_of_one(tmp_path: Path) -> None:
+def test_several_processes_find_the_bits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "STRETCH", 2 * BATCH)
     context = server()
     results = context.Queue()
     processes = [context.Process(target=_read, args=(rank, tmp_path / "meet", results)) for rank in range(PROCESSES)]
@@ -95,12 +104,12 @@ def test_several_processes_find_the_bits_of_one(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert everyone[0] == everyone[1] == everyone[2]
-    texts = [(dtype, starts, length) for dtype, starts in CASES for length in TEXTS]
+    texts = [(dtype, starts, text) for dtype, starts in CASES for text in range(len(TEXTS))]
     with torch.inference_mode():
-        for (dtype, starts, length), batches in zip(texts, everyone[0], strict=True):
-            expected = _plain(_net(dtype), _text(length), starts, dtype)
-            assert [len(each) for each in batches[:-1]] == [BATCH] * (len(batches) - 1)
-            assert [nll for batch in batches for nll in batch] == expected.tolist(), (dtype, starts, length)
+        for (dtype, starts, text), found in zip(texts, everyone[0], strict=True):
+            expected = _plain(_net(dtype), _loader(text), starts, dtype)
+            assert [len(each) for each in found[:-1]] == [BATCH] * (len(found) - 1)
+            assert [nll for batch in found for nll in batch] == expected.tolist(), (dtype, starts, text)
 
 
 def test_a_text_that_cannot_be_shared_is_read_by_each_process(monkeypatch: pytest.MonkeyPatch) -> None:

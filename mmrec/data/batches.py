@@ -23,6 +23,10 @@ IGNORE_INDEX = -100
 """Target of a position that is not scored: the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
 
 
+STRETCH = 2048
+"""Tokens of a stretch of a text that is scored in part; the state of a new one is as good as any after a fraction."""
+
+
 class Batch(NamedTuple):
     """B rows of T tokens.
 
@@ -196,26 +200,57 @@ class TrainLoader:
 class StatefulEvalLoader:
     """Stateful evaluation: reads a text once, in one row whose state is carried from batch to batch to its very end.
 
-    The first token has no context and is not scored; every other token is, exactly once.
+    The first token has no context and is not scored; every other token is, exactly once. Where only some batches are
+    to be scored, they are stretches of at least :data:`STRETCH` tokens, spread evenly over the text: its begin alone
+    can be quite unlike the rest. Each stretch is read from the zero state.
+
+    Args:
+        tokens: [T] of the text, at least 2.
+        seq_len: tokens of a batch.
+        scored: batches that are asked for; None for all. The length is that of the whole text, which Lightning takes
+            its limit of.
+
+    Raises:
+        UserError: the text has fewer than 2 tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+    def __init__(self, tokens: np.ndarray, seq_len: int, scored: int | None = None) -> None:
         if len(tokens) < 2:
             raise UserError(f"the text to evaluate has {len(tokens)} token(s); it needs at least 2")
         self.tokens = tokens
         self.seq_len = seq_len
+        self._whole = scored is None or scored >= len(self)
+        self.scored = len(self) if self._whole else int(scored or 0)
+        self._stretch = len(self) if self._whole else max(1, min(self.scored, -(-STRETCH // seq_len)))
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.seq_len)
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, range(len(self)))
+        return map(self.batch, range(self.scored))
+
+    def begins(self, number: int) -> bool:
+        """Return whether the state is reset before batch ``number``."""
+        return number % self._stretch == 0
+
+    def targets(self, number: int) -> int:
+        """Return how many tokens batch ``number`` scores."""
+        return min(self.seq_len, len(self.tokens) - 1 - self._start(number))
 
     def batch(self, number: int) -> Batch:
         """Return batch ``number``, counted from 0."""
-        start = number * self.seq_len
+        start = self._start(number)
         window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))[None]
-        return Batch(window[:, :-1], window[:, 1:], torch.tensor([start == 0]))
+        return Batch(window[:, :-1], window[:, 1:], torch.tensor([self.begins(number)]))
+
+    def _start(self, number: int) -> int:
+        """Return the place in the text of the first token of batch ``number``."""
+        if self._whole:
+            return number * self.seq_len
+        # What is left out is shared out over the gaps between the stretches: the last one ends with the text.
+        left_out = len(self.tokens) - 1 - self.scored * self.seq_len
+        gaps = max(1, -(-self.scored // self._stretch) - 1)
+        return number * self.seq_len + left_out * (number // self._stretch) // gaps
 
 
 class WindowedEvalLoader:

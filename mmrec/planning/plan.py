@@ -217,8 +217,7 @@ def fit_options(plan: TrainingPlan) -> list[str]:
 
 def _validations(plan: TrainingPlan) -> dict[str, object]:
     """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
-    # Each process reads the whole text, with the state carried.
-    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE / plan.processes  # tokens
+    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens; all processes share them out
     whole = plan.text.val_tokens
     times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)) // 2 * 2)  # even: one is half-way
     every = max(1, plan.steps // times)

@@ -162,7 +162,18 @@ class TextDataModule(LightningDataModule):
             return WindowedEvalLoader(
                 self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window)
             )
-        return StatefulEvalLoader(self.tokens.val, at_once)
+        whole = StatefulEvalLoader(self.tokens.val, at_once)
+        if self.evaluation.learn:  # which goes through a text from its begin
+            return whole
+        return StatefulEvalLoader(self.tokens.val, at_once, self._scored(len(whole)))
+
+    def _scored(self, batches: int) -> int | None:
+        """Return how many of the ``batches`` of a text the trainer asks for; None for all."""
+        trainer = self.trainer
+        if trainer is None:
+            return None
+        limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+        return limit if isinstance(limit, int) else int(batches * limit)
 
     def test_dataloader(self) -> StatefulEvalLoader | WindowedEvalLoader:
         return self.val_dataloader()

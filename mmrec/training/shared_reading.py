@@ -71,8 +71,7 @@ class SharedReading:
             nll = self._read(number)
             row[: len(nll)] = nll
         everyone = self._group.gather(own).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)
-        scored = len(self._loader.tokens) - 1
-        return [row[: scored - number * length] for row, number in zip(everyone, numbers, strict=False)]
+        return [row[: self._loader.targets(number)] for row, number in zip(everyone, numbers, strict=False)]
 
     def _read(self, number: int) -> Tensor:
         """Return the negative log-likelihood of the targets of batch ``number``, computed by this process."""
@@ -90,9 +89,10 @@ class SharedReading:
         if number == 0:
             return self._zero[layer]
         past, memory = (torch.empty_like(part) for part in self._zero[layer])
+        # Also where the state is reset: a process may write to a place again once the next one has taken it.
         for part, tensor in enumerate((past, memory)):
             self._relay.take(tensor, self._places[2 * layer + part], self._count(number - 1, 2 * layer + part))
-        return past, memory
+        return self._zero[layer] if self._loader.begins(number) else (past, memory)
 
     def _give(self, number: int, layer: int, state: LayerState) -> None:
         """Hand on the state of ``layer`` after batch ``number``."""

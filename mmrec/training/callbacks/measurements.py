@@ -46,7 +46,7 @@ class LossByPosition(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._score = MetricsByPosition()
-        self._position = 1  # the first token is not scored
+        self._position = 1  # the first token is not scored; counted from the last reset of the state
 
     def on_validation_batch_end(
         self,
@@ -59,6 +59,8 @@ class LossByPosition(Callback):
     ) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
         nats = outputs["nats"]
+        if bool(batch.reset_mask[0]):  # a text that is scored in part has several begins
+            self._position = 1
         self._score.update(nats, pl_module.token_lengths[batch.targets.flatten()], self._position)
         self._position += len(nats)
 
