@@ -80,7 +80,7 @@ class TrainingPlan:
         steps: updates.
         text: what is read.
         expected: bits per byte on the validation text.
-        spread: standard deviation of its logarithm.
+        spread: what its logarithm is not off by, two times of three.
         processes: that share out the rows of an update.
     """
 
