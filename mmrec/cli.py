@@ -174,6 +174,7 @@ def _dispatch(name: str, *typed: str) -> None:
     command = COMMANDS[name]
     configure(command.computes)
     if command.function == _TRAINING or name == "train":
+        put_off_compiler()
         put_off_metrics()
     function = import_function(name)
     if command.function == _TRAINING:

@@ -16,6 +16,7 @@ from torch import distributed
 from mmrec.core.errors import UserError
 from mmrec.model.ops.native import functions
 from mmrec.training import exchange
+from mmrec.training.carried_state import gather
 from mmrec.training.cores import SharedMemoryStrategy
 from mmrec.training.exchange import Exchange
 
@@ -31,6 +32,18 @@ def _tensors(rank: int) -> list[torch.Tensor]:
     return [torch.randn(size, generator=generator) for size in SIZES]
 
 
+def _states(rank: int) -> dict[str, Any]:
+    """Return what a process tells the others at a save: random numbers, and states by stream."""
+    layers = [[torch.full((2, 3), rank + 0.5), torch.full((2, 70), rank, dtype=torch.float64)]]
+    return {"random": {"cpu": torch.arange(rank, rank + 9, dtype=torch.uint8)}, "carried": {0: layers, 4: layers}}
+
+
+def _listed(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _listed(value) for key, value in content.items()}
+    return (str(content.dtype), content.tolist()) if isinstance(content, torch.Tensor) else [*map(_listed, content)]
+
+
 def _meet(rank: int, rendezvous: Path, results: Any) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     exchange.ROOM, exchange.LIMIT = 128, 20.0
@@ -39,6 +52,8 @@ def _meet(rank: int, rendezvous: Path, results: Any) -> None:
     for _ in range(3):  # both sets of slots, and one of them again
         shared.mean(given)
     gathered = [shared.gather(torch.full((2, size), float(rank))) for size in (1, 300)]
+    exchange._in_use[:] = [shared]
+    states = [gather(_states(rank)), gather({"carried": {}})]
     said = []
     try:
         shared.mean([torch.zeros(1 + rank)])
@@ -51,11 +66,12 @@ def _meet(rank: int, rendezvous: Path, results: Any) -> None:
     except UserError as error:
         said.append(str(error))
     # As lists: a tensor is sent as a handle of a process that may have ended.
-    results.put((rank, [each.tolist() for each in given], [each.tolist() for each in gathered], said))
+    states = [[_listed(state) for state in everyone] for everyone in states]
+    results.put((rank, [each.tolist() for each in given], [each.tolist() for each in gathered], said, states))
 
 
 @pytest.fixture(scope="module")
-def met(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, list[Any], list[Any], list[str]]]:
+def met(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, list[Any], list[Any], list[str], list[Any]]]:
     """What the processes but the first one found, the second's first."""
     rendezvous = tmp_path_factory.mktemp("exchange") / "meet"
     context = server()
@@ -79,13 +95,19 @@ def test_all_have_the_mean_to_the_same_bits(met: list[Any]) -> None:
 
 
 def test_all_have_the_copies_in_the_order_of_processes(met: list[Any]) -> None:
-    for _, _, gathered, _ in met:
+    for _, _, gathered, *_ in met:
         for size, found in zip((1, 300), gathered, strict=True):
             assert found == [[float(rank)] * size for rank in range(PROCESSES) for _ in range(2)]
 
 
+def test_all_have_the_states_of_each(met: list[Any]) -> None:
+    for *_, (full, empty) in met:
+        assert full == [_listed(_states(rank)) for rank in range(PROCESSES)]
+        assert empty == [{"carried": {}}] * PROCESSES
+
+
 def test_different_sizes_and_a_process_that_is_gone_are_told(met: list[Any]) -> None:
-    for _, _, _, (different, gone) in met:
+    for _, _, _, (different, gone), _ in met:
         assert "exchange different things" in different
         assert "has ended" in gone
 

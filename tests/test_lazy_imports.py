@@ -15,6 +15,7 @@ from helpers import fit
 from lightning.fabric.utilities import cloud_io
 
 from mmrec.core.lazy_imports import import_lazily
+from mmrec.model.ops.native import functions
 
 PACKAGE = {
     "__init__.py": "from lazy_example.base import Base\nfrom lazy_example import costly\nMORE = costly.VALUE\n",
@@ -54,6 +55,19 @@ def test_a_module_is_found_without_the_package_around_it() -> None:
     assert import_module("lazy_example").MORE == 3
 
 
+def test_a_package_is_run_before_a_module_inside_it_where_it_is_to_be_whole() -> None:
+    assert import_lazily("lazy_example", {"Base": lambda: None}, whole=True)
+    assert import_module("lazy_example").Base is None
+    assert "lazy_example.costly" not in sys.modules
+    costly = import_module("lazy_example.costly")
+    found = import_module("lazy_example")
+    assert found.MORE == 3
+    assert found.costly is costly is sys.modules["lazy_example.costly"]  # run once, not again after the package
+    assert costly.__spec__ is not None
+    assert costly.__spec__.origin == costly.__file__
+    assert found.Base is import_module("lazy_example.base").Base
+
+
 def test_what_is_there_or_does_not_exist_stays_as_it_is() -> None:
     before = import_module("lazy_example")
     assert not import_lazily("lazy_example", {})
@@ -80,6 +94,54 @@ def test_lightning_starts_without_what_only_other_metrics_need() -> None:
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert (ran.returncode, ran.stdout) == (0, "[]\n"), ran.stderr
+
+
+COMPILING = """
+import sys
+from mmrec.core.runtime import configure
+from mmrec.core.lazy_imports import put_off_compiler
+configure()
+put_off_compiler()
+import torch
+from lightning.pytorch import Trainer
+from torch._dynamo import OptimizedModule
+
+@torch.compiler.disable
+def left_out(x):
+    return x + 1
+
+linear = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(linear.parameters())
+linear(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+assert left_out(torch.ones(1)) == 2 and not isinstance(linear, OptimizedModule)
+assert "torch._dynamo.eval_frame" not in sys.modules
+graphs = []
+def count(graph, inputs):
+    graphs.append(len([node for node in graph.graph.nodes if node.op == "call_function"]))
+    return graph
+assert isinstance(torch.compile(linear, backend=count), OptimizedModule)
+assert OptimizedModule is not torch._dynamo.OptimizedModule
+assert torch.compile(lambda x: left_out(2 * x) * 3, backend=count)(torch.ones(1)) == 9
+print(graphs)
+"""
+
+
+def test_the_compiler_is_there_once_something_is_compiled() -> None:
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    ran = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout) == (0, "[1, 1]\n"), ran.stderr  # what is left out is in no graph
+
+
+def test_a_training_does_without_the_compiler(prepared: Path, tmp_path: Path) -> None:
+    options = fit(prepared, "--trainer.max_epochs=-1", "--trainer.max_steps=1", "--trainer.limit_val_batches=1")
+    cores = ["--trainer.devices=2", "--trainer.strategy=cores"]
+    for more in [[], cores] if sys.platform == "linux" and functions.is_built() else [[]]:
+        command = [sys.executable, "-X", "importtime", "-m", "mmrec", *options, *more]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert "lightning.pytorch" in ran.stderr
+        assert "torch._dynamo.eval_frame" not in ran.stderr, more
 
 
 def test_a_help_is_printed_without_the_compiler() -> None:

@@ -37,7 +37,7 @@ def load_model(path: Path) -> LoadedModel:
         UserError: there is none, or it is damaged.
     """
     path = find_intact_checkpoint(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=False)  # it has been, just now
     try:
         description = checkpoint[MODEL_KEY]
         tokenizer = load_tokenizer(description["tokenizer"])

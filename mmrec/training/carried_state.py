@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from mmrec.model import State, detach_state
+from mmrec.training.exchange import Exchange, in_use
 
 SavedStates = dict[int, list[list[Tensor]]]
 """State of every stream, by its number, of the rows of all processes; plain values, as a checkpoint keeps them."""
@@ -75,9 +76,25 @@ def join_states(of_processes: list[SavedStates]) -> SavedStates:
 
 
 def gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what every process has, in the order of their ranks."""
+    """Return what every process has, in the order of their ranks: tensors on the CPU, in dictionaries and lists.
+
+    Those of the strategy ``cores``, which have as many rows each, have tensors of the same shapes.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
+    group = in_use()
+    if group is not None:
+        found: list[dict[str, Any]] = _exchanged(own, group)
+        return found
     everyone: list[dict[str, Any]] = [{}] * distributed.get_world_size()
     distributed.all_gather_object(everyone, own)
     return everyone
+
+
+def _exchanged(own: Any, group: Exchange) -> list[Any]:
+    """Return all processes' ``own`` as :func:`gather` does, tensor by tensor, without writing them down."""
+    if isinstance(own, Tensor):
+        return [each.clone() for each in group.gather(own[None])]
+    values = [_exchanged(value, group) for value in (own.values() if isinstance(own, dict) else own)]
+    everyone = [[value[rank] for value in values] for rank in range(group.processes)]
+    return [dict(zip(own, each, strict=True)) for each in everyone] if isinstance(own, dict) else everyone

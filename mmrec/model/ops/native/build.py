@@ -10,12 +10,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from mmrec.core.files import write_file
+from mmrec.core.threads import available_cores
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -122,21 +125,29 @@ def _cache_folder() -> Path:
 
 
 def _build(command: tuple[str, ...], path: Path) -> str:
-    """Compile the sources to ``path``, which is there whole or not at all; return what went wrong, if anything."""
+    """Compile the sources to ``path``, which is there whole or not at all; return what went wrong, if anything.
+
+    As many sources are compiled at once as there are cores.
+    """
     with tempfile.TemporaryDirectory(prefix="mmrec-") as scratch:
         made = Path(scratch) / path.name
-        sources = [str(source) for source in sorted(FOLDER.glob("*.c"))]
-        try:
-            built = subprocess.run(
-                [*command, *sources, "-o", str(made), "-lm"],
-                capture_output=True,
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
-        except OSError as error:
-            return f"{command[0]}: {error.strerror}"
-        if built.returncode or not made.exists():
-            said = built.stderr.decode(errors="replace").strip() or f"exit status {built.returncode}"
-            return f"{command[0]} failed: {said.splitlines()[0]}"
-        write_file(path, made.read_bytes())
-    return ""
+        objects = {source: Path(scratch) / f"{source.stem}.o" for source in sorted(FOLDER.glob("*.c"))}
+        compilations = [[*command, "-c", str(source), "-o", str(target)] for source, target in objects.items()]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            said = next(filter(None, pool.map(_run, compilations)), "")
+        said = said or _run([*command, *map(str, objects.values()), "-o", str(made), "-lm"])
+        if not said:
+            write_file(path, made.read_bytes())
+    return said
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a compiler; return what went wrong, if anything."""
+    try:
+        ended = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    if ended.returncode == 0 and Path(command[command.index("-o") + 1]).exists():
+        return ""
+    said = ended.stderr.decode(errors="replace").strip() or f"exit status {ended.returncode}"
+    return f"{command[0]} failed: {said.splitlines()[0]}"
