@@ -51,7 +51,7 @@ def test_fit_validate_and_generate(
     assert reported == pytest.approx(float(expected), abs=1e-4)
     assert f"(carried, {prepared})" in line
     assert mmrec("validate", "--ckpt_path", "best", "--trainer.limit_val_batches=1") == 0
-    begin = f"(carried, the first {math.prod(BATCH)} of {tokens.numel():,} tokens of {prepared}): "
+    begin = f"(carried, {math.prod(BATCH)} of {tokens.numel():,} tokens of {prepared}): "
     of_part = torch.nn.functional.cross_entropy(logits[0, : math.prod(BATCH)], tokens[0, 1 : 1 + math.prod(BATCH)])
     said = capsys.readouterr().out.partition(f"validation {begin}")[2]
     assert float(said.split()[0]) == pytest.approx(float(of_part), abs=1e-4)

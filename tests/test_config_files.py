@@ -22,6 +22,8 @@ REFUSED = {
     ),
     "a blank section": (b"trainer:\nmodel: {dropout: 0.1}\n", "the section 'trainer' is empty"),
     "a section of null": (b"early_stopping: null\n", "the section 'early_stopping' is empty"),
+    "a section of a number": (b"trainer: 3\n", "the section 'trainer' holds no options; write them as {name: value}"),
+    "a section of a list": (b"trainer: [max_steps]\n", "the section 'trainer' holds no options"),
     "Latin-1": ("# \u00dcbung\ntrainer: {max_steps: 3}\n".encode("latin-1"), "is not UTF-8 at byte 2"),
     "nothing": (b"", "is empty"),
     "only a comment": (b"# trainer: {max_steps: 3}\n", "is empty"),
@@ -61,6 +63,16 @@ def test_numbers_marks_and_line_ends_are_read_as_people_write_them(prepared: Pat
 def test_a_mapping_without_spaces_is_explained(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("fit", "--model.config={dim:16,layers:2}") == 2
     assert capsys.readouterr().err.endswith("; in YAML a space stands after a colon: {dim: 16}\n")
+
+
+@pytest.mark.parametrize("name", ["model.dropout", "model.config.dim", "data.seq_len", "trainer.num_nodes"])
+def test_an_option_that_needs_a_value_is_not_null(
+    name: str, prepared: Path, mmrec: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = name.split(".")
+    Path("mine.yaml").write_text(": {".join(keys) + ": null" + "}" * (len(keys) - 1))
+    assert mmrec(*fit(prepared, "-c", "mine.yaml")) == 2
+    assert capsys.readouterr().err == f"mmrec: error: --{name} is null; give it a value, or leave it out\n"
 
 
 @pytest.mark.parametrize("name", ["1e5", "007", "1_000", ".5", "yes", "[a]", "a: b", "2024-01-01"])

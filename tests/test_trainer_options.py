@@ -155,6 +155,41 @@ REFUSED = {
     ),
     "choices": (["--trainer.precision=17"], "--trainer.precision is 17; it must be one of 64, 32, 16, "),
     "kind": (["--trainer.max_steps=x"], "--trainer.max_steps is x; it must be a whole number"),
+    "one of a kind": (["--model.optimizer=adam"], "--model.optimizer is adam; it must be one of muon, adamw"),
+    "share of a text": (
+        ["--trainer.limit_val_batches=1.5"],
+        "cannot be used here: You have passed invalid value 1.5",
+    ),
+    "inside of braces": (
+        ["--trainer={max_epochs: x}"],
+        "error: --trainer.max_epochs is x; it must be a whole number",
+    ),
+    "no braces": (["--model.config=3"], "--model.config is 3; it must be options as {name: value} or a file of them"),
+    "no option inside of braces": (
+        ["--model.config={dimm: 3}"],
+        "model.config.dimm is none of the options of mmrec fit; did you mean 'model.config.dim'?",
+    ),
+    "no option of a group": (["--model.lr=3"], "error: Unrecognized arguments: --model.lr=3\n"),
+    "no module": (
+        ["--trainer.logger=nowhere.Bar"],
+        "error: --trainer.logger: the class nowhere.Bar cannot be loaded: No module named 'nowhere'; give one of",
+    ),
+    "no class of a module": (
+        ["--trainer.callbacks=[Timer, torch.nn.Lnear]"],
+        "error: --trainer.callbacks: the class torch.nn.Lnear cannot be loaded: module 'torch.nn' has no",
+    ),
+    "no class in a list": (
+        ["--trainer.callbacks=[TQDMProgressBar, Nope]"],
+        "error: --trainer.callbacks: there is no class Nope; give one of Lightning's",
+    ),
+    "no class in braces": (
+        ["--trainer.logger={class_path: Nope}"],
+        "error: --trainer.logger: there is no class Nope; give one of Lightning's",
+    ),
+    "another class": (
+        ["--trainer.callbacks=torch.nn.Linear"],
+        "--trainer.callbacks is torch.nn.Linear; it must be the name of a subclass of Callback",
+    ),
     "server": ([f"--trainer.logger={__name__}.NoServer"], "error: the logger NoServer does not start: nobody"),
     "LearningRateFinder": (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder cannot be used"),
     "BatchSizeFinder": (["--trainer.callbacks+=BatchSizeFinder"], "BatchSizeFinder cannot be used"),
@@ -187,10 +222,20 @@ def test_what_cannot_be_done_is_refused_in_a_line(
         pytest.skip(f"{PACKAGES[case]} is installed")
     capsys.readouterr()
     assert mmrec(*fit(prepared, *options)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines(keepends=True)[-1]
     assert error.startswith("mmrec: error: ")
     assert says in error
     assert Path("lightning_logs").exists() == (case in FOUND_IN_TRAINING)
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_a_progress_bar_that_is_chosen_takes_the_place_of_ours(bar: str, mmrec: Command, prepared: Path) -> None:
+    if bar == "RichProgressBar":
+        pytest.importorskip("rich")
+    options = [f"--trainer.callbacks={bar}", "--trainer.callbacks.refresh_rate=7", "--trainer.max_steps=2"]
+    assert mmrec(*fit(prepared, *options, "--trainer.enable_progress_bar=true", "--run=a")) == 0
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=4") == 0
+    assert last("a")["global_step"] == 4
 
 
 def test_a_score_of_nothing_is_refused(mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ import yaml
 from mmrec.core.errors import UserError, one_line
 
 NULL_TAG = "tag:yaml.org,2002:null"
+TEXT_TAG = "tag:yaml.org,2002:str"
+"""Of a section, too: the name of another file."""
 MERGE_TAG = "tag:yaml.org,2002:merge"
 """``<<``, the one key that may stand twice."""
 
@@ -27,7 +29,7 @@ def check_config(path: Path, sections: Collection[str] = ()) -> None:
 
     Raises:
         UserError: the file cannot be read, is not UTF-8 or not YAML, is empty or no mapping, gives a key twice, or
-            leaves a section empty.
+            leaves a section without options.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -45,6 +47,8 @@ def check_config(path: Path, sections: Collection[str] = ()) -> None:
     for key, value in root.value:
         if key.value in sections and value.tag == NULL_TAG:
             raise UserError(f"{path}: the section {key.value!r} is empty; give it options, or leave it out")
+        if key.value in sections and not isinstance(value, yaml.MappingNode) and value.tag != TEXT_TAG:
+            raise UserError(f"{path}: the section {key.value!r} holds no options; write them as {{name: value}}")
 
 
 def _refuse_repeated_keys(path: Path, node: yaml.Node, seen: set[int]) -> None:

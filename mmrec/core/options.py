@@ -145,10 +145,22 @@ class Parser(_TextOptions, ArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Return the options as a namespace; UserError where a whole number does not fit into 64 bits."""
         values: Namespace = super().parse_args(*args, **kwargs)
+        self._refuse_null(values)
         for name, value in _numbers(values.as_dict(), ""):
             if not -(2**63) <= value < 2**64:
                 self.error(f"--{name} is a number of {value.bit_length()} bits; it must be a whole number of 64 bits")
         return values
+
+    def _refuse_null(self, values: Namespace) -> None:
+        """Refuse an option that a config sets to null and that needs a value (jsonargparse 4.47 lets it pass)."""
+        of_command = self._subcommands_action and values.get("subcommand")
+        if of_command:
+            self._subcommands_action.choices[of_command]._refuse_null(values[of_command])  # type: ignore[union-attr]
+        for action in self._actions:
+            if not isinstance(action, ActionTypeHint) or action.default is None:
+                continue
+            if values.get(action.dest, action.default) is None and NoneType not in get_args(action._typehint):
+                self.error(f"--{action.dest} is null; give it a value, or leave it out")
 
     def _parse_known_args(self, arg_strings: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._parse_known_args(self._with_values(list(arg_strings)), *args, **kwargs)

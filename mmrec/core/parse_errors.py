@@ -9,37 +9,58 @@ from jsonargparse import ArgumentParser
 
 from mmrec.core.errors import UserError, nearest, one_line
 
+GROUP = re.compile(r"Parser key \"[\w.]+\": Unable to load config .* - (?=Parser key \")")
+"""What jsonargparse 4.47 says before what is wrong with an option inside of braces, of which it tells twice."""
+NO_GROUP = re.compile(r"Parser key \"(?P<option>[\w.]+)\": Unable to load config [\"'](?P<value>.*)[\"']")
 LISTING = re.compile(
     r"Parser key \"(?P<option>[\w.]+)\": .*?Does not validate against any of the Union subtypes .*?Errors:"
     r"(?P<errors>.*?) Given value type: .*? Given value: (?P<value>.*)"
 )
-"""How jsonargparse 4.47 lists, in one line, the errors of each type of an option that has several."""
-ONE_TYPE = re.compile(
-    r"Parser key \"(?P<option>[\w.]+)\": Expected a (?P<kind><class .+?>)\. Got value: (?P<value>.*)"
-)
-NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+"""How it lists, in one line, the errors of each type of an option that has several."""
+ONE_TYPE = re.compile(r"Parser key \"(?P<option>[\w.]+)\": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)")
+NOT_OF_COMMAND = re.compile(r"Subcommand '(?P<command>\w+)' does not accept option '(?P<option>[\w.]+)'")
+NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
+A_CLASS = "one of Lightning's, or package.module.Class"
 
 
 def parse_error(parser: ArgumentParser, message: str) -> UserError:
     """Return the error for a message of ``parser``, with the nearest option for one that it does not know."""
     message = one_line(message)
-    listing = LISTING.fullmatch(message)
-    if listing is not None:
-        found = _sentence(listing["option"], listing["errors"], listing["value"])
-        if found is not None:
-            return UserError(found)
-    plain = ONE_TYPE.fullmatch(message)
-    if plain is not None:
-        return UserError(f"--{plain['option']} is {plain['value']}; it must be {_either(_kinds(plain['kind']))}")
+    message = GROUP.sub("", message)
+    if re.search(r"Unable to load config ['\"]?{\s*\w+:[^\s,}]", message):
+        return UserError(f"{message}; in YAML a space stands after a colon: {{dim: 16}}")
+    found = _of_value(message)
+    if found is not None:
+        return UserError(found)
+    of_command = NOT_OF_COMMAND.fullmatch(message)
+    if of_command is not None and parser._subcommands_action is not None:
+        command, option = of_command["command"], of_command["option"]
+        hint = _nearest_option(option, parser._subcommands_action.choices[command])
+        return UserError(f"{option} is none of the options of mmrec {command}{hint}")
     # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", message)
-    hint = ""
-    if re.search(r"Unable to load config ['\"]?{\s*\w+:[^\s,}]", message):
-        hint = "; in YAML a space stands after a colon: {dim: 16}"
-    elif unknown:
-        known = [option.removeprefix("--") for option in parser._option_string_actions]
-        hint = nearest(unknown[1].split("=")[0], known)
-    return UserError(message + hint)
+    return UserError(message + (_nearest_option(unknown[1].split("=")[0], parser) if unknown else ""))
+
+
+def _of_value(message: str) -> str | None:
+    """Return the sentence for a message about the value of an option; None for other messages."""
+    listing = LISTING.fullmatch(message)
+    if listing is not None:
+        return _sentence(listing["option"], listing["errors"], listing["value"])
+    plain = ONE_TYPE.fullmatch(message)
+    if plain is not None and _kinds(plain["kind"]):
+        return _must_be(plain["option"], plain["value"], _kinds(plain["kind"]))
+    group = NO_GROUP.fullmatch(message)
+    if group is not None:
+        return _must_be(group["option"], group["value"], ["options as {name: value}", "a file of them"])
+    return None
+
+
+def _nearest_option(name: str, parser: ArgumentParser) -> str:
+    known = [option.removeprefix("--") for option in parser._option_string_actions]
+    group, _, last = name.rpartition(".")
+    of_group = [option.removeprefix(f"{group}.") for option in known if option.startswith(f"{group}.")]
+    return nearest(last, of_group).replace("'", f"'{group}.", 1) if of_group else nearest(name, known)
 
 
 def _sentence(option: str, errors: str, value: str) -> str | None:
@@ -53,22 +74,31 @@ def _sentence(option: str, errors: str, value: str) -> str | None:
     unknown = re.search(r"Option '(\w+)' is not accepted", errors)
     if unknown is not None:
         return f"--{option}.{unknown[1]} is none of the options of the class that --{option} names"
+    missing = re.search(r"Problem with given class_path '(.+?)': (.*?)(?: - |$)", errors)
+    if missing is not None:
+        return f"--{option}: the class {missing[1]} cannot be loaded: {missing[2].strip()}; give {A_CLASS}"
+    other = re.search(r"(?:does not correspond to|Not a valid) (?:a )?subclass of (\w+)", errors)
+    name = re.search(r"Expected a dot import path string: (\S+)", errors)
+    if name is not None and (name[1] != value or "class_path" in value):
+        return f"--{option}: there is no class {name[1]}; give {A_CLASS}"
     kinds = _kinds(errors)
-    if "Expected a dot import path string" in errors:
-        kinds.append("the name of a class: one of Lightning's, or package.module.Class")
-    if not kinds or "class_path" in value:
-        return None
-    return f"--{option} is {value}; it must be {_either(kinds)}"
+    if name is not None:
+        kinds.append(f"the name of a class: {A_CLASS}")
+    elif other is not None:
+        kinds = [f"the name of a subclass of {other[1]}: {A_CLASS}"]
+    return _must_be(option, value, kinds) if kinds and "class_path" not in value else None
 
 
-def _either(kinds: list[str]) -> str:
-    return " or ".join(kinds)
+def _must_be(option: str, value: str, kinds: list[str]) -> str:
+    return f"--{option} is {'null' if value == 'None' else value}; it must be {' or '.join(kinds)}"
 
 
 def _kinds(errors: str) -> list[str]:
     """Return what ``errors`` say that the value must be, each kind once."""
     kinds = [kind for kind in re.findall(r"<class '(\w+)'>", errors) if kind != NoneType.__name__]
     kinds = [kind for kind in kinds if kind in NAMES] or kinds
+    if "float" in kinds and "int" in kinds:
+        kinds.remove("int")
     choices = [choice for literal in re.findall(r"Literal\[(.*?)\]", errors) for choice in literal.split(", ")]
     different = dict.fromkeys(choice.strip("'") for choice in choices)
     named = [NAMES.get(kind, kind) for kind in kinds]

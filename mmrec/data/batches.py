@@ -201,8 +201,8 @@ class StatefulEvalLoader:
     """Stateful evaluation: reads a text once, in one row whose state is carried from batch to batch to its very end.
 
     The first token has no context and is not scored; every other token is, exactly once. Where only some batches are
-    to be scored, they are stretches of at least :data:`STRETCH` tokens, spread evenly over the text: its begin alone
-    can be quite unlike the rest. Each stretch is read from the zero state.
+    to be scored, they are stretches of at least :data:`STRETCH` tokens (the last may have fewer), spread evenly over
+    the text: its begin alone can be quite unlike the rest. Each stretch is read from the zero state.
 
     Args:
         tokens: [T] of the text, at least 2.

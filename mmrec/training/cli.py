@@ -33,7 +33,7 @@ from mmrec.training.callbacks.run_config import SaveRunConfig
 from mmrec.training.callbacks.run_log import RunLog
 from mmrec.training.callbacks.stop_on_signal import StopOnSignal, StoppedBySignal
 from mmrec.training.callbacks.tensorboard import Charts, TensorBoardRunLogger
-from mmrec.training.callbacks.terminal import ProgressBar, Summary
+from mmrec.training.callbacks.terminal import ProgressBar, Summary, has_progress_bar
 from mmrec.training.callbacks.throughput import LearningRate, Throughput
 from mmrec.training.callbacks.time_limit import TimeLimit
 from mmrec.training.compat import (
@@ -226,7 +226,7 @@ class TrainingCLI(SubcommandCLI):
         except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
             gpu = config["accelerator"] in ("gpu", "cuda")
             advice = "; without a GPU leave trainer/gpu, ddp and fsdp out" if gpu else ""
-            raise UserError(f"--trainer options that are not available on this machine: {error}{advice}") from None
+            raise UserError(f"--trainer options that cannot be used here: {error}{advice}") from None
         refuse_too_many_processes(trainer)
         if self.subcommand == "fit":
             last = self.component(self.config_init, runs.LAST)
@@ -248,13 +248,13 @@ class TrainingCLI(SubcommandCLI):
             limit.minutes = (Timer(duration=config["max_time"]).time_remaining() or 0) / 60
         throughput = Throughput()
         added: list[Callback] = [throughput] if fit else []
-        if config["enable_progress_bar"] is not False:
+        chosen = _listed(config["callbacks"])
+        if config["enable_progress_bar"] is not False and not has_progress_bar(chosen):
             added.append(ProgressBar(throughput))
         if fit:
             added += [Summary(), LearningRate(), Charts()]
             added += [LossByPosition(), RecurrentLayerStatistics(), TextSample(), FinalScore()]
             added += [RunLog(self.plan.folder, self.typed), *self._added]
-        chosen = _listed(config["callbacks"])
         for callback in chosen:
             if isinstance(callback, LearningRateFinder | BatchSizeFinder):
                 raise UserError(
@@ -316,8 +316,7 @@ class TrainingCLI(SubcommandCLI):
             raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
         if not self.trainer.is_global_zero:
             return  # every process has read the whole text
-        scored, tokens = int(self.model.score.tokens), len(self.datamodule.tokens.val)
-        part = "" if scored >= tokens - 1 else f"the first {scored:,} of {tokens:,} tokens of "  # as a limit has it
+        part = self.evaluation.part(int(self.model.score.tokens), len(self.datamodule.tokens.val))
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
             f"{name} ({self.evaluation}, {part}{self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "

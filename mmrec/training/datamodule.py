@@ -44,6 +44,13 @@ class Evaluation:
             return f"windowed at {self.window}"
         return "learned" if self.learn else "carried"
 
+    def part(self, scored: int, tokens: int) -> str:
+        """Return which part of a text of ``tokens`` was scored, as words before its name; nothing for all of it."""
+        if scored >= tokens - 1:
+            return ""
+        first = "" if self == Evaluation() else "the first "  # a carried part is of stretches from all over the text
+        return f"{first}{scored:,} of {tokens:,} tokens of "
+
 
 class TextDataModule(LightningDataModule):
     """Token streams of one corpus.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch.callbacks
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -67,6 +69,11 @@ class ProgressBar(TQDMProgressBar):
             pace = (time.monotonic() - self._start) / (step - self._first_step)
             metrics["left"] = str(timedelta(seconds=round(pace * max(0, planned - step))))
         return metrics
+
+
+def has_progress_bar(callbacks: Sequence[Callback]) -> bool:
+    """Return whether one of ``callbacks`` is a progress bar, of any kind; Lightning allows one."""
+    return any(isinstance(callback, lightning.pytorch.callbacks.ProgressBar) for callback in callbacks)
 
 
 def _planned_steps(pl_module: LightningModule) -> int | None:
