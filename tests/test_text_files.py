@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,14 @@ def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
         (b"", "utf-8", "is empty"),
         (b" \n\t\n", "utf-8", "white space"),
         (b"\x7fELF\x00\x00", "utf-8", "is binary"),
+        (
+            gzip.compress(b"text"),
+            "latin-1",
+            "is packed by gzip; unpack it, or give it to mmrec train or mmrec prepare",
+        ),
+        (bz2.compress(b"text"), "utf-8", "is packed by bzip2; unpack it, or"),
+        (lzma.compress(b"text"), "utf-8", "is packed by xz; unpack it, or"),
+        (b"PK\3\4" + bytes(26), "utf-8", "is packed by zip; unpack it$"),
         (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\); .*cp1252 reads 'one two d\u00e9j\u00e0 vu'"),
         (b"text", "utf-9", "unknown encoding 'utf-9'; did you mean 'utf-8'"),
         (b"text", "hex", "unknown encoding"),

@@ -88,7 +88,9 @@ def test_a_run_that_only_tries_keeps_nothing(mmrec: Command, prepared: Path) -> 
 def test_the_run_log_says_why_a_run_ended_early(mmrec: Command, prepared: Path) -> None:
     never_better = ["--early_stopping.min_delta=100", "--early_stopping.patience=1"]
     low_enough = ["--early_stopping.stopping_threshold=100"]
-    for run, options, says in (("a", never_better, "no longer fell"), ("b", low_enough, "as its options say")):
+    in_time = ["--trainer.max_epochs=-1", "--time_limit.minutes=60", "--time_limit.planned_steps=3"]
+    cases = [(never_better, "no longer fell"), (low_enough, "as its options say"), (in_time, "reached its end")]
+    for run, (options, says) in zip("abc", cases, strict=True):
         assert mmrec(*fit(prepared, *options, f"--run={run}")) == 0
         assert says in Path(f"lightning_logs/{run}/history.jsonl").read_text().splitlines()[-1]
 

@@ -11,6 +11,15 @@ from mmrec.core.encodings import is_ascii_taken_for_wide, propose_encodings
 from mmrec.core.errors import UserError, nearest
 
 COMMON_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii", "koi8-r", "gb18030", "shift_jis")
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh91AY&SY": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
+"""How packed files begin, and by what."""
+AS_IT_IS = ", or give it to mmrec train or mmrec prepare as it is, without --input_file"
 
 
 def files_below(
@@ -82,6 +91,9 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
     """Return ``data``, the content of ``path``, as text; raises as :func:`read_text`."""
     if not data:
         raise UserError(f"{path}: is empty")
+    packer = next((name for begin, name in PACKED.items() if data.startswith(begin)), None)
+    if packer is not None:
+        raise UserError(f"{path}: is packed by {packer}; unpack it{AS_IT_IS if packer != 'zip' else ''}")
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
         where = data.index(b"\0")
         proposed = _proposed(data, where)

@@ -53,14 +53,16 @@ class RunLog(Callback):
             self._note("start", trainer, arguments=self.arguments, hyperparameters=chosen, environment=here)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        whole = not trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        assert isinstance(pl_module, RecurrentLMModule)
+        planned = pl_module.planned_steps  # of a limit of time, too
+        whole = not trainer.should_stop or (planned is not None and planned <= trainer.global_step)
         reasons = [callback.stopping_reason for callback in trainer.early_stopping_callbacks]
         if whole:
             how = "reached its end"
         elif EarlyStoppingReason.PATIENCE_EXHAUSTED in reasons:
             how = "stopped early: the validation loss no longer fell"
         else:
-            how = "stopped early, as its options say"  # its time was up, or the loss low enough
+            how = "stopped early, as its options say"  # the loss was low enough, or too high
         self._end(trainer, how)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
