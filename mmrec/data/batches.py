@@ -219,9 +219,8 @@ class StatefulEvalLoader:
             raise UserError(f"the text to evaluate has {len(tokens)} token(s); it needs at least 2")
         self.tokens = tokens
         self.seq_len = seq_len
-        self._whole = scored is None or scored >= len(self)
-        self.scored = len(self) if self._whole else int(scored or 0)
-        self._stretch = len(self) if self._whole else max(1, min(self.scored, -(-STRETCH // seq_len)))
+        self.scored = len(self) if scored is None else min(scored, len(self))
+        self._stretch = len(self) if self.scored == len(self) else -(-STRETCH // seq_len)
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.seq_len)
@@ -245,8 +244,6 @@ class StatefulEvalLoader:
 
     def _start(self, number: int) -> int:
         """Return the place in the text of the first token of batch ``number``."""
-        if self._whole:
-            return number * self.seq_len
         # What is left out is shared out over the gaps between the stretches: the last one ends with the text.
         left_out = len(self.tokens) - 1 - self.scored * self.seq_len
         gaps = max(1, -(-self.scored // self._stretch) - 1)

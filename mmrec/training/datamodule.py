@@ -140,9 +140,7 @@ class TextDataModule(LightningDataModule):
         """Return the number of training batches of an epoch of the trainer, on each process."""
         batches = len(self._sampler())
         limit = None if self.trainer is None else self.trainer.limit_train_batches
-        if limit is None:
-            return batches
-        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return batches if limit is None else _limited(batches, limit)
 
     def setup(self, stage: str) -> None:
         """Begin the text anew with each call of the trainer's; UserError where a training would have no batch."""
@@ -169,21 +167,19 @@ class TextDataModule(LightningDataModule):
             return WindowedEvalLoader(
                 self.tokens.val, self.evaluation.window, max(1, at_once // self.evaluation.window)
             )
-        whole = StatefulEvalLoader(self.tokens.val, at_once)
-        if self.evaluation.learn:  # which goes through a text from its begin
-            return whole
-        return StatefulEvalLoader(self.tokens.val, at_once, self._scored(len(whole)))
-
-    def _scored(self, batches: int) -> int | None:
-        """Return how many of the ``batches`` of a text the trainer asks for; None for all."""
-        trainer = self.trainer
-        if trainer is None:
-            return None
-        limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-        return limit if isinstance(limit, int) else int(batches * limit)
+        loader = StatefulEvalLoader(self.tokens.val, at_once)
+        if self.trainer is None or self.evaluation.learn:  # learning goes through a text from its begin
+            return loader
+        limit = self.trainer.limit_test_batches if self.trainer.testing else self.trainer.limit_val_batches
+        return StatefulEvalLoader(self.tokens.val, at_once, _limited(len(loader), limit))
 
     def test_dataloader(self) -> StatefulEvalLoader | WindowedEvalLoader:
         return self.val_dataloader()
 
     def predict_dataloader(self) -> StatefulEvalLoader:
         return StatefulEvalLoader(self.tokens.val, self.options.batch_size * self.options.seq_len)
+
+
+def _limited(batches: int, limit: int | float) -> int:
+    """Return how many of so many ``batches`` a limit of Lightning's leaves: a number of them, or a share."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
