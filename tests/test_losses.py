@@ -16,8 +16,45 @@ from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import token_nll
 from mmrec.model import reset_state_rows
+from mmrec.model.ops import dispatch
 from mmrec.training import losses as training_losses
 from mmrec.training.losses import confidence, confidence_weight, nll_in_parts, summed_losses
+
+
+@pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab_size", "scale"), [(1, 1.0), (65, 3.0), (300, 30.0), (17, 300.0)])
+def test_compiled_losses_are_those_of_torch(dtype: torch.dtype, vocab_size: int, scale: float) -> None:
+    logits = (scale * torch.randn(3, 7, vocab_size)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (3, 7))
+    targets[1, 2:5] = IGNORE_INDEX
+    kernels = dispatch.native_losses(logits)
+    assert kernels is not None
+    exact = logits.detach().double().requires_grad_()
+    for weights in [(1.0, 0.0), (0.7, 0.3), (0.0, -2.0)]:
+        sums = [kernels.token_losses(logits, targets), (token_nll(exact, targets, "sum"), confidence(exact, targets))]
+        for found, expected in zip(*sums, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+        grads = [
+            torch.autograd.grad(weights[0] * nll + weights[1] * confident, of)[0].double()
+            for (nll, confident), of in zip(sums, (logits, exact), strict=True)
+        ]
+        precision = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(grads[0], grads[1], rtol=precision, atol=precision)
+        assert not grads[0][1, 2:5].any()
+
+
+@pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
+def test_compiled_losses_pass_on_what_is_no_number_and_refuse_what_is_no_token() -> None:
+    logits, targets = torch.randn(1, 3, 5), torch.tensor([[1, 2, 4]])
+    kernels = dispatch.native_losses(logits)
+    assert kernels is not None
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        broken = logits.clone()
+        broken[0, 1, 2] = wrong
+        assert not kernels.token_losses(broken, targets)[0].isfinite()
+    with pytest.raises(IndexError, match="target 5 is none of the 5 tokens"):
+        kernels.token_losses(logits, targets + 1)
 
 
 def test_confidence_is_minus_the_entropy_of_the_scored_places() -> None:

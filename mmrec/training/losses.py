@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrec.data.batches import IGNORE_INDEX
 from mmrec.inference.metrics import token_nll
+from mmrec.model.ops import dispatch
 
 MOST_LOGITS = 1 << 25
 """Logits that are held at a time, 128 MiB of float32: those of more are computed again for the gradients."""
@@ -29,8 +30,12 @@ def summed_losses(head: nn.Linear, hidden: Tensor, targets: Tensor, penalized: b
 
     def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden)
-        nll = token_nll(logits, targets, "sum")
-        return nll, confidence(logits, targets) if penalized else torch.zeros_like(nll)
+        if kernels := dispatch.native_losses(logits):
+            nll, confident = kernels.token_losses(logits, targets)
+        else:
+            nll = token_nll(logits, targets, "sum")
+            confident = confidence(logits, targets) if penalized else None
+        return nll, confident if penalized else torch.zeros_like(nll)
 
     places = places_at_a_time(head)
     if targets.numel() <= places:

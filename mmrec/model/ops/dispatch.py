@@ -106,6 +106,11 @@ def native_muon(parameters: list[Tensor]) -> ModuleType | None:
     return kernels if kernels.takes(parameters) else None
 
 
+def native_losses(logits: Tensor) -> ModuleType | None:
+    """Return :mod:`mmrec.model.ops.native.losses` if its kernels are to compute the losses of ``logits`` [B, T, N]."""
+    return None if native(logits) is None else import_module("mmrec.model.ops.native.losses")
+
+
 def conv_rg_lru(
     gates: tuple[Tensor, Tensor],
     biases: tuple[Tensor, Tensor],
