@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.ops import dispatch
-from mmrec.model.ops.native import build, functions, muon
+from mmrec.model.ops.native import build, functions, muon, products
 from mmrec.training.muon import orthogonalize
 
 needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
@@ -234,7 +234,7 @@ def test_a_layer_is_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     assert called == forward | {f"{name}_backward" for name in forward}
 
 
-@pytest.mark.skipif(not muon.is_supported(), reason="no compiled kernels, or no tile units for bfloat16")
+@pytest.mark.skipif(not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
 @pytest.mark.parametrize("shape", [(128, 128), (96, 32), (32, 96), (70, 33), (13, 130), (130, 13), (1, 5), (5, 1)])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nesterov: bool) -> None:
@@ -261,7 +261,7 @@ def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nestero
     torch.testing.assert_close(weight, expected)
 
 
-@pytest.mark.skipif(not muon.is_supported(), reason="no compiled kernels, or no tile units for bfloat16")
+@pytest.mark.skipif(not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
 def test_muon_leaves_zeros_and_says_nothing_of_numbers_that_are_not_finite() -> None:
     how, update = (
         muon.Momentum(0.95, True, (3.4445, -4.7750, 2.0315), 5, 1e-7),

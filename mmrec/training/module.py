@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints import contents
@@ -28,7 +29,7 @@ from mmrec.training.exchange import gather_all
 from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import learning_rate_share, make_optimizer
+from mmrec.training.optim import clip_to_norm, learning_rate_share, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
 from mmrec.training.shared_reading import share_out
 from mmrec.training.strategy import shard
@@ -76,6 +77,7 @@ class RecurrentLMModule(LightningModule):
         self._compiled: Callable[..., tuple[Tensor, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
+        self.gradient_norm: Tensor | None = None  # of the update to come, once it was measured
 
     @property
     def planned_steps(self) -> int | None:
@@ -134,13 +136,12 @@ class RecurrentLMModule(LightningModule):
         self._apply_rates()
 
     def _plan(self) -> None:
-        limits = [steps for steps in (self._steps_by_options, self._steps_in_time) if steps is not None]
-        self._planned_steps = min(limits, default=None)
+        limits = self._steps_by_options, self._steps_in_time
+        self._planned_steps = min((steps for steps in limits if steps is not None), default=None)
 
     def _apply_rates(self) -> None:
         """Make rates, decays and betas those asked for now: a resumed optimizer brings those it was saved with."""
-        scheduler = self.lr_schedulers()
-        if not isinstance(scheduler, LambdaLR):  # that of a callback has taken its place
+        if not isinstance(scheduler := self.lr_schedulers(), LambdaLR):  # that of a callback has taken its place
             return
         scheduler.base_lrs = [self.options.learning_rate] * len(scheduler.base_lrs)
         groups = zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, self._weight_decays, strict=True)
@@ -241,9 +242,6 @@ class RecurrentLMModule(LightningModule):
         self._start_text()
         self._shared = share_out(self.trainer, self.net, self._starts) if self._reader is None else None
 
-    def on_test_epoch_start(self) -> None:
-        self._start_text()
-
     def _start_text(self) -> None:
         self.score.reset()
         self._reading: State | None = None
@@ -253,6 +251,8 @@ class RecurrentLMModule(LightningModule):
             if self._is_sharded:
                 raise UserError("--learn needs all weights in each process; leave trainer/fsdp out")
             self._reader = Reader(self.net, SavedState.empty(self.net).learning(self.net))
+
+    on_test_epoch_start = on_predict_epoch_start = _start_text
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target of the batch, [M], in nats."""
@@ -292,25 +292,24 @@ class RecurrentLMModule(LightningModule):
             # Every process has the whole text's figures: the mean over them is the same.
             self.log(f"{prefix}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
 
-    def on_predict_epoch_start(self) -> None:
-        self._start_text()
-
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the tokens that were scored, [M], and minus the log-probability that each was given, [M]."""
         return {"tokens": batch.targets.flatten().cpu(), "nats": self._nats(batch).cpu()}
 
     # Optimization
 
+    def configure_gradient_clipping(self, optimizer: Optimizer, *limit: Any, **limits: Any) -> None:
+        """Clip by the norm that was measured for this update, if it was: Lightning would measure it again."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None or not clip_to_norm(self.parameters(), norm, *limit, **limits):
+            super().configure_gradient_clipping(optimizer, *limit, **limits)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.net, self.options, self.mtp_head)
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._steps_by_options = self.total_steps()
         self._plan()
-
-        def share(step: int) -> float:
-            return learning_rate_share(step, self.options, self._planned_steps)
-
-        scheduler = LambdaLR(optimizer, share)
+        scheduler = LambdaLR(optimizer, lambda step: learning_rate_share(step, self.options, self._planned_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int | None:

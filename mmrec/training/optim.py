@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 
 from mmrec.model import RecurrentLM
 from mmrec.training.mtp import MTPHead
 from mmrec.training.muon import BatchedMuon
 from mmrec.training.options import OptimizerOptions
+
+
+CLIP_EPSILON = 1e-6
+"""What torch adds to a norm before it divides by it: a smaller norm by this is scaled by 1."""
 
 
 class CombinedOptimizer(Optimizer):
@@ -96,6 +101,21 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     # One operation, where torch would make a dozen. Lightning clips no gradients of one that is fused and alone.
     fused = True if embeddings[0].device.type == "cpu" else None
     return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)])
+
+
+def clip_to_norm(
+    parameters: Iterable[Tensor], norm: Tensor, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+) -> bool:
+    """Scale the gradients of ``parameters``, whose ``norm`` is known, down to a norm of ``gradient_clip_val``.
+
+    Returns:
+        Whether it is done; not where something else than the norm is to be limited.
+    """
+    if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+        return False
+    if norm.device.type != "cpu" or not norm <= gradient_clip_val - CLIP_EPSILON:
+        clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+    return True
 
 
 def learning_rate_share(step: int, options: OptimizerOptions, total_steps: int | None) -> float:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mmrec.model.ops.native.products import PackedWeight
+
 ROUND = 64
 """Buffers have room for rows of a multiple of so many tokens."""
 
@@ -42,6 +44,7 @@ class Room:
         self.dtype, self.dropout, self._gradients = dtype, dropout, gradients
         self._shared: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._narrow: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packed: dict[int, PackedWeight] = {}
         self._sums: list[tuple[Tensor, Tensor]] = []
         self.to_x = self.passing("to_x", dim, torch.float32)
 
@@ -80,6 +83,10 @@ class Room:
             return original
         return self._narrow.setdefault(id(parameter), (original.to(self.dtype), original))[0]
 
+    def packed(self, parameter: Tensor) -> PackedWeight:
+        """Return ``parameter`` as tile units read it; :meth:`refresh` brings it up to date."""
+        return self._packed.setdefault(id(parameter), PackedWeight(parameter.detach()))
+
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Return where the gradient of ``parameter`` is written, if it is."""
         return self._gradients.get(id(parameter))
@@ -99,6 +106,8 @@ class Room:
         if self._narrow:
             copies, originals = zip(*self._narrow.values(), strict=True)
             torch._foreach_copy_(list(copies), list(originals))
+        for weight in self._packed.values():
+            weight.pack()
 
     def add_up(self) -> None:
         """Write the gradients that are sums over rows."""

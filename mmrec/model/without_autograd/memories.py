@@ -14,7 +14,7 @@ from mmrec.model.ops.native.functions import LANES, SPAN, LongMemoryArguments, p
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState
 from mmrec.model.without_autograd.buffers import Room
-from mmrec.model.without_autograd.steps import Product, Step
+from mmrec.model.without_autograd.steps import Step, product
 
 
 class MemoryStep(Step):
@@ -40,7 +40,7 @@ class MemoryStep(Step):
         self.past, self.past_after = torch.zeros(2, room.rows, width - 1, channels)
         self.to_past, self.to_past_after = torch.zeros(2, room.rows, width - 1, channels)
         self.projected, self.to_projected = projected, room.passing("to a map", projected.shape[1])
-        self.project = Product(room, layer.project.weight, self.norm.y, projected)
+        self.project = product(room, layer.project.weight, self.norm.y, projected)
 
     def set_state(self, state: LayerState) -> None:
         """Read on from ``state``."""
@@ -134,7 +134,7 @@ class LongStep(MemoryStep):
         of_gate = slice(3 * dim + 2 * heads, None)
         self._low, self._to_low = self.projected[:, of_gate], self.to_projected[:, of_gate]
         self._gate, self._to_gate = room.kept(dim), room.passing("to an output gate", dim)
-        self._open = None if layer.gate is None else Product(room, layer.gate.weight, self._low, self._gate)
+        self._open = None if layer.gate is None else product(room, layer.gate.weight, self._low, self._gate)
         self._layer, self._rate = layer, torch.zeros(heads)
         self._to_rate, self._to_parameter = torch.zeros(room.rows, heads), room.gradient(layer.log_rate)
         no_bias = torch.zeros(heads)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmrec.model.layers import FeedForward, RMSNorm
 from mmrec.model.ops.native.functions import prepared
+from mmrec.model.ops.native.products import has_tiles, weight_gradient
 from mmrec.model.without_autograd.buffers import Room
 
 
@@ -32,6 +33,34 @@ class Product:
         if self._grad is not None:
             torch.mm(to_y.t(), self._x, out=self._grad)
         torch.mm(to_y, self._weight, out=to_x)
+
+
+class TileProduct:
+    """:class:`Product` in bfloat16 by the tile units of a processor; the gradient of its weight is float32."""
+
+    def __init__(self, room: Room, weight: Tensor, x: Tensor, y: Tensor) -> None:
+        self._weight, self._x = room.packed(weight), x
+        self.forward = self._weight.product(x, y)
+        self._grad = room.gradient(weight)
+        self._backward: dict[tuple[int, int], list[Callable[[], None]]] = {}
+
+    def backward(self, to_y: Tensor, to_x: Tensor) -> None:
+        key = to_y.data_ptr(), to_x.data_ptr()
+        if key not in self._backward:
+            to_weight = [] if self._grad is None else [weight_gradient(to_y, self._x, self._grad)]
+            self._backward[key] = [*to_weight, self._weight.product_backwards(to_y, to_x)]
+        for each in self._backward[key]:
+            each()
+
+
+def uses_tiles(dtype: torch.dtype) -> bool:
+    """Return whether products of ``dtype`` are computed by tile units: the gradients of weights are float32 then."""
+    return dtype == torch.bfloat16 and has_tiles()
+
+
+def product(room: Room, weight: Tensor, x: Tensor, y: Tensor) -> Product | TileProduct:
+    """Return the linear map by ``weight`` [outputs, inputs] from ``x`` [P, inputs] to ``y`` [P, outputs]."""
+    return (TileProduct if uses_tiles(room.dtype) else Product)(room, weight, x, y)
 
 
 class Norm:
@@ -63,7 +92,7 @@ class _BranchEnd:
     def __init__(self, room: Room, weight: Tensor, inner: Tensor, x: Tensor, after: Tensor) -> None:
         self._x, self._after = x, after
         y, self._to_y = room.passing("y", x.shape[1]), room.passing("to_y", x.shape[1])
-        self._product, self._y = Product(room, weight, inner, y), y
+        self._product, self._y = product(room, weight, inner, y), y
         self._is_plain = room.dtype == torch.float32 and not room.dropout
         self._seeds = torch.zeros(room.rows, dtype=torch.int64) if room.dropout else None
         self._add: list[Callable[[], None]] = []
@@ -79,6 +108,7 @@ class _BranchEnd:
 
     def forward(self) -> None:
         if self._is_plain:
+            assert isinstance(self._product, Product)
             self._product.add_to(self._x, self._after)
             return
         self._product.forward()
@@ -132,7 +162,7 @@ class FeedForwardStep(Step):
         inner = ffn.output.in_features
         super().__init__(room, norm, x, ffn.output.weight, inner)
         projected, self._to_projected = room.kept(2 * inner), room.passing("to a map", 2 * inner)
-        self._project = Product(room, ffn.project.weight, self.norm.y, projected)
+        self._project = product(room, ffn.project.weight, self.norm.y, projected)
         sizes = len(x), inner
         self._gate = prepared("swiglu", room.dtype, *sizes, projected, self.inner)
         self._gate_backward = prepared(

@@ -17,6 +17,7 @@ from mmrec.model.lm import RecurrentLM
 from mmrec.model.state import State
 from mmrec.model.without_autograd.blocks import Blocks, has_steps
 from mmrec.model.without_autograd.buffers import Room
+from mmrec.model.without_autograd.steps import uses_tiles
 
 PASSES = 2
 """Shapes of batches whose buffers are kept: rows of an epoch differ in length by one token."""
@@ -92,8 +93,8 @@ class _Buffers:
         length: int,
         dtype: torch.dtype,
     ) -> None:
-        matrices = {id(matrix) for matrix in net.matrices()}
-        dtypes = [dtype if id(parameter) in matrices else parameter.dtype for parameter in parameters]
+        narrow = set() if uses_tiles(dtype) else {id(matrix) for matrix in net.matrices()}
+        dtypes = [dtype if id(parameter) in narrow else parameter.dtype for parameter in parameters]
         self.gradients = [torch.zeros_like(x, dtype=dtype) for x, dtype in zip(parameters, dtypes, strict=True)]
         written = {id(each): found for each, found in zip(parameters, self.gradients, strict=True)}
         dropout = net.dropout.p if net.training else 0.0

@@ -30,6 +30,7 @@ class GradientGuard(Callback):
         assert isinstance(pl_module, RecurrentLMModule)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        pl_module.gradient_norm = norm
         if torch.isfinite(norm):  # the one place where an update waits for the device
             if is_logging_step(trainer):
                 pl_module.log("train/grad_norm", norm)
@@ -49,6 +50,7 @@ class GradientGuard(Callback):
             rank_zero_info(f"{what}; update left out, {self.skipped} so far")
             for parameter in pl_module.parameters():
                 parameter.grad = None
+            pl_module.gradient_norm = None
             pl_module.reset_carried_state()
         if self.if_not_finite == "skip" and is_logging_step(trainer):
             pl_module.log("train/skipped_updates", float(self.skipped))

@@ -1,12 +1,9 @@
 /* Muon's update of a matrix: momentum, the Newton-Schulz iterations, and the step of the weights.
 
-   The iterations need the tile units for bfloat16 of a processor (Intel's AMX): X <- a X + (b R + c R R) X with
-   R = X X^T, in bfloat16 with sums in float32, each product rounded once. A matrix lies in tiles of 16 x 32 numbers;
-   what is multiplied from the right lies in tiles of 32 x 16, in which pairs of rows are interleaved. Both are padded
-   with zeros, which stay zeros. */
+   The iterations need tile units: X <- a X + (b R + c R R) X with R = X X^T, in bfloat16 with sums in float32, each
+   product rounded once. Matrices are padded to whole tiles with zeros, which stay zeros. */
 
-#define _GNU_SOURCE
-#include "kernels.h"
+#include "tiles.h"
 
 static inline float averaged(float average, float grad, float momentum) {
     return average + (1.0f - momentum) * (grad - average);
@@ -24,57 +21,7 @@ EXPORT int muon_apply(integer count, float decay, float rate, const number *upda
     return 0;
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
-
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define SIDE 16            /* rows of a tile, and its numbers of 32 bits a row */
-#define TILE (SIDE * 32)   /* numbers of a tile */
-#define BLOCK (2 * SIDE)   /* rows and columns of a result that are computed at once */
-typedef uint16_t half;
-
-static integer padded(integer size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
-
-/* Linux gives a process the tile units when it asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
-EXPORT int muon_supported(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = SIDE;
-    _tile_loadconfig(&config);
-}
-
-/* Transposes 16 x 16 numbers of 32 bits. */
-static inline void transpose(__m512i r[SIDE]) {
-    __m512i s[SIDE];
-    for (int n = 0; n < SIDE; n += 2) {
-        s[n] = _mm512_unpacklo_epi32(r[n], r[n + 1]);
-        s[n + 1] = _mm512_unpackhi_epi32(r[n], r[n + 1]);
-    }
-    for (int n = 0; n < SIDE; n += 4) {
-        r[n] = _mm512_unpacklo_epi64(s[n], s[n + 2]);
-        r[n + 1] = _mm512_unpackhi_epi64(s[n], s[n + 2]);
-        r[n + 2] = _mm512_unpacklo_epi64(s[n + 1], s[n + 3]);
-        r[n + 3] = _mm512_unpackhi_epi64(s[n + 1], s[n + 3]);
-    }
-    for (int n = 0; n < SIDE; n += 8)
-        for (int m = 0; m < 4; m++) {
-            s[n + m] = _mm512_shuffle_i32x4(r[n + m], r[n + m + 4], 0x88);
-            s[n + m + 4] = _mm512_shuffle_i32x4(r[n + m], r[n + m + 4], 0xdd);
-        }
-    for (int m = 0; m < 8; m++) {
-        r[m] = _mm512_shuffle_i32x4(s[m], s[m + 8], 0x88);
-        r[m + 8] = _mm512_shuffle_i32x4(s[m], s[m + 8], 0xdd);
-    }
-}
+#ifdef HAS_TILES
 
 /* Right tiles of X^T from the left tiles of X [rows, columns]: tile (k, j) is the transpose of tile (j, k). */
 static void right_of_transposed(integer rows, integer columns, const half *x, half *right) {
@@ -104,14 +51,6 @@ static void right_of(integer rows, integer columns, const half *x, half *right) 
                 _mm512_storeu_si512(to + n * 32, _mm512_permutex2var_epi16(first, places, second));
             }
         }
-}
-
-static inline __m512 widened(const half *x) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
-}
-static inline void narrowed(__m512 value, half *to) {
-    _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
 /* result <- scale left right + share base, in left tiles; base may be NULL.
@@ -151,8 +90,6 @@ static void multiply(integer rows, integer inner, integer columns, const half *l
             }
         }
 }
-
-static inline __mmask16 mask_of(integer left) { return left >= SIDE ? 0xffff : (__mmask16)((1u << left) - 1); }
 
 /* Left tiles of x [height, width] times `scale`, padded; of its transpose if it is `tall`. */
 static void to_tiles(integer height, integer width, int tall, const float *x, float scale, half *tiles) {
@@ -226,9 +163,5 @@ EXPORT int muon_orthogonalize(integer height, integer width, integer steps, floa
     free(scratch);
     return 0;
 }
-
-#else
-
-EXPORT int muon_supported(void) { return 0; }
 
 #endif

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrec.model.ops.native import functions
-from mmrec.model.ops.native.build import library
+from mmrec.model.ops.native.products import has_tiles
 
 
 class Momentum(NamedTuple):
@@ -22,16 +21,9 @@ class Momentum(NamedTuple):
     eps: float
 
 
-@cache
-def is_supported() -> bool:
-    """Return whether the kernels are built, and this processor has tile units for bfloat16 (Intel's AMX)."""
-    kernels = library(torch.bfloat16)
-    return kernels is not None and bool(kernels.muon_supported())
-
-
 def takes(parameters: list[Tensor]) -> bool:
     """Whether :func:`orthogonalize` and :func:`apply` take ``parameters``, which are matrices with gradients."""
-    return is_supported() and all(_takes(tensor) for each in parameters for tensor in (each, each.grad))
+    return has_tiles() and all(_takes(tensor) for each in parameters for tensor in (each, each.grad))
 
 
 def _takes(tensor: Tensor | None) -> bool:
