@@ -176,6 +176,8 @@ def _dispatch(name: str, *typed: str) -> None:
     if command.function == _TRAINING or name == "train":
         put_off_compiler()
         put_off_metrics()
+        if not {"-h", "--help"} & {*args}:
+            import_module("mmrec.model.ops.native.build").begin()
     function = import_function(name)
     if command.function == _TRAINING:
         function(name, args)

@@ -53,7 +53,10 @@ class SharedMemoryStrategy(DDPStrategy):
         super()._configure_launcher()
         environment = self.cluster_environment
         assert environment is not None
-        if self.num_processes > 1 and not environment.creates_processes_externally and can_fork():
+        if self.num_processes == 1 or environment.creates_processes_externally:
+            return
+        exchange.kernels()  # while they are compiled there is another thread, of which no copy can be made
+        if can_fork():
             self._launcher = ForkLauncher(environment, self.num_processes, self.num_nodes)
 
     def setup_distributed(self) -> None:

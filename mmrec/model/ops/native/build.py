@@ -12,8 +12,10 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -40,11 +42,31 @@ SWITCH = "MMREC_NATIVE"
 """Environment variable: at 0 the kernels are neither built nor used."""
 
 
+_begun: list[Thread] = []
+
+
+def begin() -> None:
+    """Compile kernels that are not there yet beside what this process does; whoever wants one waits for them."""
+    if os.environ.get(SWITCH) == "0" or _begun:
+        return
+    _cache_folder()  # here: imports in two threads can wait for each other
+    _begun.append(Thread(target=_build_all, name="mmrec-build"))
+    _begun[0].start()
+
+
+def _build_all() -> None:
+    for dtype in DEFINED:
+        with suppress(OSError):  # whoever wants them is told
+            _built(dtype)
+
+
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return the kernels whose matrix products have ``dtype``; None where they are not wanted or cannot be built."""
     if dtype not in DEFINED or os.environ.get(SWITCH) == "0":
         return None
+    for each in _begun:
+        each.join()
     try:
         return ctypes.CDLL(str(_built(dtype)))
     except OSError:
@@ -127,11 +149,11 @@ def _cache_folder() -> Path:
 def _build(command: tuple[str, ...], path: Path) -> str:
     """Compile the sources to ``path``, which is there whole or not at all; return what went wrong, if anything.
 
-    As many sources are compiled at once as there are cores.
+    As many sources are compiled at once as there are cores, the largest first.
     """
     with tempfile.TemporaryDirectory(prefix="mmrec-") as scratch:
         made = Path(scratch) / path.name
-        objects = {source: Path(scratch) / f"{source.stem}.o" for source in sorted(FOLDER.glob("*.c"))}
+        objects = {source: Path(scratch) / f"{source.stem}.o" for source in _sources()}
         compilations = [[*command, "-c", str(source), "-o", str(target)] for source, target in objects.items()]
         with ThreadPoolExecutor(available_cores()) as pool:
             said = next(filter(None, pool.map(_run, compilations)), "")
@@ -139,6 +161,10 @@ def _build(command: tuple[str, ...], path: Path) -> str:
         if not said:
             write_file(path, made.read_bytes())
     return said
+
+
+def _sources() -> list[Path]:
+    return sorted(FOLDER.glob("*.c"), key=lambda source: (-source.stat().st_size, source.name))
 
 
 def _run(command: Sequence[str]) -> str:
