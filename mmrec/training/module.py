@@ -301,7 +301,7 @@ class RecurrentLMModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Optimizer, *limit: Any, **limits: Any) -> None:
         """Clip by the norm that was measured for this update, if it was: Lightning would measure it again."""
         norm, self.gradient_norm = self.gradient_norm, None
-        if norm is None or not clip_to_norm(self.parameters(), norm, *limit, **limits):
+        if norm is None or not clip_to_norm(optimizer, norm, *limit, **limits):
             super().configure_gradient_clipping(optimizer, *limit, **limits)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -16,7 +16,6 @@ from mmrec.training.mtp import MTPHead
 from mmrec.training.muon import BatchedMuon
 from mmrec.training.options import OptimizerOptions
 
-
 CLIP_EPSILON = 1e-6
 """What torch adds to a norm before it divides by it: a smaller norm by this is scaled by 1."""
 
@@ -104,9 +103,9 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
 
 
 def clip_to_norm(
-    parameters: Iterable[Tensor], norm: Tensor, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    optimizer: Optimizer, norm: Tensor, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
 ) -> bool:
-    """Scale the gradients of ``parameters``, whose ``norm`` is known, down to a norm of ``gradient_clip_val``.
+    """Scale the gradients that ``optimizer`` uses, whose ``norm`` is known, down to a norm of ``gradient_clip_val``.
 
     Returns:
         Whether it is done; not where something else than the norm is to be limited.
@@ -114,7 +113,8 @@ def clip_to_norm(
     if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
         return False
     if norm.device.type != "cpu" or not norm <= gradient_clip_val - CLIP_EPSILON:
-        clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip_grads_with_norm_(updated, gradient_clip_val, norm)
     return True
 
 

@@ -107,8 +107,18 @@ def native_muon(parameters: list[Tensor]) -> ModuleType | None:
 
 
 def native_losses(logits: Tensor) -> ModuleType | None:
-    """Return :mod:`mmrec.model.ops.native.losses` if its kernels are to compute the losses of ``logits`` [B, T, N]."""
+    """Return :mod:`mmrec.model.ops.native.losses` if its kernels compute the losses of ``logits`` [B, T, N]."""
     return None if native(logits) is None else import_module("mmrec.model.ops.native.losses")
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the root of the sum of the squares of all ``gradients``, a scalar."""
+    if native_functions() is not None:
+        kernels = import_module("mmrec.model.ops.native.gradients")
+        if kernels.takes(gradients):
+            norm: Tensor = kernels.total_norm(gradients)
+            return norm
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def conv_rg_lru(

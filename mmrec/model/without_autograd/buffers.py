@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -113,3 +114,32 @@ class Room:
         """Write the gradients that are sums over rows."""
         for buffer, gradient in self._sums:
             torch.sum(buffer, 0, out=gradient)
+
+
+class Gradients:
+    """Buffers for gradients, those of one dtype behind each other, so that all are copied at once.
+
+    Args:
+        shapes: of the gradients.
+        dtypes: of each.
+
+    Attributes:
+        parts: the buffers.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> None:
+        self._shapes, self._dtypes = shapes, dtypes
+        sizes = {kind: sum(s.numel() for s, of in zip(shapes, dtypes, strict=True) if of == kind) for kind in dtypes}
+        self._all = {kind: torch.zeros(size, dtype=kind) for kind, size in sizes.items()}
+        self.parts = self._cut(self._all)
+
+    def copies(self) -> list[Tensor]:
+        """Return what is in the buffers now, in float32."""
+        return self._cut({kind: each.to(torch.float32, copy=True) for kind, each in self._all.items()})
+
+    def _cut(self, together: dict[torch.dtype, Tensor]) -> list[Tensor]:
+        places, parts = dict.fromkeys(together, 0), []
+        for shape, kind in zip(self._shapes, self._dtypes, strict=True):
+            parts.append(together[kind][places[kind] : places[kind] + shape.numel()].view(shape))
+            places[kind] += shape.numel()
+        return parts

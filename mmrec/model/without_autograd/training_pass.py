@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from mmrec.model.lm import RecurrentLM
 from mmrec.model.state import State
 from mmrec.model.without_autograd.blocks import Blocks, has_steps
-from mmrec.model.without_autograd.buffers import Room
+from mmrec.model.without_autograd.buffers import Gradients, Room
 from mmrec.model.without_autograd.steps import uses_tiles
 
 PASSES = 2
@@ -95,8 +95,8 @@ class _Buffers:
     ) -> None:
         narrow = set() if uses_tiles(dtype) else {id(matrix) for matrix in net.matrices()}
         dtypes = [dtype if id(parameter) in narrow else parameter.dtype for parameter in parameters]
-        self.gradients = [torch.zeros_like(x, dtype=dtype) for x, dtype in zip(parameters, dtypes, strict=True)]
-        written = {id(each): found for each, found in zip(parameters, self.gradients, strict=True)}
+        self.gradients = Gradients([parameter.shape for parameter in parameters], dtypes)
+        written = {id(each): found for each, found in zip(parameters, self.gradients.parts, strict=True)}
         dropout = net.dropout.p if net.training else 0.0
         self.blocks = Blocks(Room((rows, length), net.config.dim, written, dtype, dropout, memory), net)
 
@@ -105,7 +105,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, of: TrainingPass, buffers: _Buffers, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         blocks = buffers.blocks
-        parts = others[: len(others) - len(buffers.gradients)]
+        parts = others[: len(others) - len(buffers.gradients.parts)]
         blocks.refresh()
         blocks.x.copy_(x.flatten(0, 1))
         after = blocks.forward(list(zip(parts[::2], parts[1::2], strict=True)))
@@ -130,5 +130,5 @@ class _Blocks(torch.autograd.Function):
             None,
             to_x,
             *(None for _ in range(ctx.states)),
-            *(each.to(torch.float32, copy=True) for each in buffers.gradients),
+            *buffers.gradients.copies(),
         )

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from mmrec.core.errors import UserError
+from mmrec.model.ops import dispatch
 from mmrec.training.compat import is_logging_step
 from mmrec.training.module import RecurrentLMModule
 
@@ -28,8 +29,9 @@ class GradientGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in updated if parameter.grad is not None]
+        norm = dispatch.total_norm(gradients)
         pl_module.gradient_norm = norm
         if torch.isfinite(norm):  # the one place where an update waits for the device
             if is_logging_step(trainer):
@@ -48,7 +50,7 @@ class GradientGuard(Callback):
                 )
             self.skipped += 1
             rank_zero_info(f"{what}; update left out, {self.skipped} so far")
-            for parameter in pl_module.parameters():
+            for parameter in updated:
                 parameter.grad = None
             pl_module.gradient_norm = None
             pl_module.reset_carried_state()

@@ -78,3 +78,19 @@ EXPORT int dropout_add_backward(integer count, integer below, float scale, const
         store(drawn(start, (uint32_t)n) >= bound ? grad[n] * scale : 0.0f);
     return 0;
 }
+
+/* sum <- the sum of the squares of many tensors, added up in double precision part by part. */
+EXPORT int sum_of_squares(integer count, const float **tensors, const int64_t *sizes, double *sum) {
+    enum { PART = 4096 };
+    *sum = 0;
+    for (integer n = 0; n < count; n++)
+        for (integer start = 0; start < sizes[n]; start += PART) {
+            const float *x = tensors[n] + start;
+            integer size = sizes[n] - start < PART ? sizes[n] - start : PART;
+            float part = 0;
+            SUMS(omp simd reduction(+ : part))
+            for (integer c = 0; c < size; c++) part += x[c] * x[c];
+            *sum += part;
+        }
+    return 0;
+}
