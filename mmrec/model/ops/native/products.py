@@ -26,7 +26,10 @@ class PackedWeight:
     """A weight in the order that the tile units read it in, for products forwards and backwards.
 
     Args:
-        weight: [outputs, inputs], float32, contiguous; :meth:`pack` takes over what is in it then.
+        weight: [outputs, inputs], float32, contiguous.
+
+    Attributes:
+        pack: takes over what is in the weight now.
     """
 
     def __init__(self, weight: Tensor) -> None:
