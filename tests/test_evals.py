@@ -379,7 +379,7 @@ def test_a_wrong_request_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("evaluation", ["length", "carry", "induction", "bench"])
+@pytest.mark.parametrize("evaluation", ["length", "carry", "context", "induction", "bench"])
 @pytest.mark.parametrize(("end", "content"), [(".json", b'{"mine": 1}'), (".png", b"\x89PNG of a camera")])
 def test_a_file_of_a_person_is_never_replaced(
     mmrec: Command, capsys: pytest.CaptureFixture[str], evaluation: str, end: str, content: bytes
@@ -390,6 +390,8 @@ def test_a_file_of_a_person_is_never_replaced(
     path.write_bytes(content)
     command = ["bench"] if evaluation == "bench" else ["eval", evaluation]
     text = ["--ckpt=none.ckpt", "--data_dir=none"] if evaluation in ("length", "carry") else []
+    if evaluation == "context":
+        text = ["--ckpt=none.ckpt", "--files=[none.txt]"]
     assert mmrec(*command, *text, "--output_dir=out") == 2
     error = capsys.readouterr().err
     assert str(path) in error
@@ -400,4 +402,4 @@ def test_a_file_of_a_person_is_never_replaced(
 def test_what_there_is(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert mmrec("eval") == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in ("length", "carry", "planted", *SMALL))
+    assert all(f"  {name} " in shown for name in ("length", "carry", "context", "planted", *SMALL))

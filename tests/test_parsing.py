@@ -18,6 +18,7 @@ from conftest import Command
         "serve --port=0",
         "eval length",
         "eval carry --files=[a.txt]",
+        "eval context --files=[a.txt]",
         "eval planted",
     ],
 )

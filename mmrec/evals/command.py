@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mmrec.core.errors import UserError, nearest
 from mmrec.core.options import Parser, call
 from mmrec.evals.carry import carry
+from mmrec.evals.context import context
 from mmrec.evals.length import length
 from mmrec.evals.planted import planted
 from mmrec.evals.recipes import SMALL
@@ -15,6 +16,7 @@ from mmrec.evals.synthetic import SyntheticOptions, evaluate_synthetic
 OF_CHECKPOINTS: dict[str, tuple[Callable[..., None], str]] = {
     "length": (length, "loss of the same text with up to a million tokens read before it"),
     "carry": (carry, "loss with the state reset at every window, carried, and with weights that learn"),
+    "context": (context, "loss of whole books, with more and more of the book read before"),
     "planted": (planted, "share of a phrase that is known again when it comes back after other text"),
 }
 
