@@ -41,4 +41,4 @@ def choose_arithmetic(trainer: Trainer, dim: int, before: dict[str, Any] | None 
             f"{dispatch.native_problem() or 'MMREC_NATIVE=0'}; {DIFFERS}"
         )
     elif before is None and not found and is_cpu and trainer.training and dispatch.native_problem():
-        rank_zero_info(f"Training takes nearly twice as long as it could: {dispatch.native_problem()}")
+        rank_zero_info(f"Training takes more than twice as long as it could: {dispatch.native_problem()}")
