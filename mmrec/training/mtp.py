@@ -23,12 +23,13 @@ class MTPHead(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.project = nn.Linear(dim, dim, bias=False)
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, feeds_product=True)
         nn.init.normal_(self.project.weight, std=INITIAL_SCALE * dim**-0.5)  # as the model's matrices
 
     def forward(self, hidden: Tensor) -> Tensor:
-        projected: Tensor = self.norm(self.project(hidden))
-        return projected
+        projected: Tensor = self.project(hidden)
+        normal: Tensor = self.norm(projected.to(self.norm.weight.dtype))
+        return normal
 
 
 def mtp_weight(share: float, step: int, planned_steps: int | None) -> float:
