@@ -61,25 +61,7 @@ static void multiply(integer rows, integer inner, integer columns, const half *l
     integer steps = inner / BLOCK, across = columns / SIDE;
     for (integer j = 0; j < across; j += 2)
         for (integer i = 0; i < rows / SIDE; i += 2) {
-            const half *a = left + i * steps * TILE, *b = right + j * TILE;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (integer k = 0; k < steps; k++, a += TILE, b += across * TILE) {
-                _tile_loadd(4, a, 64);
-                _tile_loadd(6, b, 64);
-                _tile_loadd(5, a + steps * TILE, 64);
-                _tile_loadd(7, b + TILE, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, sums[0], 64);
-            _tile_stored(1, sums[1], 64);
-            _tile_stored(2, sums[2], 64);
-            _tile_stored(3, sums[3], 64);
+            sum_block(left + i * steps * TILE, steps * TILE, 64, TILE, right + j * TILE, across * TILE, steps, sums);
             for (int part = 0; part < 4; part++) {
                 integer place = ((i + part / 2) * (across / 2) + j / 2) * TILE + part % 2 * SIDE;
                 for (int n = 0; n < SIDE; n++, place += 32) {

@@ -101,30 +101,6 @@ EXPORT int pack_weight(integer outputs, integer inputs, const float *weight, hal
     return 0;
 }
 
-/* The sums of 32 rows of `left`, of which the second 16 are `below` numbers further, by 32 columns of `right`; a step is
-   32 numbers. `left` has rows at `stride` bytes, its tiles are `next` numbers from each other. */
-static inline void sum_block(const half *left, integer below, integer stride, integer next, const half *right,
-                             integer steps, float sums[4][SIDE * SIDE]) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (integer step = 0; step < steps; step++, left += next, right += 2 * TILE) {
-        _tile_loadd(4, left, stride);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(5, left + below, stride);
-        _tile_loadd(7, right + TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-}
-
 static inline void add_to(float *to, __mmask16 mask, const float *sums) {
     _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_load_ps(sums)));
 }
@@ -154,7 +130,8 @@ EXPORT int tile_product(integer rows, integer inner, integer columns, const half
         for (integer column = 0; column < columns; column += BLOCK) {
             __mmask32 mask = mask_of_halves(columns - column);
             for (integer row = 0; row < count; row += BLOCK) {
-                sum_block(left + row * stride, SIDE * stride, 2 * stride, BLOCK, right + column * width, steps, sums);
+                sum_block(left + row * stride, SIDE * stride, 2 * stride, BLOCK, right + column * width, 2 * TILE, steps,
+                          sums);
                 integer last = count - row < BLOCK ? count - row : BLOCK;
                 half *to = y + (top + row) * y_stride + column;
                 for (integer n = 0; n < last; n++, to += y_stride) {
@@ -186,7 +163,8 @@ EXPORT int tile_weight_gradient(integer rows, integer outputs, integer inputs, c
         pack_right(x + top * x_stride, x_stride, count, inputs, right);
         for (integer row = 0; row < outputs; row += BLOCK)
             for (integer column = 0; column < inputs; column += BLOCK) {
-                sum_block(left + row * length, steps * TILE, 64, TILE, right + column * length, steps, sums);
+                sum_block(left + row * length, steps * TILE, 64, TILE, right + column * length, 2 * TILE, steps,
+                          sums);
                 integer last = outputs - row < BLOCK ? outputs - row : BLOCK, rest = inputs - column;
                 float *to = to_weight + row * inputs + column;
                 for (integer n = 0; n < last; n++, to += inputs) {

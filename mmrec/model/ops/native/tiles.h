@@ -55,6 +55,31 @@ static inline void transpose(__m512i r[SIDE]) {
     }
 }
 
+/* The sums of 32 rows of `left`, of which the second 16 are `below` numbers further, by 32 columns of `right`, in
+   `steps` of 32 numbers. `left` has rows at `stride` bytes; the tiles of the next step are `left_next` and `right_next`
+   numbers further. */
+static inline void sum_block(const half *left, integer below, integer stride, integer left_next, const half *right,
+                             integer right_next, integer steps, float sums[4][SIDE * SIDE]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (integer step = 0; step < steps; step++, left += left_next, right += right_next) {
+        _tile_loadd(4, left, stride);
+        _tile_loadd(6, right, 64);
+        _tile_loadd(5, left + below, stride);
+        _tile_loadd(7, right + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+}
+
 static inline __m512 widened(const half *x) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)x)), 16));
