@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_learning import FORMS, assert_same, learning_memory, made, read
+from test_learning import FORMS, assert_same, learning_memory, made, read, tiles
 
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
 from mmrec.checkpoints.state_file import load_memory, save_memory
@@ -19,6 +19,7 @@ from mmrec.model import RecurrentLM
 from mmrec.model.ops import dispatch
 from mmrec.model.ops.native.build import library
 
+__all__ = ["tiles"]
 needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 
 
@@ -121,19 +122,20 @@ def test_a_gradient_that_is_none_changes_nothing(wrong: float) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("form", FORMS)
-def test_a_text_is_learned_as_by_torch(form: Form) -> None:
+def test_a_text_is_learned_as_by_torch(form: Form, tiles: bool) -> None:
     net, tokens = made(), torch.randint(7, (6 * PART + 9,))
     tokens[PART : 5 * PART] = tokens[:PART].repeat(4)
     found, memory = read(net, tokens, learning_memory(net, form))
     with dispatch.without_native():
         expected, by_torch = read(net, tokens, learning_memory(net, form))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    near = 0.01 if tiles else 1e-3
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
     assert memory.learned is not None
     assert by_torch.learned is not None
     for name, difference in memory.learned.difference.items():
         plain = by_torch.learned.difference[name].float()
-        assert (difference.float() - plain).norm() < 0.02 * plain.norm(), name
-    torch.testing.assert_close(memory.state, by_torch.state, rtol=1e-3, atol=1e-3)
+        assert (difference.float() - plain).norm() < (0.05 if tiles else 0.02) * plain.norm(), name
+    torch.testing.assert_close(memory.state, by_torch.state, rtol=near, atol=near)
 
 
 @needs_compiler

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.layers import FeedForward
 from mmrec.model.ops import dispatch
+from mmrec.model.ops.native.products import has_tiles
 from mmrec.model.without_autograd.fixed_length import FixedLengthPass, has_fixed_length_pass
 
 needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
+needs_tiles = pytest.mark.skipif(not has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
 FORMS = [
     ModelConfig(dim=32, layers=4, layer_types=("short", "long"), heads=2, ffn_dim=40),
     ModelConfig(dim=32, layers=3, layer_types=("portable", "short"), heads=2, ffn_dim=40, tie_embeddings=False),
@@ -51,6 +54,41 @@ def test_it_computes_what_the_model_and_autograd_do(config: ModelConfig, learns_
         for name, gradient in zip(learns, expected, strict=True):
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
         state = found
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Return how far each of ``found`` is from ``exact``, as a share of its norm."""
+    return [
+        float((one - other).norm() / other.norm()) for one, other in zip(found, exact, strict=True) if other.any()
+    ]
+
+
+@needs_tiles
+@pytest.mark.parametrize("config", FORMS)
+def test_by_tile_units_it_is_as_exact_as_autocast(config: ModelConfig) -> None:
+    """Outputs, the state, gradients: no further from float32 than what torch computes with products of bfloat16."""
+    net = made(config)
+    names, learns = zip(*net.named_parameters(), strict=True)
+    gradients = {name: torch.full_like(x, torch.nan) for name, x in zip(names, learns, strict=True)}
+    fixed = FixedLengthPass(net, LENGTH, gradients=gradients, dtype=torch.bfloat16)
+    state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in net.zero_state(1)]
+    for number in range(2):  # the second after the weights have changed
+        with torch.no_grad():
+            for parameter in learns:
+                parameter.add_(0.01 * number)
+        tokens, to_logits = torch.randint(11, (LENGTH,)), torch.randn(LENGTH, 11)
+
+        def computed(narrow: bool, tokens: Tensor = tokens, to_logits: Tensor = to_logits) -> list[Tensor]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow), dispatch.without_native():
+                logits, after = net(tokens[None], state)
+            of = torch.autograd.grad((logits[0].float() * to_logits).sum(), learns)
+            return [logits[0].detach().float(), *(each.detach() for layer in after for each in layer), *of]
+
+        exact, by_autocast = computed(False), computed(True)
+        after = fixed.read(tokens, state)
+        fixed.differentiate(to_logits)
+        found = [fixed.logits, *(each for layer in after for each in layer), *gradients.values()]
+        assert 0 < sum(distance(found, exact)) < sum(distance(by_autocast, exact))
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from mmrec.inference import learning
 from mmrec.inference.learning import LEARNING_RATES, LearningNet, PartRead, mixed
 from mmrec.model import RecurrentLM
 from mmrec.model.ops.native.learning import MixingRule, ParameterUpdate, UpdateRule, mix_part, update_parameters
-from mmrec.model.without_autograd.fixed_length import FixedLengthPass
+from mmrec.model.without_autograd.fixed_length import FixedLengthPass, pass_dtype
 
 
 class CompiledLearning:
@@ -31,8 +31,9 @@ class CompiledLearning:
         self._weights = weights
         self._logits = torch.zeros(2, PART + 1, len(net.head.weight))
         self.gradients = {name: torch.zeros(x.shape) for name, x in weights.parameters.items()}
-        self._untouched = FixedLengthPass(net, PART, self._logits[0, 1:])
-        self._learning = FixedLengthPass(weights.net, PART, self._logits[1, 1:], self.gradients)
+        dtype = pass_dtype()
+        self._untouched = FixedLengthPass(net, PART, self._logits[0, 1:], dtype=dtype)
+        self._learning = FixedLengthPass(weights.net, PART, self._logits[1, 1:], self.gradients, dtype)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -45,7 +45,7 @@ class Room:
         self.dtype, self.dropout, self._gradients = dtype, dropout, gradients
         self._shared: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._narrow: dict[int, tuple[Tensor, Tensor]] = {}
-        self._packed: dict[int, PackedWeight] = {}
+        self._packed: list[PackedWeight] = []
         self._sums: list[tuple[Tensor, Tensor]] = []
         self.to_x = self.passing("to_x", dim, torch.float32)
 
@@ -77,16 +77,19 @@ class Room:
         """Return ``x`` [P, ...] as [B, T, ...]."""
         return x.view(self.rows, self.length, *x.shape[1:])
 
-    def weight(self, parameter: Tensor) -> Tensor:
-        """Return ``parameter`` as products read it: itself, or a copy that :meth:`refresh` brings up to date."""
+    def weight(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``parameter`` in ``dtype``: itself, or a copy that :meth:`refresh` brings up to date."""
         original = parameter.detach()
-        if self.dtype == original.dtype:
+        if dtype == original.dtype:
             return original
-        return self._narrow.setdefault(id(parameter), (original.to(self.dtype), original))[0]
+        return self._narrow.setdefault(id(parameter), (original.to(dtype), original))[0]
 
     def packed(self, parameter: Tensor) -> PackedWeight:
-        """Return ``parameter`` as tile units read it; :meth:`refresh` brings it up to date."""
-        return self._packed.setdefault(id(parameter), PackedWeight(parameter.detach()))
+        """Return ``parameter`` as tile units read it; :meth:`refresh` brings what has a gradient up to date."""
+        packed = PackedWeight(parameter.detach())
+        if self.gradient(parameter) is not None:
+            self._packed.append(packed)
+        return packed
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Return where the gradient of ``parameter`` is written, if it is."""
@@ -107,7 +110,7 @@ class Room:
         if self._narrow:
             copies, originals = zip(*self._narrow.values(), strict=True)
             torch._foreach_copy_(list(copies), list(originals))
-        for weight in self._packed.values():
+        for weight in self._packed:
             weight.pack()
 
     def add_up(self) -> None:

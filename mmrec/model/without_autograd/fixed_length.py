@@ -1,6 +1,6 @@
 """A pass over one row of a fixed number of tokens, and its gradients, in buffers made once and without autograd.
 
-Its steps are those of this folder; float32, on a CPU. Legend of shapes as in :mod:`mmrec.model`.
+Its steps are those of this folder, on a CPU. Legend of shapes as in :mod:`mmrec.model`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,28 @@ import torch
 from torch import Tensor
 
 from mmrec.model.lm import RecurrentLM
+from mmrec.model.ops.native.products import has_tiles
 from mmrec.model.state import State
 from mmrec.model.without_autograd.blocks import Blocks, has_steps
 from mmrec.model.without_autograd.buffers import Room
 from mmrec.model.without_autograd.steps import Product
 
+TILE_THREADS = 4
+"""Threads of torch that multiply in float32 as fast as one does by tile units."""
+
 
 def has_fixed_length_pass(net: RecurrentLM) -> bool:
     """Return whether :class:`FixedLengthPass` can compute ``net``."""
     return has_steps(net, torch.float32)
+
+
+def pass_dtype() -> torch.dtype:
+    """Return the dtype of matrix products with which a pass over a short row is fastest.
+
+    bfloat16 with the tile units of a processor, which one thread computes with, else float32: the other units for
+    bfloat16 take longer at so few tokens.
+    """
+    return torch.bfloat16 if has_tiles() and torch.get_num_threads() < TILE_THREADS else torch.float32
 
 
 class FixedLengthPass:
@@ -29,6 +42,7 @@ class FixedLengthPass:
         logits: [T, N], contiguous: where those after each token are written; a buffer of its own if None.
         gradients: by the name of a parameter, contiguous and of its shape: where its gradient is written. Parameters
             that have none here are not differentiated by.
+        dtype: of the blocks' matrix products: float32, or bfloat16 where :func:`pass_dtype` says so.
     """
 
     @torch.inference_mode(False)
@@ -39,11 +53,12 @@ class FixedLengthPass:
         length: int,
         logits: Tensor | None = None,
         gradients: dict[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         found = gradients or {}
         self._learns = bool(found)
         written = {id(parameter): found[name] for name, parameter in net.named_parameters() if name in found}
-        room = Room((1, length), net.config.dim, written)
+        room = Room((1, length), net.config.dim, written, dtype)
         self._embedding, self._to_embedding = net.embedding.weight.detach(), room.gradient(net.embedding.weight)
         self._tokens = torch.zeros(length, dtype=torch.int64)
         self._blocks = Blocks(room, net)

@@ -18,7 +18,7 @@ class Product:
     """A linear map: y [P, outputs] of x [P, inputs]; the gradient of its weight is of their dtype."""
 
     def __init__(self, room: Room, weight: Tensor, x: Tensor, y: Tensor) -> None:
-        self._weight = room.weight(weight)
+        self._weight = room.weight(weight, x.dtype)
         self._turned = self._weight.t()
         self._x, self._y, self._grad = x, y, room.gradient(weight)
 
@@ -60,7 +60,7 @@ def uses_tiles(dtype: torch.dtype) -> bool:
 
 def product(room: Room, weight: Tensor, x: Tensor, y: Tensor) -> Product | TileProduct:
     """Return the linear map by ``weight`` [outputs, inputs] from ``x`` [P, inputs] to ``y`` [P, outputs]."""
-    return (TileProduct if uses_tiles(room.dtype) else Product)(room, weight, x, y)
+    return (TileProduct if uses_tiles(x.dtype) else Product)(room, weight, x, y)
 
 
 class Norm:
