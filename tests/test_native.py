@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from conftest import Command
 from helpers import fit, last
 from torch import Tensor
 
+from mmrec.core.threads import available_cores
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.ops import dispatch
 from mmrec.model.ops.native import build, functions, muon, products
@@ -174,19 +179,81 @@ def test_kernels_are_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("compiler", "says"),
-    [("/nowhere/cc", "there is no C compiler; install gcc or clang"), ("false", "false failed: exit status 1")],
+    [
+        ("/nowhere/cc", "CC is /nowhere/cc, and there is no such compiler"),
+        ('gcc "', 'CC is gcc ", and there is no such compiler'),
+        ("", "there is no C compiler; install gcc or clang"),
+        ("false", "false failed: exit status 1"),
+    ],
 )
 def test_without_a_compiler_torch_computes(
     compiler: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", str(tmp_path))
     build.library.cache_clear()
     assert not dispatch.choose_native()
     assert dispatch.native_problem() == says
     net = made(FORMS[0])
     assert net(torch.zeros(1, 3, dtype=torch.int64), net.zero_state(1))[0].isfinite().all()
     assert not list(tmp_path.rglob("kernels-*"))
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the compiler a program that notes its calls in a file, waits and fails; return the file."""
+    if sys.platform == "win32":
+        pytest.skip("needs a shell")
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f"#!/bin/sh\necho called >> {calls}\nsleep 2\necho no >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return calls
+
+
+def test_a_compilation_that_failed_is_not_repeated(failing: Path) -> None:
+    build.library.cache_clear()
+    assert build.library(torch.float32) is None
+    calls = failing.read_text()
+    assert build.problem() == f"{failing.with_name('compiler')} failed: no"
+    build.library.cache_clear()
+    assert build.library(torch.float32) is None
+    assert failing.read_text() == calls
+
+
+def test_a_program_that_ends_while_kernels_are_compiled_leaves_without_a_word(failing: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from mmrec.model.ops.native import build
+build.begin()
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+raise SystemExit(7)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, str(failing)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (7, "")
+    assert len(failing.read_text().splitlines()) <= max(1, available_cores())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cache is elsewhere")
+def test_without_a_cache_kernels_are_kept_where_nobody_else_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = tmp_path / f"mmrec-{os.getuid()}"
+    assert build._cache_folder() == kept
+    assert kept.stat().st_mode & 0o777 == 0o700
+    kept.chmod(0o777)
+    build.library.cache_clear()
+    assert build.library(torch.float32) is None
+    assert f"others may write into {kept}" in str(build.problem())
 
 
 def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

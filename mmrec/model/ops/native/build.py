@@ -8,10 +8,10 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from threading import Thread
 
 import torch
 
+from mmrec.core.errors import one_line
 from mmrec.core.files import write_file
 from mmrec.core.threads import available_cores
 
@@ -43,14 +44,18 @@ SWITCH = "MMREC_NATIVE"
 
 
 _begun: list[Thread] = []
+_failed: dict[object, str] = {}
+"""What was compiled in vain, by dtype, compiler and folder, and why."""
 
 
 def begin() -> None:
     """Compile kernels that are not there yet beside what this process does; whoever wants one waits for them."""
     if os.environ.get(SWITCH) == "0" or _begun:
         return
-    _cache_folder()  # here: imports in two threads can wait for each other
-    _begun.append(Thread(target=_build_all, name="mmrec-build"))
+    with suppress(OSError):
+        _cache_folder()  # here: imports in two threads can wait for each other
+    # A process that ends, by Ctrl-C for example, does not wait for it.
+    _begun.append(Thread(target=_build_all, name="mmrec-build", daemon=True))
     _begun[0].start()
 
 
@@ -90,14 +95,25 @@ def problem() -> str | None:
 
 
 def _built(dtype: torch.dtype) -> Path:
-    """Return the library for ``dtype``, which is compiled where it is not there yet; OSError where that fails."""
-    compiler = _compiler()
-    if compiler is None:
-        raise OSError("there is no C compiler; install gcc or clang")
+    """Return the library for ``dtype``, which is compiled where it is not there yet; OSError where that fails.
+
+    What has failed is not tried again: it takes as long as what succeeds.
+    """
+    compiler, folder = _compiler(), _cache_folder()
+    key = dtype, compiler, folder
+    if key not in _failed:
+        try:
+            return _first_built(dtype, compiler, folder)
+        except OSError as error:
+            _failed[key] = one_line(error)
+    raise OSError(_failed[key])
+
+
+def _first_built(dtype: torch.dtype, compiler: tuple[str, ...], folder: Path) -> Path:
     said = ""
     for machine in FOR_THIS_MACHINE:
         command = (*compiler, *FLAGS, *machine, *DEFINED[dtype])
-        path = _cache_folder() / f"kernels-{_digest(command)}.so"
+        path = folder / f"kernels-{_digest(command)}.so"
         if path.exists():
             return path
         said = _build(command, path)
@@ -106,19 +122,26 @@ def _built(dtype: torch.dtype) -> Path:
     raise OSError(said)
 
 
-def _compiler() -> tuple[str, ...] | None:
-    """Return the command of the C compiler: that of ``CC``, else the first that is found."""
-    named = shlex.split(os.environ.get("CC", ""))
-    if named:
-        return tuple(named) if shutil.which(named[0]) else None
-    return next(((found,) for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+def _compiler() -> tuple[str, ...]:
+    """Return the command of the C compiler: that of ``CC``, else the first that is found; OSError without one."""
+    named = os.environ.get("CC", "")
+    try:
+        words = shlex.split(named)
+    except ValueError:  # quotation marks that are not closed
+        words = [named]
+    if words and not shutil.which(words[0]):
+        raise OSError(f"CC is {named}, and there is no such compiler")
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if not words and found is None:
+        raise OSError("there is no C compiler; install gcc or clang")
+    return tuple(words) or (str(found),)
 
 
 @cache
 def _digest(command: tuple[str, ...]) -> str:
     """Return a name for what ``command`` makes of the sources on this kind of processor."""
-    stat = os.stat(shutil.which(command[0]) or command[0])
-    parts = [" ".join(command).encode(), f"{stat.st_size} {stat.st_mtime_ns}".encode(), _processor().encode()]
+    program = os.stat(shutil.which(command[0]) or command[0])
+    parts = [" ".join(command).encode(), f"{program.st_size} {program.st_mtime_ns}".encode(), _processor().encode()]
     parts += [source.read_bytes() for source in sorted(FOLDER.glob("*.[ch]"))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
@@ -133,7 +156,10 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    """Return the folder that keeps what was built: the user's cache, else one for temporary files."""
+    """Return the folder that keeps what was built: the user's cache, else one of the user's for temporary files.
+
+    OSError where others may write into the latter, whose code would be run.
+    """
     import pooch  # late: it takes a tenth of a second
 
     folder = Path(pooch.os_cache("mmrec"))
@@ -143,7 +169,14 @@ def _cache_folder() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.gettempdir())
+    if not hasattr(os, "getuid"):
+        return Path(tempfile.gettempdir())
+    folder = Path(tempfile.gettempdir()) / f"mmrec-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+        raise OSError(f"others may write into {folder}, where compiled kernels would be kept; remove it")
+    return folder
 
 
 def _build(command: tuple[str, ...], path: Path) -> str:
@@ -151,13 +184,11 @@ def _build(command: tuple[str, ...], path: Path) -> str:
 
     As many sources are compiled at once as there are cores, the largest first.
     """
-    with tempfile.TemporaryDirectory(prefix="mmrec-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mmrec-", ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / path.name
         objects = {source: Path(scratch) / f"{source.stem}.o" for source in _sources()}
         compilations = [[*command, "-c", str(source), "-o", str(target)] for source, target in objects.items()]
-        with ThreadPoolExecutor(available_cores()) as pool:
-            said = next(filter(None, pool.map(_run, compilations)), "")
-        said = said or _run([*command, *map(str, objects.values()), "-o", str(made), "-lm"])
+        said = _run_all(compilations) or _run([*command, *map(str, objects.values()), "-o", str(made), "-lm"])
         if not said:
             write_file(path, made.read_bytes())
     return said
@@ -165,6 +196,27 @@ def _build(command: tuple[str, ...], path: Path) -> str:
 
 def _sources() -> list[Path]:
     return sorted(FOLDER.glob("*.c"), key=lambda source: (-source.stat().st_size, source.name))
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> str:
+    """Run compilers, as many at once as there are cores, until one fails; return what went wrong, if anything.
+
+    Python would wait at its end for the threads of a pool, and for all that they have still to do.
+    """
+    left, said = list(commands), list[str]()
+
+    def work() -> None:
+        with suppress(IndexError):
+            while not said:
+                if wrong := _run(left.pop(0)):
+                    said.append(wrong)
+
+    threads = [Thread(target=work, daemon=True) for _ in range(available_cores())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said[0] if said else ""
 
 
 def _run(command: Sequence[str]) -> str:
