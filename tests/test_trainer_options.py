@@ -129,6 +129,10 @@ REFUSED = {
     "nothing": (["--trainer.limit_train_batches=0.0001"], "which leaves none of the 21 batches"),
     "none": (["--trainer.limit_train_batches=0"], "limit_train_batches is 0, which leaves none of the 21 batches"),
     "checkpoints": (["--trainer.enable_checkpointing=false"], "enable_checkpointing=False"),
+    "barebones": (
+        ["--trainer.barebones=true"],
+        "error: --trainer.barebones is true, but every run",
+    ),
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
     "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),
     "parent": (["--run=.."], "--run is '..'"),
@@ -136,7 +140,7 @@ REFUSED = {
     "CometLogger": (["--trainer.logger=CometLogger"], "lightning.pytorch.loggers.CometLogger: Requirement 'comet"),
     "top k of nothing": (
         ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=3"],
-        "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid",
+        "ModelCheckpoint(save_top_k=3, monitor=None) is not a valid configuration. No quantity for top_k to track.\n",
     ),
     "incomplete": (
         ["--trainer.logger=CSVLogger"],
@@ -150,6 +154,15 @@ REFUSED = {
     "no option": (
         ["--trainer.logger=CSVLogger", "--trainer.logger.foo=3"],
         "--trainer.logger.foo is none of the options of the class that --trainer.logger names",
+    ),
+    "an option's nearest": (
+        ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_intervall=step"],
+        "options of the class that --trainer.callbacks names; did you mean 'logging_interval'?\n",
+    ),
+    "no config": (
+        ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=3"],
+        "cannot be used: the default of an argument, Interval.step: 'step', cannot be saved in a config; give that "
+        "argument, too\n",
     ),
     "an option's kind": (
         ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=x"],
@@ -244,3 +257,15 @@ def test_a_score_of_nothing_is_refused(mmrec: Command, prepared: Path, capsys: p
     mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
     assert mmrec("validate", "--ckpt_path=last", "--trainer.limit_val_batches=0") == 2
     assert "nothing was scored" in capsys.readouterr().err
+
+
+def test_predictions_of_nothing_are_refused_and_those_before_stay(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mmrec(*fit(prepared, "--trainer.max_epochs=1", "--run=a"))
+    assert mmrec("predict", "--ckpt_path=last", "--trainer.limit_predict_batches=1") == 0
+    table = Path("lightning_logs/a/predictions.tsv")
+    before = table.read_bytes()
+    assert mmrec("predict", "--ckpt_path=last", "--trainer.limit_predict_batches=0") == 2
+    assert "error: nothing was predicted: --trainer.limit_predict_batches is 0\n" in capsys.readouterr().err
+    assert table.read_bytes() == before

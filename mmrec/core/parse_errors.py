@@ -19,6 +19,8 @@ LISTING = re.compile(
 """How it lists, in one line, the errors of each type of an option that has several."""
 ONE_TYPE = re.compile(r"Parser key \"(?P<option>[\w.]+)\": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)")
 NOT_OF_COMMAND = re.compile(r"Subcommand '(?P<command>\w+)' does not accept option '(?P<option>[\w.]+)'")
+UNSAVED = re.compile(r"\('cannot represent an object', <?(.+?)>?\)")
+NOT_SAVED = r"the default of an argument, \1, cannot be saved in a config; give that argument, too"
 NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 A_CLASS = "one of Lightning's, or package.module.Class"
 
@@ -32,6 +34,9 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
     found = _of_value(message)
     if found is not None:
         return UserError(found)
+    of_class = re.fullmatch(r"Option '(\w+)' is not accepted", message)
+    if of_class is not None:  # of the parser of a class; what it says is a part of what another parser lists
+        return UserError(message + _nearest_option(of_class[1], parser))
     of_command = NOT_OF_COMMAND.fullmatch(message)
     if of_command is not None and parser._subcommands_action is not None:
         command, option = of_command["command"], of_command["option"]
@@ -40,6 +45,21 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
     # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", message)
     return UserError(message + (_nearest_option(unknown[1].split("=")[0], parser) if unknown else ""))
+
+
+def instantiation_error(message: str) -> UserError | None:
+    """Return the error for what jsonargparse says of a class that it could not make; None for another message.
+
+    What the class itself said (a package that is missing, arguments that do not go together) stands in the middle of
+    a listing of all the types that the option takes.
+    """
+    listing = re.search(r"^Does not validate against .*?^Errors:\n(.*?)^Given value type:", message, re.M | re.S)
+    if listing is None:
+        return None
+    reasons = [one_line(reason) for reason in re.split(r"^  - ", listing[1], flags=re.M) if reason.strip()]
+    told = [reason for reason in reasons if not reason.startswith(("Expected a ", "Not a valid subclass of "))]
+    found = re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", " ".join(told or reasons))
+    return UserError(f"--trainer options that cannot be used: {UNSAVED.sub(NOT_SAVED, found)}")
 
 
 def _of_value(message: str) -> str | None:
@@ -71,9 +91,10 @@ def _sentence(option: str, errors: str, value: str) -> str | None:
     required = re.search(r"Option '(\w+)' is required", errors)
     if required is not None:
         return f"--{option} is not complete: give --{option}.{required[1]}, too"
-    unknown = re.search(r"Option '(\w+)' is not accepted", errors)
+    unknown = re.search(r"Option '(\w+)' is not accepted(?P<hint>; did you mean '\w+'\?)?", errors)
     if unknown is not None:
-        return f"--{option}.{unknown[1]} is none of the options of the class that --{option} names"
+        hint = unknown["hint"] or ""
+        return f"--{option}.{unknown[1]} is none of the options of the class that --{option} names{hint}"
     missing = re.search(r"Problem with given class_path '(.+?)': (.*?)(?: - |$)", errors)
     if missing is not None:
         return f"--{option}: the class {missing[1]} cannot be loaded: {missing[2].strip()}; give {A_CLASS}"

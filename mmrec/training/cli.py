@@ -21,6 +21,7 @@ from mmrec.checkpoints.chat_template import ChatOptions
 from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.errors import UserError
 from mmrec.core.options import Parser, resolve_configs
+from mmrec.core.parse_errors import instantiation_error
 from mmrec.core.runtime import native_precision
 from mmrec.core.threads import keep_for_other_processes
 from mmrec.training.callbacks.checkpoint_io import DurableCheckpointIO
@@ -38,7 +39,6 @@ from mmrec.training.callbacks.throughput import LearningRate, Throughput
 from mmrec.training.callbacks.time_limit import TimeLimit
 from mmrec.training.compat import (
     SubcommandCLI,
-    instantiation_error,
     is_first_process,
     refusal,
     refuse_too_many_processes,
@@ -205,10 +205,7 @@ class TrainingCLI(SubcommandCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            reason = instantiation_error(error)
-            if reason is None:
-                raise
-            raise UserError(f"--trainer options that cannot be used: {reason}") from error
+            raise (instantiation_error(str(error)) or error) from None
         self.model.chat_options = self.component(self.config_init, "chat")
         if self.plan.init_from is not None:
             self.model.load_weights(read_checkpoint(self.plan.init_from, verify=False))
@@ -238,6 +235,8 @@ class TrainingCLI(SubcommandCLI):
     def _complete_trainer_config(self, config: dict[str, Any]) -> None:
         """Add our logger, callbacks and plugins to what was asked for."""
         fit = self.subcommand == "fit"
+        if config["barebones"]:
+            raise UserError("--trainer.barebones is true, but every run here logs and saves; leave it out")
         for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches", "log_every_n_steps"):
             if isinstance(config[name], int | float) and config[name] <= 0:
                 raise UserError(f"trainer.{name} is {config[name]}; it must be more than 0")
@@ -327,11 +326,11 @@ class TrainingCLI(SubcommandCLI):
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write predictions.tsv into the run's folder: position, token, its text, and its negative log-likelihood."""
         parts: Any = self.trainer.predict(model, **kwargs)
-        if not self.trainer.is_global_zero:
-            return
-        path = self.plan.folder / "predictions.tsv"
-        count = write_predictions(path, parts or [], self.datamodule.tokens.tokenizer)
-        print(f"{path}: {count:,} tokens")
+        if not parts:
+            raise UserError("nothing was predicted: --trainer.limit_predict_batches is 0")
+        if self.trainer.is_global_zero:
+            path = self.plan.folder / "predictions.tsv"
+            print(f"{path}: {write_predictions(path, parts, self.datamodule.tokens.tokenizer):,} tokens")
 
 
 def _listed(value: Any) -> list[Any]:

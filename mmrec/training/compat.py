@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -346,21 +345,6 @@ def _logger_that_failed(error: Exception) -> str | None:
             return type(logger).__name__
         trace = trace.tb_next
     return None
-
-
-def instantiation_error(error: ValueError) -> str | None:
-    """Return why jsonargparse could not make a class that a config names, as one line; None for another error.
-
-    What the class itself said (a package that is missing, arguments that do not go together) stands in the middle of
-    a listing of all the types that the option takes; no issue known.
-    """
-    listing = re.search(r"^Does not validate against .*?^Errors:\n(.*?)^Given value type:", str(error), re.M | re.S)
-    if listing is None:
-        return None
-    reasons = [reason for reason in re.split(r"^  - ", listing[1], flags=re.M) if reason.strip()]
-    told = [reason for reason in reasons if not reason.startswith("Expected a ")]
-    found = " ".join(" ".join(told).split())
-    return re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", found)
 
 
 # TensorBoard
