@@ -53,6 +53,11 @@ def test_compiled_losses_pass_on_what_is_no_number_and_refuse_what_is_no_token()
         broken = logits.clone()
         broken[0, 1, 2] = wrong
         assert not kernels.token_losses(broken, targets)[0].isfinite()
+    large = torch.tensor([[[1e7, 1e7, 0.0]]], requires_grad=True)  # where a float has no room for the logarithm of 2
+    nll, _ = kernels.token_losses(large, targets[:, :1])
+    nll.backward()
+    assert large.grad is not None
+    torch.testing.assert_close(large.grad, torch.tensor([[[0.5, -0.5, 0.0]]]))
     with pytest.raises(IndexError, match="target 5 is none of the 5 tokens"):
         kernels.token_losses(logits, targets + 1)
 

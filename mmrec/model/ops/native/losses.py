@@ -38,7 +38,7 @@ class _TokenLosses(torch.autograd.Function):
         most = int(targets.max()) if targets.numel() else 0
         if most >= logits.shape[-1]:
             raise IndexError(f"the target {most} is none of the {logits.shape[-1]} tokens")
-        kept, sums = torch.empty(targets.numel(), 2), torch.empty(2)
+        kept, sums = torch.empty(targets.numel(), 3), torch.empty(2)
         sizes = targets.numel(), logits.shape[-1]
         prepared("token_losses", logits.dtype, *sizes, logits, targets, kept, sums)()
         ctx.save_for_backward(logits, targets, kept)
