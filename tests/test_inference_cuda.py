@@ -41,12 +41,19 @@ from mmrec.inference.reading import Reader
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import RecurrentLM, State
 from mmrec.model.captured import StaticStep
+from mmrec.model.without_autograd import fixed_length
 from mmrec.tokenizers import CharacterTokenizer
 from mmrec.training.metrics import TextScore
 
 pytestmark = pytest.mark.simulated_cuda
 
 TOKENIZER = CharacterTokenizer("abcdefgh \n")
+
+
+@pytest.fixture(autouse=True)
+def float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learn from what is read in float32 on the CPU, too, where a processor has tile units for bfloat16."""
+    monkeypatch.setattr(fixed_length, "has_tiles", lambda: False)
 
 
 class _NoFloat64(TorchDispatchMode):

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import stat
+import tempfile
 import threading
 from io import FileIO
 from pathlib import Path
@@ -134,3 +135,25 @@ def synchronize(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def own_temporary_folder(name: str) -> Path:
+    """Return a folder for temporary files that no other user may write into, and which the next process finds again.
+
+    Where users have no numbers it is that for temporary files itself.
+
+    Args:
+        name: what the name of the folder begins with.
+
+    Raises:
+        OSError: it cannot be made, or others may write into it.
+    """
+    folder = Path(tempfile.gettempdir())
+    if not hasattr(os, "getuid"):
+        return folder
+    folder /= f"{name}-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+        raise OSError(f"others may write into {folder}, which should be this user's alone; remove it")
+    return folder

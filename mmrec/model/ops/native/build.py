@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from threading import Thread
 import torch
 
 from mmrec.core.errors import one_line
+from mmrec.core.file_system import own_temporary_folder
 from mmrec.core.files import write_file
 from mmrec.core.threads import available_cores
 
@@ -158,7 +158,7 @@ def _processor() -> str:
 def _cache_folder() -> Path:
     """Return the folder that keeps what was built: the user's cache, else one of the user's for temporary files.
 
-    OSError where others may write into the latter, whose code would be run.
+    OSError where others may write into the latter: what is in it is run.
     """
     import pooch  # late: it takes a tenth of a second
 
@@ -169,14 +169,7 @@ def _cache_folder() -> Path:
             return folder
     except OSError:
         pass
-    if not hasattr(os, "getuid"):
-        return Path(tempfile.gettempdir())
-    folder = Path(tempfile.gettempdir()) / f"mmrec-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
-        raise OSError(f"others may write into {folder}, where compiled kernels would be kept; remove it")
-    return folder
+    return own_temporary_folder("mmrec")
 
 
 def _build(command: tuple[str, ...], path: Path) -> str:
