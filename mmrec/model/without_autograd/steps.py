@@ -42,6 +42,7 @@ class TileProduct:
         self._weight, self._x = room.packed(weight), x
         self.forward = self._weight.product(x, y)
         self._grad = room.gradient(weight)
+        # By the addresses of the buffers, which are the same at every pass.
         self._backward: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def backward(self, to_y: Tensor, to_x: Tensor) -> None:
