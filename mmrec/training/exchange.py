@@ -21,6 +21,7 @@ from torch import Tensor, distributed
 from mmrec.core.errors import UserError
 from mmrec.core.file_system import reserve
 from mmrec.model.ops.native.build import library
+from mmrec.model.ops.native.functions import addresses_and_sizes
 
 LINE = 64
 """Bytes of what each process says of itself."""
@@ -135,9 +136,7 @@ class Exchange(_SharedMemory):
     def mean(self, tensors: Iterable[Tensor]) -> None:
         """Make each of ``tensors``, contiguous and float32, the mean of all processes' ones, to the same bits."""
         given = list(tensors)
-        addresses = (ctypes.c_void_p * len(given))(*(each.data_ptr() for each in given))
-        sizes = (ctypes.c_int64 * len(given))(*(each.numel() for each in given))
-        self._call("exchange_mean", len(given), addresses, sizes)
+        self._call("exchange_mean", len(given), *addresses_and_sizes(given))
 
     def mean_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make the gradient of each of ``parameters``, where it has one, the mean of all processes' ones."""

@@ -102,6 +102,11 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)])
 
 
+def updated_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Return all parameters of ``optimizer``, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def clip_to_norm(
     optimizer: Optimizer, norm: Tensor, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
 ) -> bool:
@@ -113,8 +118,7 @@ def clip_to_norm(
     if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
         return False
     if norm.device.type != "cpu" or not norm <= gradient_clip_val - CLIP_EPSILON:
-        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        clip_grads_with_norm_(updated, gradient_clip_val, norm)
+        clip_grads_with_norm_(updated_parameters(optimizer), gradient_clip_val, norm)
     return True
 
 

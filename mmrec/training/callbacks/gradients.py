@@ -13,6 +13,7 @@ from mmrec.core.errors import UserError
 from mmrec.model.ops import dispatch
 from mmrec.training.compat import is_logging_step
 from mmrec.training.module import RecurrentLMModule
+from mmrec.training.optim import updated_parameters
 
 
 class GradientGuard(Callback):
@@ -29,7 +30,7 @@ class GradientGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        updated = updated_parameters(optimizer)
         gradients = [parameter.grad for parameter in updated if parameter.grad is not None]
         norm = dispatch.total_norm(gradients)
         pl_module.gradient_norm = norm

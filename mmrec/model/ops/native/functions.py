@@ -6,7 +6,7 @@ is summed over rows is summed in their order, so the bits do not depend on the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from functools import cache
@@ -40,6 +40,11 @@ WORTH_THREADS = 1 << 15
 def takes(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels take ``x``, of which ``dtype`` is that of the matrix products around it."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and library(dtype) is not None
+
+
+def takes_in_place(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels for matrix products of ``dtype`` read and write ``x`` as it is in memory, in float32."""
+    return takes(x, dtype) and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -346,6 +351,15 @@ def _fixed(argument: Any) -> Any:
         case Structure():
             return byref(argument)
     return argument
+
+
+def addresses_and_sizes(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
+    """Return what tells a kernel of many ``tensors``: arrays of their addresses and of their numbers' count."""
+    count = len(tensors)
+    return (
+        (c_void_p * count)(*(each.data_ptr() for each in tensors)),
+        (c_int64 * count)(*(each.numel() for each in tensors)),
+    )
 
 
 @cache

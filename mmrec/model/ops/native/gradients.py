@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from mmrec.model.ops.native.build import library
+from mmrec.model.ops.native.functions import addresses_and_sizes, takes_in_place
 
 
 def takes(gradients: Sequence[Tensor]) -> bool:
     """Whether :func:`total_norm` takes ``gradients``."""
-    return library(torch.float32) is not None and all(
-        type(each) is Tensor and each.device.type == "cpu" and each.dtype == torch.float32 and each.is_contiguous()
-        for each in gradients
-    )
+    return all(takes_in_place(each, torch.float32) for each in gradients) and library(torch.float32) is not None
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the root of the sum of all squares, a scalar in float32: :func:`torch.nn.utils.get_total_norm`."""
-    kernels, count = library(torch.float32), len(gradients)
+    kernels, found = library(torch.float32), ctypes.c_double()
     assert kernels is not None
-    addresses = (ctypes.c_void_p * count)(*(each.data_ptr() for each in gradients))
-    sizes = (ctypes.c_int64 * count)(*(each.numel() for each in gradients))
-    found = ctypes.c_double()
-    kernels.sum_of_squares(ctypes.c_int64(count), addresses, sizes, ctypes.byref(found))
+    kernels.sum_of_squares(ctypes.c_int64(len(gradients)), *addresses_and_sizes(gradients), ctypes.byref(found))
     return torch.tensor(found.value**0.5, dtype=torch.float32)

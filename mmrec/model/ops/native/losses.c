@@ -28,6 +28,12 @@ EXPORT int token_losses(integer places, integer size, const number *logits, cons
     return 0;
 }
 
+/* The gradient of a logit that is not the target's. */
+static inline float of_logit(float logit, const float *kept, float of_nll, float of_confident) {
+    float below = logit - kept[0] - kept[1], along = (below < -87.0f ? -87.0f : below) - kept[2];
+    return power_of(below) * (of_nll + of_confident * along);
+}
+
 /* to_logits <- the gradients of the two sums, times `to_nll` and `to_confident`. */
 EXPORT int token_losses_backward(integer places, integer size, const number *logits, const int64_t *targets,
                                  const float *kept, const float *to_nll, const float *to_confident,
@@ -38,14 +44,9 @@ EXPORT int token_losses_backward(integer places, integer size, const number *log
             memset(to_logits, 0, size * sizeof(number));
             continue;
         }
-        VECTORIZE for (integer c = 0; c < size; c++) {
-            float below = load(logits[c]) - kept[0] - kept[1], power = power_of(below);
-            float along = (below < -87.0f ? -87.0f : below) - kept[2];
-            to_logits[c] = store(power * (of_nll + of_confident * along));
-        }
-        float below = load(logits[targets[n]]) - kept[0] - kept[1], power = power_of(below);
-        float along = (below < -87.0f ? -87.0f : below) - kept[2];
-        to_logits[targets[n]] = store(power * (of_nll + of_confident * along) - of_nll);
+        VECTORIZE for (integer c = 0; c < size; c++)
+            to_logits[c] = store(of_logit(load(logits[c]), kept, of_nll, of_confident));
+        to_logits[targets[n]] = store(of_logit(load(logits[targets[n]]), kept, of_nll, of_confident) - of_nll);
     }
     return 0;
 }

@@ -27,12 +27,7 @@ def takes(parameters: list[Tensor]) -> bool:
 
 
 def _takes(tensor: Tensor | None) -> bool:
-    return (
-        tensor is not None
-        and functions.takes(tensor, torch.bfloat16)
-        and tensor.dtype == torch.float32
-        and tensor.is_contiguous()
-    )
+    return tensor is not None and functions.takes_in_place(tensor, torch.bfloat16)
 
 
 def orthogonalize(gradient: Tensor, average: Tensor, how: Momentum, update: Tensor) -> None:
