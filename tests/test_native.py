@@ -311,30 +311,29 @@ def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nestero
     exact = orthogonalize(direction.double()[None], coefficients, 5, 1e-7)[0]
     of_torch = orthogonalize(direction.bfloat16()[None], coefficients, 5, 1e-7)[0]
 
-    ours = torch.empty(shape, dtype=torch.bfloat16)
-    other = average.clone()
-    muon.orthogonalize(gradient, average, muon.Momentum(0.95, nesterov, coefficients, 5, 1e-7), ours)
+    # Two matrices, of which another process orthogonalizes the first.
+    other, updates = average.clone(), torch.full((3 + gradient.numel(),), 7, dtype=torch.bfloat16)
+    how = muon.Momentum(5, nesterov, *coefficients, 1e-7, 0.95)
+    muon.orthogonalize(how, [gradient, gradient], [other, average], [-1, 3], updates)
     torch.testing.assert_close(average, after)
-    muon.bring_up_to_date(other, gradient, 0.95)
     assert torch.equal(other, average)
+    assert (updates[:3] == 7).all()
+    ours = updates[3:].view(shape)
 
     def error(found: Tensor) -> float:
         return float((found - exact).norm() / exact.norm())
 
     assert 0 < error(ours) < 1.2 * error(of_torch) + 1e-3
-    weight = torch.randn(shape)
-    expected = 0.9 * weight - 0.01 * ours.float()
-    muon.apply(weight, ours, 0.9, 0.01)
-    torch.testing.assert_close(weight, expected)
+    weights = torch.randn(shape), torch.randn(2)
+    expected = [0.9 * weights[0] - 0.01 * ours.float(), 0.9 * weights[1] - 7 * 0.02]
+    muon.apply(weights, 0.9, [0.01, 0.02], [3, 0], updates)
+    torch.testing.assert_close(weights, tuple(expected))
 
 
 @pytest.mark.skipif(not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
 def test_muon_leaves_zeros_and_says_nothing_of_numbers_that_are_not_finite() -> None:
-    how, update = (
-        muon.Momentum(0.95, True, (3.4445, -4.7750, 2.0315), 5, 1e-7),
-        torch.ones(24, 40, dtype=torch.bfloat16),
-    )
-    muon.orthogonalize(torch.zeros(24, 40), torch.zeros(24, 40), how, update)
+    how, update = muon.Momentum(5, True, 3.4445, -4.7750, 2.0315, 1e-7, 0.95), torch.ones(24 * 40).bfloat16()
+    muon.orthogonalize(how, [torch.zeros(24, 40)], [torch.zeros(24, 40)], [0], update)
     assert not update.any()
-    muon.orthogonalize(torch.full((24, 40), torch.nan), torch.zeros(24, 40), how, update)
+    muon.orthogonalize(how, [torch.full((24, 40), torch.nan)], [torch.zeros(24, 40)], [0], update)
     assert update.isnan().all()

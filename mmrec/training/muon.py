@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -91,9 +92,10 @@ class BatchedMuon(Muon):
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            kernels = dispatch.native_muon(parameters)
-            if kernels is not None:
-                self._update_by_kernels(kernels, group, parameters)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            if kernels := dispatch.native_muon([*parameters, *gradients, *averages]):
+                _update_by_kernels(kernels, group, parameters, gradients, averages)
                 continue
             shapes: dict[tuple[torch.Size, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for parameter in parameters:
@@ -105,32 +107,6 @@ class BatchedMuon(Muon):
                 torch._foreach_mul_(local, decay)
                 torch._foreach_add_(local, updates.to(local[0].dtype).unbind(), alpha=-rate)
         return loss
-
-    def _update_by_kernels(self, kernels: ModuleType, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update ``parameters`` by compiled code; of several processes each orthogonalizes some, in bfloat16."""
-        how = kernels.Momentum(
-            *(group[name] for name in ("momentum", "nesterov", "ns_coefficients", "ns_steps", "eps"))
-        )
-        processes, rank = _processes()
-        owners = share_out([min(each.shape) * each.numel() for each in parameters], processes)
-        places = [0] * processes
-        room = max(sum(each.numel() for each, of in zip(parameters, owners, strict=True) if of == one)
-                   for one in range(processes))  # fmt: skip
-        own, spans = torch.empty(room, dtype=torch.bfloat16), []
-        for parameter, owner in zip(parameters, owners, strict=True):
-            start = places[owner]
-            places[owner] += parameter.numel()
-            spans.append((owner, start))
-            gradient, average = parameter.grad, self.state[parameter]["momentum_buffer"]
-            if owner == rank:
-                mine = own[start : places[owner]].view(parameter.shape)
-                kernels.orthogonalize(gradient, average, how, mine)
-            else:
-                kernels.bring_up_to_date(average, gradient, how.momentum)
-        everyone = own[None] if processes == 1 else gather_all(own[None])
-        for parameter, (owner, start) in zip(parameters, spans, strict=True):
-            update = everyone[owner, start : start + parameter.numel()].view(parameter.shape)
-            kernels.apply(parameter, update, *_factors(group, parameter))
 
     def _by_torch(self, group: dict[str, Any], parameters: list[Tensor]) -> Tensor:
         """Return the nearly orthogonal matrices [M, rows, columns]; of a sharded model the rows of this process."""
@@ -147,6 +123,42 @@ class BatchedMuon(Muon):
         if _local(parameters[0]) is not parameters[0]:
             return _by_matrices(matrices, parameters[0], orthogonal)
         return shared_out(len(matrices), lambda mine: orthogonal(matrices[mine.start : mine.stop]))
+
+
+def _update_by_kernels(
+    kernels: ModuleType,
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+) -> None:
+    """Update ``parameters`` by compiled code; of several processes each orthogonalizes some, in bfloat16."""
+    numbers = (group[name] for name in ("eps", "momentum"))
+    how = kernels.Momentum(group["ns_steps"], group["nesterov"], *group["ns_coefficients"], *numbers)
+    processes, rank = _processes()
+    owners, starts, room = _places(tuple(parameter.shape for parameter in parameters), processes)
+    mine = [start if owner == rank else -1 for owner, start in zip(owners, starts, strict=True)]
+    updates = torch.empty(room, dtype=torch.bfloat16)
+    kernels.orthogonalize(how, gradients, averages, mine, updates)
+    if processes > 1:
+        updates = gather_all(updates)
+    places = [owner * room + start for owner, start in zip(owners, starts, strict=True)]
+    factors = [_factors(group, parameter) for parameter in parameters]
+    kernels.apply(parameters, factors[0][0], [rate for _, rate in factors], places, updates)
+
+
+@cache
+def _places(shapes: tuple[torch.Size, ...], processes: int) -> tuple[list[int], list[int], int]:
+    """Return which process orthogonalizes each matrix, where among its numbers that begins, and how many those are.
+
+    The last is the most that a process has: all give as many.
+    """
+    owners = share_out([min(shape) * shape.numel() for shape in shapes], processes)
+    ends, starts = [0] * processes, []
+    for shape, owner in zip(shapes, owners, strict=True):
+        starts.append(ends[owner])
+        ends[owner] += shape.numel()
+    return owners, starts, max(ends)
 
 
 def _factors(group: dict[str, Any], parameter: Tensor) -> tuple[float, float]:

@@ -8,7 +8,7 @@ but for their matrix products. Everywhere else all is computed by torch (:mod:`c
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -98,12 +98,21 @@ def native_functions() -> ModuleType | None:
     return import_module("mmrec.model.ops.native.functions")
 
 
-def native_muon(parameters: list[Tensor]) -> ModuleType | None:
-    """Return :mod:`mmrec.model.ops.native.muon` if its kernels are to update ``parameters``, matrices."""
+def native_muon(tensors: Sequence[Tensor | None]) -> ModuleType | None:
+    """Return :mod:`mmrec.model.ops.native.muon` if its kernels take ``tensors``: matrices, gradients, averages."""
+    return _native_optimizer("muon", tensors)
+
+
+def native_adamw(tensors: Sequence[Tensor | None]) -> ModuleType | None:
+    """Return :mod:`mmrec.model.ops.native.adamw` if its kernels take ``tensors``: weights, gradients, averages."""
+    return _native_optimizer("adamw", tensors)
+
+
+def _native_optimizer(name: str, tensors: Sequence[Tensor | None]) -> ModuleType | None:
     if native_functions() is None:
         return None
-    kernels = import_module("mmrec.model.ops.native.muon")
-    return kernels if kernels.takes(parameters) else None
+    kernels = import_module(f"mmrec.model.ops.native.{name}")
+    return kernels if kernels.takes(tensors) else None
 
 
 def native_losses(logits: Tensor) -> ModuleType | None:

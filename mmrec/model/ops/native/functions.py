@@ -6,7 +6,7 @@ is summed over rows is summed in their order, so the bits do not depend on the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from functools import cache
@@ -33,18 +33,23 @@ SPAN = 32
 """Tokens from one kept state of the long memory to the next; between them it is computed once more."""
 LANES = 16
 """Rows of a state of the long memory are kept as whole vectors of so many numbers, as long_memory.c has it."""
+PLAIN = Tensor, torch.nn.Parameter
+"""Tensors that are what their memory says."""
 WORTH_THREADS = 1 << 15
 """Numbers of an input from which on a second thread pays."""
 
 
 def takes(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels take ``x``, of which ``dtype`` is that of the matrix products around it."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and library(dtype) is not None
+    return type(x) in PLAIN and x.device.type == "cpu" and library(dtype) is not None
 
 
-def takes_in_place(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels for matrix products of ``dtype`` read and write ``x`` as it is in memory, in float32."""
-    return takes(x, dtype) and x.dtype == torch.float32 and x.is_contiguous()
+def takes_in_place(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether kernels for matrix products of ``dtype`` read and write ``tensors`` as they are, in float32."""
+    return library(dtype) is not None and all(
+        x is not None and type(x) in PLAIN and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()
+        for x in tensors
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -353,13 +358,19 @@ def _fixed(argument: Any) -> Any:
     return argument
 
 
+def addresses(tensors: Sequence[Tensor]) -> Any:
+    """Return the addresses of ``tensors`` for a kernel."""
+    return (c_void_p * len(tensors))(*[each.data_ptr() for each in tensors])
+
+
+def integers(numbers: Sequence[int]) -> Any:
+    """Return ``numbers`` for a kernel."""
+    return (c_int64 * len(numbers))(*numbers)
+
+
 def addresses_and_sizes(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     """Return what tells a kernel of many ``tensors``: arrays of their addresses and of their numbers' count."""
-    count = len(tensors)
-    return (
-        (c_void_p * count)(*(each.data_ptr() for each in tensors)),
-        (c_int64 * count)(*(each.numel() for each in tensors)),
-    )
+    return addresses(tensors), integers([each.numel() for each in tensors])
 
 
 @cache

@@ -14,7 +14,7 @@ from mmrec.model.ops.native.functions import addresses_and_sizes, takes_in_place
 
 def takes(gradients: Sequence[Tensor]) -> bool:
     """Whether :func:`total_norm` takes ``gradients``."""
-    return all(takes_in_place(each, torch.float32) for each in gradients) and library(torch.float32) is not None
+    return takes_in_place(gradients, torch.float32)
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

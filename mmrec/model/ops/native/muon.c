@@ -10,14 +10,18 @@ static inline float averaged(float average, float grad, float momentum) {
 }
 
 /* The momentum's average of the gradients, for a matrix that another process orthogonalizes. */
-EXPORT int muon_average(integer count, float momentum, const float *grad, float *average) {
+static void bring_up_to_date(integer count, float momentum, const float *grad, float *average) {
     VECTORIZE for (integer n = 0; n < count; n++) average[n] = averaged(average[n], grad[n], momentum);
-    return 0;
 }
 
-/* weight <- decay weight - rate update. */
-EXPORT int muon_apply(integer count, float decay, float rate, const number *update, float *weight) {
-    VECTORIZE for (integer n = 0; n < count; n++) weight[n] = decay * weight[n] - rate * load(update[n]);
+/* Each of the weights <- decay weight - rate update; `starts` says where its update is in `updates`. */
+EXPORT int muon_apply(integer count, float **weights, const int64_t *sizes, const float *rates, float decay,
+                      const int64_t *starts, const number *updates) {
+    for (integer n = 0; n < count; n++) {
+        float *weight = weights[n], rate = rates[n];
+        const number *update = updates + starts[n];
+        VECTORIZE for (integer i = 0; i < sizes[n]; i++) weight[i] = decay * weight[i] - rate * load(update[i]);
+    }
     return 0;
 }
 
@@ -107,15 +111,21 @@ static void from_tiles(integer height, integer width, int tall, const half *tile
         }
 }
 
+/* How averages are formed, and orthogonal matrices found. */
+typedef struct {
+    integer steps, nesterov;
+    float a, b, c, eps, momentum;
+} muon_rule;
+
 /* update <- the orthogonal matrix nearest to the momentum of a matrix [height, width], nearly.
 
    `average` is the momentum's, which is brought up to date. */
-EXPORT int muon_orthogonalize(integer height, integer width, integer steps, float a, float b, float c, float eps,
-                              float momentum, integer nesterov, const float *grad, float *average, half *update) {
+static int orthogonalize(const muon_rule *rule, integer height, integer width, const float *grad, float *average,
+                         half *update) {
     int tall = height > width;
     integer rows = padded(tall ? width : height), columns = padded(tall ? height : width);
     /* The direction fits into the padded matrix. Lines of the cache hold whole rows of tiles. */
-    float *direction = aligned_alloc(64, rows * columns * sizeof(float)), squares = 0;
+    float *direction = aligned_alloc(64, rows * columns * sizeof(float)), squares = 0, momentum = rule->momentum;
     half *scratch = aligned_alloc(64, 3 * rows * (columns + rows) * sizeof(half));
     if (!direction || !scratch) return free(direction), free(scratch), 1;
     half *x = scratch, *next = x + rows * columns, *right = next + rows * columns;
@@ -123,19 +133,19 @@ EXPORT int muon_orthogonalize(integer height, integer width, integer steps, floa
     SUMS(omp simd reduction(+ : squares))
     for (integer n = 0; n < height * width; n++) {
         average[n] = averaged(average[n], grad[n], momentum);
-        direction[n] = nesterov ? grad[n] + momentum * (average[n] - grad[n]) : average[n];
+        direction[n] = rule->nesterov ? grad[n] + momentum * (average[n] - grad[n]) : average[n];
         squares += direction[n] * direction[n];
     }
     float norm = sqrtf(squares);
-    to_tiles(height, width, tall, direction, 1.0f / (norm > eps ? norm : eps), x);
+    to_tiles(height, width, tall, direction, 1.0f / (norm > rule->eps ? norm : rule->eps), x);
     configure_tiles();
-    for (integer step = 0; step < steps; step++) {
+    for (integer step = 0; step < rule->steps; step++) {
         right_of_transposed(rows, columns, x, right);
         multiply(rows, columns, rows, x, right, 1.0f, NULL, 0, r);
         right_of_transposed(rows, rows, r, r_right); /* r is its own transpose */
-        multiply(rows, rows, rows, r, r_right, c, r, b, p);
+        multiply(rows, rows, rows, r, r_right, rule->c, r, rule->b, p);
         right_of(rows, columns, x, right);
-        multiply(rows, rows, columns, p, right, 1.0f, x, a, next);
+        multiply(rows, rows, columns, p, right, 1.0f, x, rule->a, next);
         half *last = x;
         x = next, next = last;
     }
@@ -143,6 +153,16 @@ EXPORT int muon_orthogonalize(integer height, integer width, integer steps, floa
     from_tiles(height, width, tall, x, update);
     free(direction);
     free(scratch);
+    return 0;
+}
+
+/* `averages` of the gradients of matrices are brought up to date. Where `starts` is not negative, the orthogonal matrix
+   nearest to the momentum is written there in `updates`. */
+EXPORT int muon_orthogonalize(const muon_rule *rule, integer count, const int64_t *heights, const int64_t *widths,
+                              const float **grads, float **averages, const int64_t *starts, half *updates) {
+    for (integer n = 0; n < count; n++)
+        if (starts[n] < 0) bring_up_to_date(heights[n] * widths[n], rule->momentum, grads[n], averages[n]);
+        else if (orthogonalize(rule, heights[n], widths[n], grads[n], averages[n], updates + starts[n])) return 1;
     return 0;
 }
 

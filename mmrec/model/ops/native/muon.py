@@ -1,60 +1,65 @@
-"""Muon's update of a matrix by compiled code: momentum, orthogonalization in bfloat16, the step of the weights."""
+"""Muon's update of matrices by compiled code: momentum, orthogonalization in bfloat16, the step of the weights."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int64
 
 import torch
 from torch import Tensor
 
-from mmrec.model.ops.native import functions
+from mmrec.model.ops.native.functions import addresses, addresses_and_sizes, integers, prepared, takes_in_place
 from mmrec.model.ops.native.products import has_tiles
 
 
-class Momentum(NamedTuple):
+class Momentum(Structure):
     """How Muon averages gradients and orthogonalizes, as :class:`torch.optim.Muon` names it."""
 
-    momentum: float
-    nesterov: bool
-    coefficients: tuple[float, float, float]
-    steps: int
-    eps: float
+    _fields_ = [
+        *((name, c_int64) for name in ("steps", "nesterov")),
+        *((name, c_float) for name in ("a", "b", "c", "eps", "momentum")),
+    ]
 
 
-def takes(parameters: list[Tensor]) -> bool:
-    """Whether :func:`orthogonalize` and :func:`apply` take ``parameters``, which are matrices with gradients."""
-    return has_tiles() and all(_takes(tensor) for each in parameters for tensor in (each, each.grad))
+def takes(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether :func:`orthogonalize` and :func:`apply` take ``tensors``: matrices, their gradients and averages."""
+    return has_tiles() and takes_in_place(tensors, torch.bfloat16)
 
 
-def _takes(tensor: Tensor | None) -> bool:
-    return tensor is not None and functions.takes_in_place(tensor, torch.bfloat16)
+def orthogonalize(
+    how: Momentum,
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    starts: Sequence[int],
+    updates: Tensor,
+) -> None:
+    """Bring ``averages`` up to date, and write the nearly orthogonal matrices next to the momentum.
 
-
-def orthogonalize(gradient: Tensor, average: Tensor, how: Momentum, update: Tensor) -> None:
-    """Bring ``average`` up to date, and make ``update`` the nearly orthogonal matrix next to the momentum.
-
-    It differs from :func:`mmrec.training.muon.orthogonalize` in bfloat16 only in roundings.
+    They differ from those of :func:`mmrec.training.muon.orthogonalize` in bfloat16 only in roundings.
 
     Args:
-        gradient: [rows, columns], float32.
-        average: of the gradients until now, likewise; it is changed.
         how: options of Muon.
-        update: [rows, columns], bfloat16; it is written.
+        gradients: matrices, float32.
+        averages: of the gradients until now, likewise; they are changed.
+        starts: of each matrix: where in ``updates`` it is written; -1 where it is not orthogonalized.
+        updates: [numbers], bfloat16; it is written.
     """
-    numbers = (*gradient.shape, how.steps, *how.coefficients, how.eps, how.momentum, how.nesterov)
-    _run("muon_orthogonalize", *numbers, gradient, average, update)
+    heights, widths = (integers([each.shape[side] for each in gradients]) for side in (0, 1))
+    given = addresses(gradients), addresses(averages), integers(starts)
+    prepared("muon_orthogonalize", torch.bfloat16, how, len(gradients), heights, widths, *given, updates)()
 
 
-def bring_up_to_date(average: Tensor, gradient: Tensor, momentum: float) -> None:
-    """Make ``average`` that of the gradients with ``gradient``, as :func:`orthogonalize` does."""
-    _run("muon_average", gradient.numel(), momentum, gradient, average)
+def apply(
+    weights: Sequence[Tensor], decay: float, rates: Sequence[float], starts: Sequence[int], updates: Tensor
+) -> None:
+    """Make each of ``weights``, float32, ``decay`` of itself less its rate times its update.
 
-
-def apply(weight: Tensor, update: Tensor, decay: float, rate: float) -> None:
-    """Make ``weight`` [rows, columns], float32, ``decay`` of itself less ``rate`` of ``update``, bfloat16."""
-    _run("muon_apply", weight.numel(), decay, rate, update, weight)
-
-
-def _run(name: str, *arguments: float | Tensor) -> None:
-    """Call a kernel, which takes whole matrices."""
-    functions.prepared(name, torch.bfloat16, *arguments)()
+    Args:
+        weights: matrices.
+        decay: of all of them.
+        rates: of each.
+        starts: of each: where its update begins in ``updates``.
+        updates: [numbers], bfloat16.
+    """
+    how = (c_float * len(rates))(*rates), decay, integers(starts)
+    prepared("muon_apply", torch.bfloat16, len(weights), *addresses_and_sizes(weights), *how, updates)()
