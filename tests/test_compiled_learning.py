@@ -17,6 +17,7 @@ from mmrec.inference.compiled_learning import CompiledLearning, mixing_rule
 from mmrec.inference.learning import LearningNet
 from mmrec.model import RecurrentLM
 from mmrec.model.ops import dispatch
+from mmrec.model.ops.native import build
 from mmrec.model.ops.native.build import library
 
 __all__ = ["tiles"]
@@ -172,3 +173,28 @@ def test_that_kernels_are_gone_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "MMREC_NATIVE=0" in said
     read(net, tokens, learning_memory(net))
     assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+def test_where_the_library_for_learning_cannot_be_built_torch_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, tokens = made(), torch.randint(7, (3 * PART,))
+    begun = learning_memory(net).caching(1)
+    assert begun.learned is not None
+    assert begun.learned.compiled
+    _, by_kernels = read(net, tokens, begun)
+    monkeypatch.setattr(build, "_failed", {})
+    monkeypatch.setitem(build.SOURCES, build.LEARNING, ("nowhere",))
+    library.cache_clear()
+    learner._say_that_bits_differ.cache_clear()
+    _, by_torch = read(net, tokens, begun)
+    torch.testing.assert_close(by_torch.logits, by_kernels.logits, rtol=2e-2, atol=2e-2)
+    said = capsys.readouterr().err
+    assert said.count("begun with compiled kernels") == 1
+    assert "nowhere.c" in said
+    assert dispatch.has_native(torch.float32)
+    assert dispatch.native_problem() is None
+    new = learning_memory(net).learned
+    assert new is not None
+    assert not new.compiled

@@ -177,6 +177,12 @@ def test_kernels_are_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert dispatch.choose_native()
 
 
+def test_every_source_is_in_a_library_and_only_where_it_is_asked_for() -> None:
+    used = {name for names in build.SOURCES.values() for name in names}
+    assert used == {path.stem for path in build.FOLDER.glob("*.c")}
+    assert not {"muon", "products", *build.SOURCES[build.LEARNING]} & {*build.SOURCES[torch.float32]}
+
+
 @pytest.mark.parametrize(
     ("compiler", "says"),
     [

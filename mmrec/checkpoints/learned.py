@@ -62,7 +62,7 @@ class LearnedWeights:
         device, weights = logits.device, learned_parameters(net, form)
         return cls(
             form=form,
-            compiled=device.type != "cpu" or dispatch.has_native(torch.float32),
+            compiled=device.type != "cpu" or dispatch.has_native_learning(),
             difference={
                 name: torch.zeros(weight.shape, dtype=torch.float16, device=device)
                 for name, weight in weights.items()

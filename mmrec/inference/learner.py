@@ -84,10 +84,10 @@ class Learner:
     @cached_property
     def _compiled(self) -> CompiledLearning | None:
         """What learns by compiled code; None where it cannot be used. That there are no kernels is said once."""
-        if has_fixed_length_pass(self._untouched):
+        if has_fixed_length_pass(self._untouched) and dispatch.has_native_learning():
             return CompiledLearning(self._untouched, self._weights)
         weight = self._untouched.embedding.weight
-        if weight.device.type == "cpu" and not dispatch.has_native(weight.dtype):
+        if weight.device.type == "cpu" and not (dispatch.has_native(weight.dtype) and dispatch.has_native_learning()):
             _say_that_bits_differ()
         return None
 
@@ -95,7 +95,7 @@ class Learner:
 @cache
 def _say_that_bits_differ() -> None:
     """Say, once in a process, that a memory is not gone on with as it was begun."""
-    problem = dispatch.native_problem() or "MMREC_NATIVE=0"
+    problem = dispatch.native_problem(learning=True) or "MMREC_NATIVE=0"
     print(f"This memory was begun with compiled kernels; the last digits will differ: {problem}", file=sys.stderr)
 
 

@@ -64,7 +64,7 @@ class NgramCache:
     @property
     def compiled(self) -> CompiledNgrams | None:
         """What counts and looks up by compiled code; None where there is none, or none is wanted."""
-        if not dispatch.has_native(torch.float32) or not self._hashing.takes(self.vocab_size):
+        if not dispatch.has_native_learning() or not self._hashing.takes(self.vocab_size):
             return None
         if self._made is None:
             self._made = CompiledNgrams(self.table, self.vocab_size, self._hashing)

@@ -68,6 +68,12 @@ def has_native(dtype: torch.dtype) -> bool:
     return native(torch.zeros(1, 2, 1, dtype=dtype)) is not None
 
 
+def has_native_learning() -> bool:
+    """Return whether those that learn from a text that is read are used here; they are built if need be."""
+    build = import_module("mmrec.model.ops.native.build")
+    return has_native(torch.float32) and build.library(build.LEARNING) is not None
+
+
 @contextmanager
 def without_native() -> Iterator[None]:
     """Compute by torch, within, what the kernels of :mod:`mmrec.model.ops.native` compute; in this thread alone."""
@@ -78,10 +84,16 @@ def without_native() -> Iterator[None]:
         _leaves_out_native.reset(token)
 
 
-def native_problem() -> str | None:
-    """Return why the kernels of :mod:`mmrec.model.ops.native` cannot be used; None where nobody wants them."""
-    functions = native_functions()
-    problem: str | None = None if functions is None else functions.problem()
+def native_problem(learning: bool = False) -> str | None:
+    """Return why the kernels of :mod:`mmrec.model.ops.native` cannot be used; None where nobody wants them.
+
+    Args:
+        learning: whether those of :func:`has_native_learning` are asked about.
+    """
+    if native_functions() is None:
+        return None
+    build = import_module("mmrec.model.ops.native.build")
+    problem: str | None = build.problem(build.LEARNING if learning else torch.float32)
     return problem
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 
 import torch
 
@@ -36,8 +36,18 @@ FLAGS = (
 )
 FOR_THIS_MACHINE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 """Of these the first are taken that the compiler knows."""
-DEFINED = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
-
+LEARNING = "learning"
+"""The library of what learns from a text while it is read, apart from the training of models."""
+Kind = torch.dtype | str
+"""Which library: that of the kernels for matrix products of a dtype, or :data:`LEARNING`."""
+_LAYERS = ("long_memory", "losses", "pointwise", "short_memory")
+SOURCES: dict[Kind, tuple[str, ...]] = {
+    torch.float32: (*_LAYERS, "adamw", "exchange"),
+    torch.bfloat16: (*_LAYERS, "muon", "products"),
+    LEARNING: ("learning", "ngram_mixture", "ngrams"),
+}
+"""Sources of each library: nothing is compiled that it is not asked for."""
+FOR_MODELS = (torch.float32, torch.bfloat16)
 
 SWITCH = "MMREC_NATIVE"
 """Environment variable: at 0 the kernels are neither built nor used."""
@@ -45,78 +55,78 @@ SWITCH = "MMREC_NATIVE"
 
 _begun: list[Thread] = []
 _failed: dict[object, str] = {}
-"""What was compiled in vain, by dtype, compiler and folder, and why."""
+"""What was compiled in vain, by library, compiler and folder, and why."""
 
 
 def begin() -> None:
-    """Compile kernels that are not there yet beside what this process does; whoever wants one waits for them."""
+    """Compile models' kernels that are not there yet beside what this process does; who wants one waits for all."""
     if os.environ.get(SWITCH) == "0" or _begun:
         return
     with suppress(OSError):
         _cache_folder()  # here: imports in two threads can wait for each other
-    # A process that ends, by Ctrl-C for example, does not wait for it.
-    _begun.append(Thread(target=_build_all, name="mmrec-build", daemon=True))
-    _begun[0].start()
+    # A process that ends, by Ctrl-C for example, does not wait for them.
+    _begun.extend(Thread(target=_try, args=(kind,), name="mmrec-build", daemon=True) for kind in FOR_MODELS)
+    for each in _begun:
+        each.start()
 
 
-def _build_all() -> None:
-    for dtype in DEFINED:
-        with suppress(OSError):  # whoever wants them is told
-            _built(dtype)
+def _try(kind: Kind) -> None:
+    with suppress(OSError):  # whoever wants it is told
+        _built(kind)
 
 
 @cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Return the kernels whose matrix products have ``dtype``; None where they are not wanted or cannot be built."""
-    if dtype not in DEFINED or os.environ.get(SWITCH) == "0":
+def library(kind: Kind) -> ctypes.CDLL | None:
+    """Return a library; None where it is not wanted or cannot be built, or there is none."""
+    if kind not in SOURCES or os.environ.get(SWITCH) == "0":
         return None
     for each in _begun:
         each.join()
     try:
-        return ctypes.CDLL(str(_built(dtype)))
+        return ctypes.CDLL(str(_built(kind)))
     except OSError:
         return None
 
 
 def is_built() -> bool:
-    """Return whether there are kernels for every dtype; they are built where they are not yet."""
-    return all(library(dtype) is not None for dtype in DEFINED)
+    """Return whether there are kernels for models, of every dtype; they are built where they are not yet."""
+    return all(library(kind) is not None for kind in FOR_MODELS)
 
 
-def problem() -> str | None:
-    """Return why there are no kernels, and what helps; None where there are, or nobody wants any."""
-    if library(torch.float32) is not None or os.environ.get(SWITCH) == "0":
+def problem(kind: Kind = torch.float32) -> str | None:
+    """Return why a library cannot be had, and what helps; None where it can, or nobody wants any."""
+    if library(kind) is not None or os.environ.get(SWITCH) == "0":
         return None
     try:
-        path = _built(torch.float32)
+        path = _built(kind)
     except OSError as error:
         return str(error)
     return f"the compiled kernels {path} cannot be loaded"
 
 
-def _built(dtype: torch.dtype) -> Path:
-    """Return the library for ``dtype``, which is compiled where it is not there yet; OSError where that fails.
+def _built(kind: Kind) -> Path:
+    """Return the path of a library, which is compiled where it is not there yet; OSError where that fails.
 
     What has failed is not tried again: it takes as long as what succeeds.
     """
     compiler, folder = _compiler(), _cache_folder()
-    key = dtype, compiler, folder
+    key = kind, compiler, folder
     if key not in _failed:
         try:
-            return _first_built(dtype, compiler, folder)
+            return _first_built(kind, compiler, folder)
         except OSError as error:
             _failed[key] = one_line(error)
     raise OSError(_failed[key])
 
 
-def _first_built(dtype: torch.dtype, compiler: tuple[str, ...], folder: Path) -> Path:
-    said = ""
+def _first_built(kind: Kind, compiler: tuple[str, ...], folder: Path) -> Path:
+    said, sources = "", _sources(kind)
     for machine in FOR_THIS_MACHINE:
-        command = (*compiler, *FLAGS, *machine, *DEFINED[dtype])
-        path = folder / f"kernels-{_digest(command)}.so"
+        command = (*compiler, *FLAGS, *machine, *(("-DBFLOAT16",) if kind == torch.bfloat16 else ()))
+        path = folder / f"kernels-{_digest(command, sources)}.so"
         if path.exists():
             return path
-        said = _build(command, path)
+        said = _build(command, sources, path)
         if not said:
             return path
     raise OSError(said)
@@ -138,11 +148,11 @@ def _compiler() -> tuple[str, ...]:
 
 
 @cache
-def _digest(command: tuple[str, ...]) -> str:
+def _digest(command: tuple[str, ...], sources: tuple[Path, ...]) -> str:
     """Return a name for what ``command`` makes of the sources on this kind of processor."""
     program = os.stat(shutil.which(command[0]) or command[0])
     parts = [" ".join(command).encode(), f"{program.st_size} {program.st_mtime_ns}".encode(), _processor().encode()]
-    parts += [source.read_bytes() for source in sorted(FOLDER.glob("*.[ch]"))]
+    parts += [source.read_bytes() for source in (*sources, *sorted(FOLDER.glob("*.h")))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -172,14 +182,14 @@ def _cache_folder() -> Path:
     return own_temporary_folder("mmrec")
 
 
-def _build(command: tuple[str, ...], path: Path) -> str:
+def _build(command: tuple[str, ...], sources: tuple[Path, ...], path: Path) -> str:
     """Compile the sources to ``path``, which is there whole or not at all; return what went wrong, if anything.
 
-    As many sources are compiled at once as there are cores, the largest first.
+    As many sources are compiled at once as there are cores, in their order.
     """
     with tempfile.TemporaryDirectory(prefix="mmrec-", ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / path.name
-        objects = {source: Path(scratch) / f"{source.stem}.o" for source in _sources()}
+        objects = {source: Path(scratch) / f"{source.stem}.o" for source in sources}
         compilations = [[*command, "-c", str(source), "-o", str(target)] for source, target in objects.items()]
         said = _run_all(compilations) or _run([*command, *map(str, objects.values()), "-o", str(made), "-lm"])
         if not said:
@@ -187,8 +197,10 @@ def _build(command: tuple[str, ...], path: Path) -> str:
     return said
 
 
-def _sources() -> list[Path]:
-    return sorted(FOLDER.glob("*.c"), key=lambda source: (-source.stat().st_size, source.name))
+def _sources(kind: Kind) -> tuple[Path, ...]:
+    """Return the sources of a library, the largest first."""
+    paths = [FOLDER / f"{name}.c" for name in SOURCES[kind]]
+    return tuple(sorted(paths, key=lambda source: (-source.stat().st_size, source.name)))
 
 
 def _run_all(commands: Sequence[Sequence[str]]) -> str:
@@ -201,8 +213,9 @@ def _run_all(commands: Sequence[Sequence[str]]) -> str:
     def work() -> None:
         with suppress(IndexError):
             while not said:
-                if wrong := _run(left.pop(0)):
-                    said.append(wrong)
+                with _at_once():
+                    if wrong := _run(left.pop(0)):
+                        said.append(wrong)
 
     threads = [Thread(target=work, daemon=True) for _ in range(available_cores())]
     for thread in threads:
@@ -210,6 +223,12 @@ def _run_all(commands: Sequence[Sequence[str]]) -> str:
     for thread in threads:
         thread.join()
     return said[0] if said else ""
+
+
+@cache
+def _at_once() -> BoundedSemaphore:
+    """Return what lets as many compilers run at once as there are cores, for whichever library."""
+    return BoundedSemaphore(available_cores())
 
 
 def _run(command: Sequence[str]) -> str:

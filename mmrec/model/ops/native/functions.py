@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmrec.model.ops.native.build import is_built, library, problem
+from mmrec.model.ops.native.build import Kind, is_built, library
 
 __all__ = [
     "dropout_add",
     "is_built",
     "long_memory",
-    "problem",
     "rms_norm",
     "short_memory",
     "swiglu",
@@ -323,16 +322,16 @@ def run(name: str, dtype: torch.dtype, x: Tensor, *arguments: Any) -> None:
         raise MemoryError(f"no memory for {name}")
 
 
-def prepared(name: str, dtype: torch.dtype, *arguments: Any) -> Callable[[], None]:
+def prepared(name: str, kind: Kind, *arguments: Any) -> Callable[[], None]:
     """Return a call of a kernel with the same arguments each time.
 
     Args:
         name: of the kernel.
-        dtype: of matrix products.
+        kind: the dtype of matrix products, or another library that it is in.
         arguments: tensors, contiguous, on the CPU, whose memory every call reads and writes; whole numbers, numbers
             of float32, structures and None.
     """
-    kernel, given = _kernel(name, dtype), []
+    kernel, given = _kernel(name, kind), []
     for each in arguments:
         if isinstance(each, Tensor) and not each.is_contiguous():
             raise ValueError("a kernel takes contiguous tensors")
@@ -374,8 +373,8 @@ def addresses_and_sizes(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype) -> Any:
-    return getattr(library(dtype), name)
+def _kernel(name: str, kind: Kind) -> Any:
+    return getattr(library(kind), name)
 
 
 @cache

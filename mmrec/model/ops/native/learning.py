@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmrec.model.ops.native.build import LEARNING
 from mmrec.model.ops.native.functions import prepared
 
 
@@ -62,7 +63,7 @@ def mix_part(rule: MixingRule, logits: Tensor, tokens: Tensor, mix: Tensor, curv
     )
     prepared(
         "learn_mixture",
-        torch.float32, rule, after - 1, size, logits, tokens, found.mix, found.curvature, found.scores,
+        LEARNING, rule, after - 1, size, logits, tokens, found.mix, found.curvature, found.scores,
         found.mixture, found.to_logits,
     )()  # fmt: skip
     return found
@@ -106,5 +107,5 @@ def update_parameters(rule: UpdateRule, parameters: list[ParameterUpdate]) -> bo
     is_sound = torch.zeros(1, dtype=torch.int64)
     numbers = torch.tensor([number for each in parameters for number in each.as_numbers()])
     scales = torch.empty(max(each.gradient.shape[-1] for each in parameters))
-    prepared("learn_update", torch.float32, rule, numbers, scales, is_sound)()
+    prepared("learn_update", LEARNING, rule, numbers, scales, is_sound)()
     return bool(is_sound)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.model.ops.native.build import LEARNING
 from mmrec.model.ops.native.functions import prepared
 
 MOST_TOKENS, MOST_ORDERS = 1024, 8
@@ -108,4 +109,4 @@ class CompiledNgrams:
         return mixture, weights, curvature
 
     def _run(self, name: str, *arguments: Structure | Tensor | int) -> None:
-        prepared(name, torch.float32, self._ngrams, *arguments)()
+        prepared(name, LEARNING, self._ngrams, *arguments)()
