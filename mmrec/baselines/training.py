@@ -20,7 +20,7 @@ from mmrec.inference.metrics import token_nll
 from mmrec.model import RecurrentLM, reset_state_rows
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import learning_rate_share, make_optimizer
+from mmrec.training.optim import learning_rate_share, make_optimizer, updated_parameters
 from mmrec.training.options import OptimizerOptions
 
 
@@ -154,9 +154,9 @@ class TrainingLoop:
         self._optimizer = make_baseline_optimizer(
             model, hyperparameters.learning_rate, hyperparameters.weight_decay, self._mtp_head
         )
-        groups = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         mtp_parameters = [] if self._mtp_head is None else [*self._mtp_head.parameters()]
-        self._parameters = groups if clip_by_group else [*model.parameters(), *mtp_parameters]
+        by_model: list[Tensor] = [*model.parameters(), *mtp_parameters]
+        self._parameters = updated_parameters(self._optimizer) if clip_by_group else by_model
         schedule = OptimizerOptions(
             warmup_steps=hyperparameters.warmup_steps, min_lr_ratio=hyperparameters.min_lr_ratio
         )
@@ -178,7 +178,7 @@ class TrainingLoop:
         loss = token_nll(logits, targets, "mean") + weight * token_nll(second, mtp_targets(targets), "mean")
         return loss, state
 
-    def update(self, loss: Tensor, average: Callable[[list[nn.Parameter]], None] | None = None) -> None:
+    def update(self, loss: Tensor, average: Callable[[list[Tensor]], None] | None = None) -> None:
         """Make one update from ``loss``, with gradients clipped to norm 1, after ``average`` has averaged them."""
         self._optimizer.zero_grad()
         loss.backward()

@@ -93,11 +93,16 @@ class ContextOptions:
         if self.scored < 1:
             raise UserError(f"--scored is {self.scored}; it must be at least 1")
 
+    @property
+    def distances(self) -> list[int]:
+        """The numbers of ``before`` in their order, each once."""
+        return sorted(set(self.before))
+
     def losses(self, trained: LoadedModel, file: str) -> dict[str, Any]:
         """Return what :func:`context` keeps of one text; UserError where it is too short."""
         text = np.concatenate([np.empty(0, np.int64), *iter_file_tokens(trained.tokenizer, file)])
         lengths = token_lengths(trained.tokenizer)[text, 1]
-        before, scored = sorted(set(self.before)), self.scored * len(text) // max(1, int(lengths.sum()))
+        before, scored = self.distances, self.scored * len(text) // max(1, int(lengths.sum()))
         tokens = [max(1, round(number * len(text) / max(1, lengths.sum()))) for number in before]
         first = tokens[-1]
         count = min(scored, len(text) - first)
@@ -141,7 +146,7 @@ def context(checkpoint: CheckpointOptions, options: ContextOptions) -> None:
     use_threads(trained.net.config.dim, CHUNK)
     texts = {file: options.losses(trained, file) for file in options.files}
     show(texts)
-    save(options.output_dir / "context.json", {"before": sorted(set(options.before)), "texts": texts})
+    save(options.output_dir / "context.json", {"before": options.distances, "texts": texts})
     save_plot(options.output_dir / "context.png", lambda axes: _draw(axes, texts))
 
 
