@@ -22,13 +22,16 @@ from mmrec.planning.plan import SHAPES, Batches, Rate, Text, choose_batches, has
 from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
-from mmrec.training.optim import make_optimizer
+from mmrec.training.optim import clip_to_norm, make_optimizer, updated_parameters
 from mmrec.training.options import OptimizerOptions
 
 WARM_UP = 2
 """First updates, which are slower than those that follow."""
-LOOP_SECONDS = 0.007
-"""Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch; measured: quickstart."""
+CLIPPED_AT = 1.0
+"""Norm of the gradient of an update, that of `mmrec fit`."""
+LOOP_SECONDS = 0.005
+"""Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch, saving; measured beside
+trials of the three smallest shapes (docs/planning.md)."""
 EXCHANGE_SECONDS = 0.0013
 """Of an update that several processes share out; measured: quickstart."""
 WORTH_SEVERAL = 1.2
@@ -74,7 +77,7 @@ def seconds_per_update(
     finally:
         torch.random.set_rng_state(random)
     optimizer, state = make_optimizer(net, OptimizerOptions(), second), net.zero_state(batches.rows)
-    targets = tokens[:, 1:]
+    updated, targets = updated_parameters(optimizer), tokens[:, 1:]
     mixed = native_precision(accelerator) == MIXED
     taken: list[float] = []
     read: Callable[..., tuple[torch.Tensor, State]] | None = None
@@ -90,7 +93,8 @@ def seconds_per_update(
             loss = torch.stack(losses).sum() / targets.numel()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = dispatch.total_norm([each.grad for each in updated if each.grad is not None])
+        clip_to_norm(optimizer, norm, CLIPPED_AT, None)
         optimizer.step()
         loss.item()  # waits for the device
         taken.append(clock() - start)
