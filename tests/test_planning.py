@@ -13,7 +13,6 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig, RecurrentLM, layer_parameters
-from mmrec.planning.half_way import LATEST
 from mmrec.planning.law import LAW, MOST_APART, MOST_COUNTED
 from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
 from mmrec.planning.ngrams import ngram_bits_per_token
@@ -31,7 +30,7 @@ from mmrec.planning.plan import (
 )
 from mmrec.planning.source import choose_tokenizer
 from mmrec.planning.text import describe_text, xz_bits_per_byte
-from mmrec.training.callbacks.half_way import BEGIN
+from mmrec.training.callbacks.half_way import BEGIN, LATEST
 
 TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
 

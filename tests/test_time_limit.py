@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Command
-from helpers import checkpoints, fit, last, load
+from helpers import assert_same_training, checkpoints, fit, last, load, losses
 
+from mmrec.checkpoints.checkpoint import write_checkpoint
 from mmrec.core.errors import UserError
+from mmrec.training.callbacks import checkpoint_io
+from mmrec.training.callbacks.half_way import BEGIN, LATEST
 from mmrec.training.callbacks.time_limit import TimeLimit
 from mmrec.training.optim import decay_start, learning_rate_share
 from mmrec.training.options import OptimizerOptions
@@ -61,6 +66,11 @@ def limited(prepared: Path, *more: object) -> list[str]:
     return fit(prepared, *endless, *more)
 
 
+def logged(command: list[str]) -> list[str]:
+    """Return ``command`` with the logger that it leaves out."""
+    return [option for option in command if option != "--trainer.logger=false"]
+
+
 def plan_of(run: str, name: str = "last") -> dict[str, Any]:
     states = load(checkpoints(run) / f"{name}.ckpt")["callbacks"]
     return next(state for key, state in states.items() if key.startswith("TimeLimit"))
@@ -102,6 +112,63 @@ def test_another_pace_makes_another_plan(
     clock.pace = pace
     assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1", "--time_limit.planned_steps=60")) == 0
     assert least <= last("a")["global_step"] <= most
+
+
+def half_way(steps: Iterable[int], planned: int) -> list[int]:
+    return [step for step in steps if BEGIN * planned <= step <= LATEST * planned]
+
+
+VALIDATED = ["--trainer.check_val_every_n_epoch=null", "--trainer.limit_val_batches=1", "--run=a"]
+IN_A_MINUTE = ["--time_limit.minutes=1", "--time_limit.planned_steps=60"]
+
+
+@pytest.mark.parametrize(("pace", "every"), [(1.25, 15), (0.5, 50), (1.0, 25), (1.0, 20), (0.5, 15)])
+def test_one_validation_is_half_way_through_another_plan_too(
+    mmrec: Command, prepared: Path, clock: Clock, pace: float, every: int
+) -> None:
+    clock.pace = pace
+    options = [*VALIDATED, f"--trainer.val_check_interval={every}", *IN_A_MINUTE]
+    assert mmrec(*logged(limited(prepared, *options))) == 0
+    planned = last("a")["global_step"]
+    steps = {step + 1 for step in losses("a", "val/loss")}
+    grid = {*range(every, planned, every)}
+    assert grid <= steps
+    assert half_way(steps, planned)
+    assert steps - grid - {planned} == (set() if half_way(grid, planned) else {*half_way(steps, planned)})
+    assert len(steps - grid - {planned}) <= 1
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_that_is_stopped_about_an_added_validation_ends_with_the_same_bits(
+    mmrec: Command, prepared: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, accumulated: int
+) -> None:
+    clock.pace = 0.5 / accumulated
+    options = ["--trainer.val_check_interval=50", f"--trainer.accumulate_grad_batches={accumulated}"]
+    command = logged(limited(prepared, *VALIDATED, *options, *IN_A_MINUTE, "--last.every_n_train_steps=1"))
+    saved: list[tuple[int, Path]] = []
+
+    def also_keep(checkpoint: dict[str, Any], target: Path, previous: Path | None = None) -> None:
+        write_checkpoint(checkpoint, target, previous)
+        if target.name == "last.ckpt":
+            saved.append((checkpoint["global_step"], Path(f"{len(saved)}.ckpt")))
+            shutil.copy(target, saved[-1][1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "write_checkpoint", also_keep)
+        assert mmrec(*command) == 0
+    end, scores = last("a"), losses("a", "val/loss")
+    half = plan_of("a")["half_way"]
+    assert half is not None
+    about = [path for step, path in saved if abs(step - half) <= 1]
+    assert len(about) == 4  # two of the update itself: before its validation, and after it
+    shutil.copytree("lightning_logs/a", "whole")
+    for path in about:
+        shutil.rmtree("lightning_logs/a")
+        shutil.copytree("whole", "lightning_logs/a")
+        shutil.copy(path, checkpoints("a") / "last.ckpt")
+        assert mmrec(*command, "--ckpt_path=last") == 0
+        assert_same_training(end, last("a"))
+        assert losses("a", "val/loss") == scores
 
 
 @pytest.mark.usefixtures("clock")

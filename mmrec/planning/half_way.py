@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrec.planning.record import Record
-from mmrec.training.callbacks.half_way import HalfWayScore
+from mmrec.training.callbacks.half_way import LATEST, HalfWayScore
 from mmrec.training.options import OptimizerOptions
 
 END_OVER_HALF, SPREAD = 0.87, 0.035
 """Bits per byte of the best checkpoint on the whole validation text over those of the validation half-way, and what
 its logarithm is not off by in two of three trainings of docs/planning.md."""
-LATEST = 0.55
-"""Share of the updates up to which a validation is half-way."""
 MOST_EPOCHS, FEWEST_UPDATES = 8, 200
 """Trainings that read their text more often gain less in their second half; shorter ones were not looked at."""
 

@@ -220,7 +220,7 @@ def _validations(plan: TrainingPlan) -> dict[str, object]:
     affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens; all processes share them out
     whole = plan.text.val_tokens
     times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)) // 2 * 2)  # even: one is half-way
-    every = max(1, plan.steps // times)
+    every = -(-plan.steps // times)  # rounded up: the last one is that of the end
     options: dict[str, object] = {"val_check_interval": every}
     if times * whole > affordable:
         options["limit_val_batches"] = max(1, int(affordable / times / plan.batches.tokens))

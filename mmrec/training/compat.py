@@ -22,6 +22,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.call import _call_and_handle_interrupt
@@ -71,6 +72,20 @@ def is_validation_due(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
+def validate_also(trainer: Trainer, is_due: Callable[[], bool]) -> None:
+    """Validate after a batch where ``is_due`` says so, too, beside what ``val_check_interval`` says.
+
+    Lightning has no public way to add a validation to those that are counted by batches; no issue known.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    by_options = loop._should_check_val_fx
+
+    def is_due_at_all(data_fetcher: _DataFetcher) -> bool:
+        return by_options(data_fetcher) or (trainer.enable_validation and is_due())
+
+    loop._should_check_val_fx = is_due_at_all  # type: ignore[method-assign]
 
 
 def updates_to_come(trainer: Trainer, batches_per_epoch: int) -> int:

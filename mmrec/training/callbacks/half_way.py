@@ -11,8 +11,8 @@ from mmrec.training.datamodule import TextDataModule
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.options import OptimizerOptions
 
-BEGIN = 0.49
-"""Share of the updates from which on a validation is half-way: of an odd number it may come just before."""
+BEGIN, LATEST = 0.49, 0.55
+"""Shares of the updates between which a validation is half-way: of an odd number it may come just before."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from mmrec.core.errors import UserError
-from mmrec.training.compat import is_accumulating
+from mmrec.training.callbacks.half_way import BEGIN, LATEST
+from mmrec.training.compat import is_accumulating, validate_also
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.optim import decay_start
 from mmrec.training.options import OptimizerOptions
@@ -21,7 +22,8 @@ WARM_UP = 3
 """First updates of a process, which are slower than those that follow."""
 TOO_LATE, TOO_EARLY = 0.02, 0.05
 """Shares of the time by which a plan may miss its end before another takes its place."""
-
+UNSEEN = 0.06
+"""Share of the time that a plan leaves to validations; before the first it only seems to end too early by that."""
 
 WORTH_TELLING = 0.2
 """Share of the updates by which a plan differs from the one that was told before."""
@@ -34,6 +36,9 @@ class TimeLimit(Callback):
     is made from the seconds that updates take here, and kept: another takes its place only where it would miss the
     end of the time, and a longer one only before the learning rate falls. So a run on a quiet machine is repeatable
     by its number of updates. Both are saved with the checkpoint.
+
+    Where validations are counted through the epochs, as those of ``mmrec train``, one is half-way through the plan,
+    also where that is another now: it is added where none of the others would be.
 
     Args:
         minutes: of training and validation, over all resumptions of the run; None for no limit.
@@ -64,6 +69,8 @@ class TimeLimit(Callback):
         self._first_step = 0
         self._time_is_new = False
         self._told: int | None = None
+        self._validated = 0  # updates before the latest validation
+        self._half_way: int | None = None  # updates before the validation that was added
 
     @property
     def seconds(self) -> float:
@@ -75,6 +82,7 @@ class TimeLimit(Callback):
             return
         self._start = time.perf_counter()
         self._first_step = trainer.global_step
+        validate_also(trainer, lambda: self._half_way == trainer.global_step and not is_accumulating(trainer))
         if self._pace and self._time_is_new:
             self._decide(trainer, pl_module, trainer.strategy.broadcast(self._affordable(trainer.global_step)))
         elif self.planned_steps is not None:
@@ -86,6 +94,7 @@ class TimeLimit(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluation = time.perf_counter() - self._evaluation_start
         self._evaluating += self._evaluation
+        self._validated = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,6 +108,19 @@ class TimeLimit(Callback):
         if self.planned_steps is not None and step >= self.planned_steps:
             self.decisions.append((step, self.seconds, step))
             trainer.should_stop = True
+        assert isinstance(pl_module, RecurrentLMModule)
+        if self._lacks_half_way(trainer, pl_module.planned_steps):
+            self._half_way = step
+
+    def _lacks_half_way(self, trainer: Trainer, planned: int | None) -> bool:
+        """Whether the training is half-way, and no validation was there, nor is one to come soon enough."""
+        step, every = trainer.global_step, trainer.val_check_batch
+        if planned is None or trainer.check_val_every_n_epoch is not None or not isinstance(every, int):
+            return False
+        if self._validated >= BEGIN * planned or not planned <= 2 * step <= 2 * LATEST * planned:
+            return False
+        batches = LATEST * planned * trainer.accumulate_grad_batches
+        return batches // every * every < trainer.fit_loop.total_batch_idx + 1
 
     def _measure(self, step: int) -> None:
         """Take the pace of the latest third of this process's updates."""
@@ -128,7 +150,8 @@ class TimeLimit(Callback):
             return affordable
         missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / (60 * self.minutes)
         falls = options.schedule == "wsd" and step >= decay_start(options, self.planned_steps)
-        return affordable if missed > TOO_LATE or (missed < -TOO_EARLY and not falls) else None
+        early = -missed - (0 if self._evaluating else UNSEEN)
+        return affordable if missed > TOO_LATE or (early > TOO_EARLY and not falls) else None
 
     def _seconds_per_step(self, step: int) -> float:
         """Seconds of an update and its share of the validations."""
@@ -160,6 +183,8 @@ class TimeLimit(Callback):
             "planned_steps": self.planned_steps,
             "pace": self._pace,
             "decisions": list(self.decisions),
+            "validated": self._validated,
+            "half_way": self._half_way,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,6 +194,8 @@ class TimeLimit(Callback):
         self._seconds_before = state_dict["seconds"]
         self._pace = state_dict["pace"]
         self._time_is_new = state_dict["minutes"] != self.minutes
+        self._validated = state_dict.get("validated", 0)
+        self._half_way = state_dict.get("half_way")
         self.decisions = [tuple(one) for one in state_dict["decisions"]]
         if not self._time_is_new:
             self.planned_steps = state_dict["planned_steps"]
