@@ -43,7 +43,7 @@ def count(config: ModelConfig, length: int, dropout: float) -> dict[str, int]:
     for _ in range(2):  # the first update of an optimizer makes its state
         with cuda.counted() as forward, torch.autocast("cuda", torch.bfloat16):
             hidden, _ = net.hidden(tokens, net.zero_state(1))
-            loss = token_nll(net.head(hidden), tokens, "mean")
+            loss = token_nll(net.logits(hidden), tokens, "mean")
         with cuda.counted() as backward:
             loss.backward()
         with cuda.counted() as step:

@@ -26,7 +26,7 @@ def test_forward_and_backward_are_one_graph() -> None:
 
     def loss(net: RecurrentLM, reset_mask: torch.Tensor | None) -> torch.Tensor:
         hidden, _ = net.hidden(tokens, net.zero_state(2), reset_mask)
-        return token_nll(net.head(hidden), tokens, "mean")
+        return token_nll(net.logits(hidden), tokens, "mean")
 
     def gradients(compute: object, reset_mask: torch.Tensor | None) -> list[torch.Tensor]:
         assert callable(compute)

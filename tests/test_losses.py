@@ -15,7 +15,7 @@ from mmrec.checkpoints.loading import load_model
 from mmrec.data.batches import IGNORE_INDEX, SegmentSampler
 from mmrec.data.store import open_tokens
 from mmrec.inference.metrics import token_nll
-from mmrec.model import reset_state_rows
+from mmrec.model import Hidden, ModelConfig, RecurrentLM, reset_state_rows
 from mmrec.model.ops import dispatch
 from mmrec.training import losses as training_losses
 from mmrec.training.losses import confidence, confidence_weight, nll_in_parts, summed_losses
@@ -77,7 +77,7 @@ def test_few_logits_at_a_time_give_the_same_losses_and_gradients(
     monkeypatch: pytest.MonkeyPatch, penalized: bool
 ) -> None:
     rows, length, width, vocab_size = 3, 7, 8, 50
-    head = torch.nn.Linear(width, vocab_size, bias=False).double()
+    net = RecurrentLM(ModelConfig(dim=width, layers=1, heads=1, ffn_dim=8), vocab_size).double()
     hidden = torch.randn(rows, length, width, dtype=torch.double, requires_grad=True)
     targets = torch.randint(vocab_size, (rows, length))
     targets[1, :4] = IGNORE_INDEX
@@ -90,9 +90,9 @@ def test_few_logits_at_a_time_give_the_same_losses_and_gradients(
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            nll, confident = summed_losses(head, hidden, targets, penalized)
-        gradients = torch.autograd.grad(nll + 0.3 * confident, [hidden, head.weight])
-        return [nll, confident, *gradients, nll_in_parts(head, hidden, targets)], max(kept)
+            nll, confident = summed_losses(net, Hidden(hidden), targets, penalized)
+        gradients = torch.autograd.grad(nll + 0.3 * confident, [hidden, net.head.weight])
+        return [nll, confident, *gradients, nll_in_parts(net, Hidden(hidden), targets)], max(kept)
 
     expected, most = measured()
     assert most >= targets.numel() * vocab_size
@@ -100,7 +100,7 @@ def test_few_logits_at_a_time_give_the_same_losses_and_gradients(
     found, most = measured()
     torch.testing.assert_close(found, expected)
     assert bool(expected[1]) == penalized
-    assert most <= max(hidden.numel(), head.weight.numel())
+    assert most <= max(hidden.numel(), net.head.weight.numel())
 
 
 def test_its_weight_rises_to_the_end_of_the_plan() -> None:

@@ -41,8 +41,8 @@ def gradient_by_hand(run: str, data: Path, weight: float) -> torch.Tensor:
         batch = stream.batch(number)
         with torch.set_grad_enabled(number == 3):
             hidden, state = net.hidden(batch.inputs, reset_state_rows(state, batch.reset_mask))
-    loss = F.cross_entropy(net.head(hidden).flatten(0, 1), batch.targets.flatten())
-    ahead = net.head(second(hidden[:, :-1]))
+    loss = F.cross_entropy(net.logits(hidden).flatten(0, 1), batch.targets.flatten())
+    ahead = net.head(second(hidden.x[:, :-1]))
     loss = loss + weight * F.cross_entropy(ahead.flatten(0, 1), batch.targets[:, 1:].flatten())
     (gradient,) = torch.autograd.grad(loss, net.embedding.weight)
     return gradient

@@ -71,7 +71,7 @@ def _plain(
     for batch in loader:
         state = net.zero_state(1, dtype=dtype) if batch.reset_mask else state
         hidden, state = net.hidden(batch.inputs, state, starts(batch))
-        found.append(nll_in_parts(net.head, hidden, batch.targets))
+        found.append(nll_in_parts(net, hidden, batch.targets))
     return torch.cat(found)
 
 
@@ -149,7 +149,7 @@ def _loss(checkpoint: Path, prepared: Path, batches: int | None = None) -> float
         if number == batches:
             break
         hidden, state = trained.net.hidden(batch.inputs, state)
-        nll = nll_in_parts(trained.net.head, hidden, batch.targets)
+        nll = nll_in_parts(trained.net, hidden, batch.targets)
         score.update(nll, torch.ones(len(nll), 2))
     return float(score.compute()["loss"].float())
 

@@ -46,10 +46,10 @@ def read(net: RecurrentLM, hidden: object, tokens: Tensor, state: State) -> tupl
     torch.manual_seed(1)
     net.zero_grad()
     found, after = hidden(tokens, state)  # type: ignore[operator]
-    (net.head(found).float().square().sum() / tokens.numel()).backward()
+    (net.logits(found).float().square().sum() / tokens.numel()).backward()
     again, after = hidden(tokens[:, :-1], [(past.detach(), memory.detach()) for past, memory in after])  # type: ignore[operator]
-    (net.head(again).float().square().sum() / tokens.numel()).backward()
-    return again.detach(), after, [p.grad for p in net.parameters() if p.grad is not None]
+    (net.logits(again).float().square().sum() / tokens.numel()).backward()
+    return again.x.detach(), after, [p.grad for p in net.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("config", FORMS)
@@ -77,7 +77,7 @@ def test_gradients_of_a_batch_whose_buffers_hold_another_are_refused() -> None:
     first, _ = trained.hidden(tokens, net.zero_state(ROWS))
     trained.hidden(tokens, net.zero_state(ROWS))
     with pytest.raises(RuntimeError, match="hold another one"):
-        first.sum().backward()
+        first.x.sum().backward()
 
 
 def test_a_copy_has_weights_and_buffers_of_its_own() -> None:
@@ -88,9 +88,9 @@ def test_a_copy_has_weights_and_buffers_of_its_own() -> None:
     with torch.no_grad():
         for parameter in net_of_it.parameters():
             parameter.zero_()
-    assert not copied.hidden(tokens, net.zero_state(ROWS))[0].any()
+    assert not copied.hidden(tokens, net.zero_state(ROWS))[0].x.any()
     again, _ = trained.hidden(tokens, net.zero_state(ROWS))
-    assert torch.equal(again, before)
+    assert torch.equal(again.x, before.x)
 
 
 def test_models_that_it_does_not_know_are_left_to_the_graph() -> None:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mmrec.baselines.models import GPT, LSTM
 from mmrec.core.runtime import FULL, MIXED
 from mmrec.inference.metrics import token_nll
-from mmrec.model import RecurrentLM, reset_state_rows
+from mmrec.model import Hidden, RecurrentLM, State, reset_state_rows
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
 from mmrec.training.optim import learning_rate_share, make_optimizer, updated_parameters
@@ -146,7 +146,7 @@ class TrainingLoop:
         as_fit: bool = False,
     ) -> None:
         self._as_fit = as_fit and isinstance(model, RecurrentLM)
-        self._hidden: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
+        self._hidden: Callable[[Tensor, Any], tuple[Hidden, State]] | None = None
         self.model, self.precision, self.step = model, precision, 0
         self._total_steps, self._mtp_loss_weight = total_steps, hyperparameters.mtp_loss_weight
         has_mtp = isinstance(model, RecurrentLM) and hyperparameters.mtp_loss_weight > 0
@@ -170,10 +170,10 @@ class TrainingLoop:
             if self._hidden is None:
                 self._hidden = hidden_in_training(self.model) if self._as_fit else self.model.hidden
             hidden, state = self._hidden(inputs, state)
-            logits = self.model.head(hidden)
+            logits = self.model.logits(hidden)
             if self._mtp_head is None:
                 return token_nll(logits, targets, "mean"), state
-            second = self.model.head(self._mtp_head(hidden))
+            second = self.model.logits(hidden._replace(x=self._mtp_head(hidden.x)))
         weight = mtp_weight(self._mtp_loss_weight, self.step, self._total_steps)
         loss = token_nll(logits, targets, "mean") + weight * token_nll(second, mtp_targets(targets), "mean")
         return loss, state

@@ -131,7 +131,7 @@ class LearnedWeights:
         states = {
             title: [
                 (tensors[f"learned.{title}.{number}.past"], tensors[f"learned.{title}.{number}.memory"])
-                for number in range(len(net.blocks))
+                for number in range(net.state_layers())
             ]
             for title in ("state", "untouched")
         }

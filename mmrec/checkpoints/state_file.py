@@ -165,7 +165,7 @@ def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = N
         cached = CachedNgrams.from_file(len(empty.logits), tensors) if "cache" in metadata else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(net.blocks))]
+    state: State = [(tensors[f"{n}.past"], tensors[f"{n}.memory"]) for n in range(len(empty.state))]
     position, pending = _position(path, metadata), _pending(path, metadata)
     found = SavedState(state, tensors["logits"], position, pending, learned, cached)
     return found.to(net.embedding.weight.device)

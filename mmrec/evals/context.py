@@ -60,7 +60,7 @@ def context_nll(net: RecurrentLM, text: np.ndarray, first: int, count: int, befo
             hidden, state = net.hidden(rows[:, start:end], state)
             scored = max(start, before - 1)
             if scored < end:
-                nll = token_nll(net.head(hidden[:, scored - start :]), rows[:, scored + 1 : end + 1])
+                nll = token_nll(net.logits(hidden)[:, scored - start :], rows[:, scored + 1 : end + 1])
                 found[begin : begin + ROWS, scored + 1 - before : end + 1 - before] = nll.view(len(rows), -1).cpu()
     return found.flatten()[:count]
 

@@ -68,6 +68,8 @@ def _check(config: ModelConfig) -> None:
         )
     if config.negative_eigenvalues:
         raise UserError("--format gguf: the model has negative_eigenvalues, which GGUF has no form for")
+    if config.count_half_lives:
+        raise UserError("--format gguf: the model counts tokens (count_half_lives), which GGUF has no form for")
     if config.conv_width < 2:
         raise UserError("--format gguf: the model has conv_width 1; GGUF needs a convolution of at least 2 tokens")
 

@@ -22,7 +22,7 @@ Letters of dimensions, in this folder and in ``ops``:
 from mmrec.model.config import LAYER_TYPES, ModelConfig, layer_parameters
 from mmrec.model.gated_deltanet import GatedDeltaNet
 from mmrec.model.layers import CausalConv, FeedForward, RMSNorm
-from mmrec.model.lm import INITIAL_SCALE, Block, RecurrentLM
+from mmrec.model.lm import INITIAL_SCALE, Block, Hidden, RecurrentLM
 from mmrec.model.ops.reference import apply_reset
 from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer
@@ -38,6 +38,7 @@ __all__ = [
     "FeedForward",
     "GatedDeltaNet",
     "Gates",
+    "Hidden",
     "LayerState",
     "ModelConfig",
     "PortableGatedDeltaNet",

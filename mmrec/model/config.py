@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,6 +29,9 @@ class ModelConfig:
         tie_embeddings: read the input embedding also as the output layer.
         negative_eigenvalues: let a long layer turn what it holds for a key into its opposite, not only forget it:
             tracking a state, such as parity, needs that (Grazzi et al. 2024).
+        count_half_lives: half-lives, in tokens, of decayed counts of the tokens that were read, which make likelier
+            what a text uses (a cache language model, Kuhn and De Mori 1990); without counts where it is empty. For
+            words as tokens: counts of characters or bytes say little.
     """
 
     dim: int = 128
@@ -38,12 +42,16 @@ class ModelConfig:
     conv_width: int = 4
     tie_embeddings: bool = True
     negative_eigenvalues: bool = False
+    count_half_lives: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise UserError(f"model.config.{field.name} is {value}; it must be a whole number, at least 1")
+        for half_life in self.count_half_lives:
+            if isinstance(half_life, bool) or not isinstance(half_life, int | float) or not 1 <= half_life < math.inf:
+                raise UserError(f"model.config.count_half_lives has {half_life}; they are tokens, at least 1")
         if self.dim % self.heads:
             raise UserError(f"model.config.dim {self.dim} is not a multiple of model.config.heads {self.heads}")
         if not self.layer_types:
@@ -68,6 +76,9 @@ class ModelConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if not self.negative_eigenvalues:  # as before there was this field: the hash of such a model stays
             del values["negative_eigenvalues"]
+        values["count_half_lives"] = list(values["count_half_lives"])
+        if not self.count_half_lives:  # likewise
+            del values["count_half_lives"]
         values["memories"] = list(values.pop("layer_types"))
         return values
 

@@ -27,6 +27,7 @@ from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import RecurrentLayer
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState, State
+from mmrec.model.token_counts import SPAN, TokenCounts
 
 
 class Decoder:
@@ -52,13 +53,16 @@ class Decoder:
         self.norm, self.head = NormStep(net.norm, x), net.head.weight.detach()
         logits = buffer(rows, len(self.head))
         self.predict, self.logits = product(self.head, self.norm.normal, logits), logits
+        self.counts = None if net.counts is None else CountsStep(net.counts, self.norm, logits)
         self.set_state(state)
 
     @torch.inference_mode()
     def set_state(self, state: State) -> None:
         """Go on from another state, of as many texts. It is not changed."""
-        for memory, layer in zip(self.memories, state, strict=True):
+        for memory, layer in zip(self.memories, state[: len(self.memories)], strict=True):
             memory.set_state(layer)
+        if self.counts is not None:
+            self.counts.set_state(state[-1])
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -68,11 +72,14 @@ class Decoder:
             step()
         self.norm()
         self.predict()
+        if self.counts is not None:
+            self.counts(tokens)
         return self.logits
 
     def state(self) -> State:
         """Return a copy of the states after the last tokens, as the model takes it."""
-        return [(past.clone(), memory.clone()) for past, memory in (step.state() for step in self.memories)]
+        state = [(past.clone(), memory.clone()) for past, memory in (step.state() for step in self.memories)]
+        return state if self.counts is None else [*state, self.counts.state()]
 
 
 class RecurrentStep(ABC):
@@ -298,6 +305,58 @@ class FeedForwardStep:
         F.silu(self.gate, inplace=True)
         np.multiply(self.content, self.opening, out=self.content)
         self.write()
+
+
+class CountsStep:
+    """:class:`mmrec.model.TokenCounts`: adds what the counts say to the logits, and counts the token that was read.
+
+    Args:
+        counts: the module.
+        norm: the last normalization.
+        logits: [B, N], of :func:`~mmrec.model.decode_rows.buffer`; changed in place.
+    """
+
+    def __init__(self, counts: TokenCounts, norm: NormStep, logits: Tensor) -> None:
+        self.counts, rows = counts, len(logits)
+        self.gates = buffer(rows, len(counts.half_lives))
+        self.bias = counts.gate.bias.detach()
+        self.open = product(counts.gate.weight.detach(), norm.normal, self.gates)
+        self.logits, self.rows = logits.numpy(), range(rows)
+        self.added = np.empty_like(self.logits[0])
+
+    def set_state(self, state: LayerState) -> None:
+        """Go on from ``state``, of B texts; it is not changed."""
+        pending, totals = state
+        self.totals = totals.clone()
+        self.pending = [[token for token in row if token] for row in pending.tolist()]
+        self.evidence = [self._evidence(row) for row in self.rows]
+
+    def _evidence(self, row: int) -> np.ndarray:
+        """Return what the counts of a text say, [R, N]."""
+        found: np.ndarray = self.counts.evidence(self.totals[row, None, None])[0, 0].detach().numpy()
+        return found
+
+    def __call__(self, tokens: Sequence[int]) -> None:
+        self.open()
+        self.gates.add_(self.bias).sigmoid_().mul_(2)
+        for row, token, gates in zip(self.rows, tokens, self.gates.tolist(), strict=True):
+            for gate, evidence in zip(gates, self.evidence[row], strict=True):
+                np.multiply(evidence, np.float32(gate), out=self.added)
+                np.add(self.logits[row], self.added, out=self.logits[row])
+            self.pending[row].append(token + 1)
+            if len(self.pending[row]) == SPAN:
+                self._end_span(row)
+
+    def _end_span(self, row: int) -> None:
+        """Count what was read of a text since the last span of it ended."""
+        read = torch.tensor(self.pending[row], dtype=self.totals.dtype)
+        self.totals[row] = self.counts.after_span(self.totals[row, None], read[None])[0]
+        self.pending[row], self.evidence[row] = [], self._evidence(row)
+
+    def state(self) -> LayerState:
+        """Return a copy of the state after the last token."""
+        pending = [row + [0] * (SPAN - len(row)) for row in self.pending]
+        return torch.tensor(pending, dtype=self.totals.dtype), self.totals.clone()
 
 
 STEPS: dict[type[RecurrentLayer], type[RecurrentStep]] = {

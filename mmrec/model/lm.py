@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +13,7 @@ from mmrec.model.layers import FeedForward, RMSNorm
 from mmrec.model.ops import dispatch
 from mmrec.model.recurrent_layer import RecurrentLayer
 from mmrec.model.state import LayerState, State
+from mmrec.model.token_counts import CountFeatures, TokenCounts
 
 INITIAL_SCALE = 0.25
 """Of the initial weights, relative to 1 / sqrt(inputs); measured better than 1 at the tiny size."""
@@ -47,6 +50,23 @@ class Block(nn.Module):
         return dispatch.dropout_add(x, self.ffn(self.ffn_norm(x)), dropout), state
 
 
+class Hidden(NamedTuple):
+    """What a model has computed of tokens before it makes logits of it.
+
+    Attributes:
+        x: [B, T, D], the residual stream after the last norm.
+        counted: what the counts of tokens say there; None of a model without.
+    """
+
+    x: Tensor
+    counted: CountFeatures | None = None
+
+    def narrow(self, start: int, length: int) -> Hidden:
+        """Return the same of ``length`` tokens from ``start`` on, a multiple of ``SPAN``."""
+        counted = None if self.counted is None else self.counted.narrow(start, length)
+        return Hidden(self.x.narrow(1, start, length), counted)
+
+
 class RecurrentLM(nn.Module):
     """The language model: tokens and a state in, logits and the new state out.
 
@@ -64,6 +84,8 @@ class RecurrentLM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        half_lives = config.count_half_lives
+        self.counts = TokenCounts(config.dim, vocab_size, half_lives) if half_lives else None
         self.tie()
         self._initialize()
 
@@ -104,7 +126,8 @@ class RecurrentLM(nn.Module):
         """Return the state before the first token of ``rows`` texts; its size does not depend on the text."""
         device = device or self.embedding.weight.device
         dtype = dtype or self.embedding.weight.dtype
-        return [layer.zero_state(rows, device, dtype) for layer in self.recurrent_layers()]
+        state = [layer.zero_state(rows, device, dtype) for layer in self.recurrent_layers()]
+        return state if self.counts is None else [*state, self.counts.zero_state(rows, device)]
 
     def forward(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Read tokens and predict, after each, the next one.
@@ -118,12 +141,28 @@ class RecurrentLM(nn.Module):
             Logits [B, T, N] and the state after the last token.
         """
         hidden, after = self.hidden(tokens, state, reset_mask)
-        logits: Tensor = self.head(hidden)
-        return logits, after
+        return self.logits(hidden), after
 
-    def hidden(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read as :meth:`forward` does, and return what ``head`` makes the logits of, [B, T, D]."""
-        return self.hidden_from_embeddings(self.embedding(tokens), state, reset_mask)
+    def logits(self, hidden: Hidden) -> Tensor:
+        """Return the logits [B, T, N] of what :meth:`hidden` has found."""
+        logits: Tensor = self.head(hidden.x)
+        if self.counts is None or hidden.counted is None:
+            return logits
+        return self.counts.add(logits, hidden.x, hidden.counted)
+
+    def hidden(self, tokens: Tensor, state: State, reset_mask: Tensor | None = None) -> tuple[Hidden, State]:
+        """Read as :meth:`forward` does, and return what :meth:`logits` makes the logits of."""
+        x, after = self.hidden_from_embeddings(self.embedding(tokens), state[: len(self.blocks)], reset_mask)
+        return self.with_counts(x, after, tokens, state, reset_mask)
+
+    def with_counts(
+        self, x: Tensor, after: State, tokens: Tensor, before: State, reset_mask: Tensor | None = None
+    ) -> tuple[Hidden, State]:
+        """Return what :meth:`hidden` does, where all but the counts of tokens is known: ``x`` and ``after``."""
+        if self.counts is None:
+            return Hidden(x), after
+        counted, counts = self.counts.read(tokens, before[len(self.blocks)], reset_mask)
+        return Hidden(x, counted), [*after, counts]
 
     def hidden_from_embeddings(
         self, x: Tensor, state: State, reset_mask: Tensor | None = None, streams: list[Tensor] | None = None
@@ -140,6 +179,10 @@ class RecurrentLM(nn.Module):
             x, layer_state = block(x, before, reset_mask)
             after.append(layer_state)
         return self.norm(x), after
+
+    def state_layers(self) -> int:
+        """Return how many entries a state has: one a block, and one of the counts of tokens, where there are some."""
+        return len(self.blocks) + (self.counts is not None)
 
     def parameter_count(self) -> int:
         """Return the number of trainable numbers; a tied embedding counts once."""

@@ -52,7 +52,7 @@ def layer_statistics(net: RecurrentLM, tokens: Tensor) -> list[LayerStatistics]:
         for hook in hooks:
             hook.remove()
     found = []
-    for kind, layer, x, (_, recurrent) in zip(net.layer_types(), layers, inputs, state, strict=True):
+    for kind, layer, x, (_, recurrent) in zip(net.layer_types(), layers, inputs, state[: len(layers)], strict=True):
         gates = layer.gates(x)
         half_lives = math.log(2) / (-gates.log_decay[0].mean(0)).clamp_min(1e-12)
         opened = {name: _rms(gate) for name, gate in gates.activations.items()}

@@ -14,7 +14,7 @@ from mmrec.core.errors import UserError
 from mmrec.core.forks import call_in_copies, can_fork
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
-from mmrec.model import ModelConfig, RecurrentLM, State, layer_parameters
+from mmrec.model import Hidden, ModelConfig, RecurrentLM, State, layer_parameters
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
@@ -80,16 +80,17 @@ def seconds_per_update(
     updated, targets = updated_parameters(optimizer), tokens[:, 1:]
     mixed = native_precision(accelerator) == MIXED
     taken: list[float] = []
-    read: Callable[..., tuple[torch.Tensor, State]] | None = None
+    read: Callable[..., tuple[Hidden, State]] | None = None
     begin = time.perf_counter()
     while len(taken) < WARM_UP + 3 or time.perf_counter() - begin < seconds:
         start = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             read = read or hidden_in_training(net)  # as the training will
             hidden, _ = read(tokens[:, :-1], state)
-            losses = [*summed_losses(net.head, hidden, targets, penalized=True)]
+            losses = [*summed_losses(net, hidden, targets, penalized=True)]
             if second is not None:
-                losses += summed_losses(net.head, second(hidden), mtp_targets(targets), penalized=True)
+                ahead = hidden._replace(x=second(hidden.x))
+                losses += summed_losses(net, ahead, mtp_targets(targets), penalized=True)
             loss = torch.stack(losses).sum() / targets.numel()
         optimizer.zero_grad()
         loss.backward()

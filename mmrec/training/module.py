@@ -19,7 +19,7 @@ from mmrec.checkpoints.state_file import SavedState
 from mmrec.core.errors import UserError
 from mmrec.data.batches import IGNORE_INDEX, Batch
 from mmrec.inference.reading import Reader
-from mmrec.model import ModelConfig, RecurrentLM, State, reset_state_rows
+from mmrec.model import Hidden, ModelConfig, RecurrentLM, State, reset_state_rows
 from mmrec.model.without_autograd.training_pass import TrainingPass, has_training_pass
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.arithmetic import arithmetic, choose_arithmetic
@@ -74,7 +74,7 @@ class RecurrentLMModule(LightningModule):
         self._planned_steps: int | None = None
         self._steps_by_options: int | None = None
         self._steps_in_time: int | None = None
-        self._compiled: Callable[..., tuple[Tensor, State]] | None = None
+        self._compiled: Callable[..., tuple[Hidden, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
         self.gradient_norm: Tensor | None = None  # of the update to come, once it was measured
@@ -171,8 +171,9 @@ class RecurrentLMModule(LightningModule):
             self.log("train/loss", loss)  # not for the bar: Lightning would wait for the device at every update
         if self.mtp_head is None:
             return learned
+        second = hidden._replace(x=self.mtp_head(hidden.x))
         weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
-        return learned + weight * self._losses(self.mtp_head(hidden), targets[1], counts[1])[1]
+        return learned + weight * self._losses(second, targets[1], counts[1])[1]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the gradient of one batch to those of its update, of which each batch has an equal share.
@@ -187,9 +188,9 @@ class RecurrentLMModule(LightningModule):
             loss = loss * (planned / (batches - before))
         super().backward(loss, *args, **kwargs)
 
-    def _losses(self, hidden: Tensor, targets: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, hidden: Hidden, targets: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss, in nats/token, and the objective: the same, where there is no confidence penalty."""
-        nll, confident = summed_losses(self.net.head, hidden, targets, self.options.confidence_penalty > 0)
+        nll, confident = summed_losses(self.net, hidden, targets, self.options.confidence_penalty > 0)
         loss = nll / count
         if not self.options.confidence_penalty:
             return loss, loss
@@ -207,7 +208,7 @@ class RecurrentLMModule(LightningModule):
             return gather_all(counts[None]).sum(0) / self.trainer.world_size
         return counts
 
-    def _read(self, batch: Batch, state: State | None) -> tuple[Tensor, State]:
+    def _read(self, batch: Batch, state: State | None) -> tuple[Hidden, State]:
         rows = len(batch.inputs)
         if state is None or len(state[0][0]) != rows:
             # States are kept in float32 where the weights are in half of it.
@@ -271,7 +272,7 @@ class RecurrentLMModule(LightningModule):
         # Scores are in full precision, so that one machine's compare with another's.
         with torch.autocast(self.device.type, enabled=False):
             hidden, self._reading = self._read(batch, self._reading)
-            return nll_in_parts(self.net.head, hidden, batch.targets)
+            return nll_in_parts(self.net, hidden, batch.targets)
 
     def _learned_nats(self, batch: Batch, reader: Reader) -> Tensor:
         tokens = batch.targets[0]

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mmrec.data.batches import Batch, StatefulEvalLoader
-from mmrec.model import RecurrentLM
+from mmrec.model import Hidden, RecurrentLM
 from mmrec.model.state import LayerState
 from mmrec.training import exchange
 from mmrec.training.exchange import Exchange
@@ -82,7 +82,12 @@ class SharedReading:
             for layer, block in enumerate(net.blocks):
                 x, state = block(x, self._taken(number, layer), starts)
                 self._give(number, layer, state)
-            return nll_in_parts(net.head, net.norm(x), batch.targets)
+            hidden = Hidden(net.norm(x))
+            if net.counts is not None:
+                counted, state = net.counts.read(batch.inputs, self._taken(number, len(net.blocks)), starts)
+                self._give(number, len(net.blocks), state)
+                hidden = Hidden(hidden.x, counted)
+            return nll_in_parts(net, hidden, batch.targets)
 
     def _taken(self, number: int, layer: int) -> LayerState:
         """Return the state of ``layer`` before batch ``number``, which the process before this one gives."""

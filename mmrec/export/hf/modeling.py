@@ -134,7 +134,10 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
         loss, hidden = None, read.hidden
         if labels is None:
             hidden = _kept(hidden, logits_to_keep)
-        logits = self.net.head(hidden)
+        width = self.config.hidden_size
+        logits = self.net.head(hidden[..., :width])
+        if self.net.counts is not None:
+            logits = logits + hidden[..., width:]
         if labels is not None:
             loss = self._loss(logits, labels, real, kwargs)
             logits = _kept(logits, logits_to_keep)
@@ -143,7 +146,7 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=cached,
-            hidden_states=(*read.streams, read.hidden) if output_hidden_states else None,
+            hidden_states=(*read.streams, read.hidden[..., :width]) if output_hidden_states else None,
         )
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
@@ -157,6 +160,9 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
             state = self.net.zero_state(len(real), dtype=dtype)
             if bool(real.all()):
                 return reader.read(inputs, state, reset_mask)
+            if self.net.counts is not None:  # which count from the first token of a row
+                nothing = self.net.norm.weight.new_zeros(len(real), self.config.hidden_size + self.config.vocab_size)
+                return reader.read_on(inputs, real, state, nothing, reset_mask)
             return reader.read_first(inputs, real, state, reset_mask)
         if bool(real.all()):
             return reader.read(inputs, cache.state, reset_mask)
@@ -183,6 +189,8 @@ class MmrecForCausalLM(PreTrainedModel, GenerationMixin):
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
                 shape = f"[B, T, {self.config.hidden_size}]"
                 raise ValueError(f"inputs_embeds is {list(inputs_embeds.shape)}; it must be {shape}")
+            if self.net.counts is not None:
+                raise ValueError("inputs_embeds is given; this model counts tokens, and takes input_ids alone")
             real = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         else:
             raise ValueError("give either input_ids or inputs_embeds")

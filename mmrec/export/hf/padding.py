@@ -19,7 +19,8 @@ class Outputs:
     """The hidden states of some of the last positions.
 
     Attributes:
-        hidden: [B, at most ``keep``, D], what the logits are computed from.
+        hidden: [B, at most ``keep``, D], what the logits are computed from; of a model that counts tokens [B, any,
+            D + N], with what the counts add to the logits behind it.
         streams: the residual stream before each block, of the same form; empty unless it was asked for.
         state: after the last token.
     """
@@ -61,8 +62,13 @@ class Reader:
             x = self.net.embedding(x) if x.dim() == 2 else x
             mask = None if reset_mask is None or not bool(reset_mask[:, part].any()) else reset_mask[:, part]
             taps: list[Tensor] | None = [] if self.with_streams else None
-            outputs, state = self.net.hidden_from_embeddings(x, state, mask, taps)
+            outputs, after = self.net.hidden_from_embeddings(x, state[: len(self.net.blocks)], mask, taps)
             wanted = slice(max(0, length - self.keep - begin), None)
+            if self.net.counts is not None:
+                counted, counts = self.net.counts.read(inputs[:, part], state[-1], mask)
+                outputs = torch.cat([outputs, self.net.counts.added(outputs, counted)], -1)
+                after = [*after, counts]
+            state = after
             if wanted.start < outputs.shape[1]:
                 hidden.append(outputs[:, wanted])
                 streams.append([tap[:, wanted] for tap in taps or []])

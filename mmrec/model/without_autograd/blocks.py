@@ -12,12 +12,14 @@ from mmrec.model.ops import dispatch
 from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import State
+from mmrec.model.token_counts import TokenCounts
 from mmrec.model.without_autograd.buffers import Room
 from mmrec.model.without_autograd.memories import LongStep, MemoryStep, ShortStep
 from mmrec.model.without_autograd.steps import FeedForwardStep, Norm, Step
 
 KNOWN = (
     *(RecurrentLM, Block, RMSNorm, RGLRU, GatedDeltaNet, PortableGatedDeltaNet, CausalConv, FeedForward),
+    TokenCounts,
     *(nn.ModuleList, nn.Linear, nn.Embedding, nn.Dropout),
 )
 """The modules that there are steps for; with a subclass or a hook they may be something else."""

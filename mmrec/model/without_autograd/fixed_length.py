@@ -21,7 +21,7 @@ TILE_THREADS = 4
 
 def has_fixed_length_pass(net: RecurrentLM) -> bool:
     """Return whether :class:`FixedLengthPass` can compute ``net``."""
-    return has_steps(net, torch.float32)
+    return net.counts is None and has_steps(net, torch.float32)
 
 
 def pass_dtype() -> torch.dtype:

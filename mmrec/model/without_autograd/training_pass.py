@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmrec.model.lm import RecurrentLM
+from mmrec.model.lm import Hidden, RecurrentLM
 from mmrec.model.state import State
 from mmrec.model.without_autograd.blocks import Blocks, has_steps
 from mmrec.model.without_autograd.buffers import Gradients, Room
@@ -32,7 +32,7 @@ def has_training_pass(net: RecurrentLM) -> bool:
     )
 
 
-def hidden_in_training(net: RecurrentLM) -> Callable[[Tensor, State], tuple[Tensor, State]]:
+def hidden_in_training(net: RecurrentLM) -> Callable[[Tensor, State], tuple[Hidden, State]]:
     """Return what computes :meth:`mmrec.model.RecurrentLM.hidden` as ``mmrec fit`` does: a pass, or the method."""
     return TrainingPass(net).hidden if has_training_pass(net) else net.hidden
 
@@ -64,8 +64,8 @@ class TrainingPass:
         """Return what a copy has: the addresses in the buffers are those of this one."""
         return self.__dict__ | {"_buffers": {}, "_places": [], "_memory": []}
 
-    def hidden(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Return what :meth:`mmrec.model.RecurrentLM.hidden` does: [B, T, D] and the state after the last token."""
+    def hidden(self, tokens: Tensor, state: State) -> tuple[Hidden, State]:
+        """Return what :meth:`mmrec.model.RecurrentLM.hidden` does."""
         x = self._net.dropout(self._net.embedding(tokens))
         places = [parameter.data_ptr() for parameter in self._parameters]
         if places != self._places:  # somebody has put other tensors in the place of the weights
@@ -75,9 +75,10 @@ class TrainingPass:
             if len(self._buffers) == PASSES:
                 del self._buffers[next(iter(self._buffers))]
             self._buffers[key] = _Buffers(self._net, self._parameters, self._memory, *key)
-        buffers, after = self._buffers[key], [part for layer in state for part in layer]
-        hidden, *parts = _Blocks.apply(self, buffers, x, *after, *self._parameters)
-        return hidden, list(zip(parts[::2], parts[1::2], strict=True))
+        buffers, before = self._buffers[key], [part for layer in state[: len(self._net.blocks)] for part in layer]
+        hidden, *parts = _Blocks.apply(self, buffers, x, *before, *self._parameters)
+        after = list(zip(parts[::2], parts[1::2], strict=True))
+        return self._net.with_counts(hidden, after, tokens, state)
 
 
 class _Buffers:
