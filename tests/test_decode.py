@@ -28,6 +28,7 @@ SHAPES = {
         dim=16, layers=1, layer_types=("long",), heads=1, ffn_dim=8, conv_width=2, tie_embeddings=False
     ),
     "negative": ModelConfig(dim=16, layers=2, layer_types=("long",), heads=2, ffn_dim=8, negative_eigenvalues=True),
+    "counts": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=8, count_half_lives=(20, 300)),
     "portable": ModelConfig(dim=16, layers=2, layer_types=("portable", "short"), heads=2, ffn_dim=8),
 }
 

@@ -155,6 +155,11 @@ def test_rows_that_q8_0_cannot_block_are_float16(tmp_path: Path) -> None:
             "negative_eigenvalues",
         ),
         (
+            ModelConfig(dim=16, layers=1, layer_types=("portable",), heads=2, count_half_lives=(20,)),
+            ByteTokenizer(),
+            "count_half_lives",
+        ),
+        (
             ModelConfig(dim=16, layers=1, layer_types=("portable",), heads=2, conv_width=1),
             ByteTokenizer(),
             "conv_width",

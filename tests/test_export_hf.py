@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def exported(trained: LoadedModel, folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture
-def bytewise(tmp_path: Path) -> tuple[LoadedModel, Any, Any]:
-    trained = made(ByteTokenizer())
+@pytest.fixture(params=[SHAPE, replace(SHAPE, count_half_lives=(20, 300))], ids=["", "counts"])
+def bytewise(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LoadedModel, Any, Any]:
+    trained = made(ByteTokenizer(), request.param)
     return trained, *exported(trained, tmp_path / "out")
 
 

@@ -111,6 +111,8 @@ def test_a_layer_without_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(LAYER_TYPES, "yours", LAYER_TYPES["short"])
     with pytest.raises(UserError, match="the model has yours layers"):
         mlx.save(tmp_path, made(ByteTokenizer(), ModelConfig(dim=16, layers=1, layer_types=("yours",), heads=2)))
+    with pytest.raises(UserError, match="count_half_lives"):
+        mlx.save(tmp_path, made(ByteTokenizer(), ModelConfig(dim=16, layers=1, heads=2, count_half_lives=(20,))))
     assert not list(tmp_path.iterdir())
 
 

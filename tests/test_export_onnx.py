@@ -21,7 +21,7 @@ from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import CharacterTokenizer
 
-SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True)
+SHAPE = ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, negative_eigenvalues=True, count_half_lives=(20, 300))
 State = dict[str, np.ndarray]
 
 

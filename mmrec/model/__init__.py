@@ -2,7 +2,8 @@
 
 Data flows one way: ``ops`` (the recurrences), ``state``, ``recurrent_layer`` (the interface), ``layers`` (those that
 are not recurrent), one file a recurrent layer, ``config`` (with :data:`LAYER_TYPES`, the registry of recurrent
-layers), ``lm``; then what runs a model: ``decode`` (one token at a time) and ``statistics``.
+layers), ``token_counts`` (a state of the output layer), ``lm``; then what runs a model: ``decode`` (one token at a
+time) and ``statistics``.
 docs/model.md has the equations.
 
 Letters of dimensions, in this folder and in ``ops``:
@@ -16,6 +17,7 @@ Letters of dimensions, in this folder and in ``ops``:
 ``F``     inner width of the feed-forward network: ``config.ffn_dim``
 ``C``     tokens that the causal convolution sees: ``config.conv_width``
 ``N``     size of the vocabulary
+``R``     half-lives of the counts of tokens: ``config.count_half_lives``
 ========  ==================================================================
 """
 
@@ -28,6 +30,7 @@ from mmrec.model.portable import PortableGatedDeltaNet
 from mmrec.model.recurrent_layer import Gates, RecurrentLayer
 from mmrec.model.rg_lru import RGLRU
 from mmrec.model.state import LayerState, State, detach_state, reset_state_rows, state_to
+from mmrec.model.token_counts import TokenCounts
 
 __all__ = [
     "INITIAL_SCALE",
@@ -46,6 +49,7 @@ __all__ = [
     "RecurrentLM",
     "RecurrentLayer",
     "State",
+    "TokenCounts",
     "apply_reset",
     "detach_state",
     "layer_parameters",

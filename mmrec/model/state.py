@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 LayerState = tuple[Tensor, Tensor]
-"""Of one layer: the last C - 1 inputs of its convolution [B, C - 1, channels], and the state of its recurrence."""
+"""Of one layer: the last C - 1 inputs of its convolution [B, C - 1, channels], and the state of its recurrence.
+
+Of counts of tokens: :meth:`mmrec.model.token_counts.TokenCounts.zero_state`.
+"""
 State = list[LayerState]
-"""Of a model: one entry a layer."""
+"""Of a model: one entry a layer, and last one of the counts of tokens, where the model has such."""
 
 
 def detach_state(state: State) -> State:

@@ -98,11 +98,14 @@ def summary_table(net: RecurrentLM) -> str:
     layers = [sum(p.numel() for p in block.parameters()) for block in net.blocks]
     total = net.parameter_count()
     rows = [("part", "parameters", "recurrent state")]
-    rows.append(("embedding, output, norm", f"{total - sum(layers):,}", ""))
+    counting = 0 if net.counts is None else sum(p.numel() for p in net.counts.parameters())
+    rows.append(("embedding, output, norm", f"{total - sum(layers) - counting:,}", ""))
     for kind in dict.fromkeys(layer_types):
         members = [i for i, other in enumerate(layer_types) if other == kind]
         parameters, numbers = sum(layers[i] for i in members), sum(sizes[i] for i in members)
         rows.append((f"{len(members)} x {kind} layer", f"{parameters:,}", f"{numbers:,} numbers"))
+    if counting:
+        rows.append(("counts of tokens", f"{counting:,}", f"{sizes[-1]:,} numbers"))
     remembered = net.state_size()
     size = f"{remembered:,} numbers ({remembered * 4 / 1000:.0f} kB), however long it is"
     rows.append(("in all", f"{total:,}", size))
