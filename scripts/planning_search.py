@@ -33,6 +33,7 @@ from mmrec.planning.plan import (
     Text,
     TrainingPlan,
     choose_batches,
+    has_second_token,
     make_plan,
     regularization,
 )
@@ -93,7 +94,8 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
         if (planned_options["dropout"], planned_options["weight_decay"]) == (dropout, decay):
             name, dropout, decay = INSTEAD_OF_PLAN
         yield Arm(name, planned, plan.batches, (f"--model.dropout={dropout}", f"--model.weight_decay={decay}"))
-    yield Arm("no second token", planned, plan.batches, ("--model.mtp_loss_weight=0",))
+    second, weight = ("no second token", 0.0) if has_second_token(plan.text) else ("second token", 0.3)
+    yield Arm(second, planned, plan.batches, (f"--model.mtp_loss_weight={weight}",))
     yield Arm("cosine", planned, plan.batches, ("--model.schedule=cosine",))
     for name, rows_of in (("half the rows", plan.batches.rows // 2), ("twice the rows", plan.batches.rows * 2)):
         batches = replace(

@@ -18,8 +18,11 @@ from mmrec.planning.machine import measure_rates, seconds_per_update, with_proce
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
 from mmrec.planning.plan import (
+    FORWARD_SHARE,
     MOST_EPOCHS,
     SHAPES,
+    VALIDATION_SECONDS,
+    VALIDATION_SHARE,
     Rate,
     Text,
     TrainingPlan,
@@ -119,6 +122,17 @@ def test_validations_take_a_small_share_of_the_time() -> None:
     batches, every = int(options["trainer.limit_val_batches"]), int(options["trainer.val_check_interval"])
     scored = batches * plan.batches.tokens * (plan.steps // every)
     assert 0 < scored < 0.25 * plan.tokens
+
+
+@pytest.mark.parametrize("val_tokens", [1_000, 10_000, 100_000])
+def test_what_a_validation_takes_beside_its_tokens_counts_too(val_tokens: int) -> None:
+    rate = 10_000.0
+    plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [Rate(SHAPES[1], rate)], 120)
+    options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
+    times = -(-plan.steps // int(options["trainer.val_check_interval"]))
+    scored = min(val_tokens, int(options.get("trainer.limit_val_batches", 10**6)) * plan.batches.tokens)
+    seconds = times * (VALIDATION_SECONDS + FORWARD_SHARE * scored / rate)
+    assert 0.5 * VALIDATION_SHARE * 120 < seconds <= VALIDATION_SHARE * 120
 
 
 def test_the_text_is_described(prepared: Path) -> None:

@@ -27,8 +27,10 @@ SHORTEST_ROW = 16
 MOST_VALIDATIONS = 20
 VALIDATION_SHARE = 0.06
 """Most of the time that all validations of a training may take."""
-FORWARD_SHARE = 0.3
+FORWARD_SHARE = 0.5
 """Of an update's time, what scoring as many tokens takes."""
+VALIDATION_SECONDS = 0.25
+"""Of a validation, for what does not depend on its tokens: two checkpoints, a sample, Lightning's loop."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class TrainingPlan:
         expected: bits per byte on the validation text.
         spread: what its logarithm is not off by, two times of three.
         processes: that share out the rows of an update.
+        rate: tokens that are trained on in a second; 0 where that is not known.
     """
 
     config: ModelConfig
@@ -91,6 +94,7 @@ class TrainingPlan:
     expected: float
     spread: float
     processes: int = 1
+    rate: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -168,7 +172,7 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
         steps = max(1, int(tokens / batches.tokens))
         expected = law.yardstick(text.ngram, text.xz, text.train_tokens)
         expected *= law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
-        plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes))
+        plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes, rate.tokens))
     return min(plans, key=lambda plan: plan.expected)
 
 
@@ -217,11 +221,13 @@ def fit_options(plan: TrainingPlan) -> list[str]:
 
 def _validations(plan: TrainingPlan) -> dict[str, object]:
     """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
-    affordable = VALIDATION_SHARE * plan.tokens / FORWARD_SHARE  # tokens; all processes share them out
+    # In tokens of updates that take as long; all processes share out what is scored.
+    affordable, each = VALIDATION_SHARE * plan.tokens, VALIDATION_SECONDS * plan.rate
     whole = plan.text.val_tokens
-    times = max(2, min(MOST_VALIDATIONS, int(affordable / whole)) // 2 * 2)  # even: one is half-way
+    times = max(2, min(MOST_VALIDATIONS, int(affordable / (each + FORWARD_SHARE * whole))) // 2 * 2)  # one half-way
     every = -(-plan.steps // times)  # rounded up: the last one is that of the end
     options: dict[str, object] = {"val_check_interval": every}
-    if times * whole > affordable:
-        options["limit_val_batches"] = max(1, int(affordable / times / plan.batches.tokens))
+    scored = max(affordable / times - each, affordable / times / 2) / FORWARD_SHARE
+    if whole > scored:
+        options["limit_val_batches"] = max(1, int(scored / plan.batches.tokens))
     return options
