@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_tile_units_multiply_as_exactly_as_bfloat16_can(places: int, outputs: in
     packed = products.PackedWeight(torch.zeros(outputs, inputs).copy_(weight))
     packed.product(x, y)()
     packed.product_backwards(to_y, to_x)()
-    products.weight_gradient(to_y, x, to_weight)()
+    products.weight_gradient(to_y, x, ctypes.c_void_p(to_weight.data_ptr()))()
     rounded = weight.bfloat16().double()
     close(y, x.double() @ rounded.T)
     close(to_x, to_y.double() @ rounded)
@@ -94,14 +95,20 @@ def test_clipping_by_a_known_norm_is_that_of_torch(limit: float) -> None:
     assert not clip_to_norm(optimizer, norm, None, "norm")
 
 
-def test_gradients_are_copied_in_float32() -> None:
+def test_gradients_that_were_taken_stay_and_are_float32() -> None:
     shapes = [torch.Size(shape) for shape in [(2, 3), (4,), (0, 5), (3, 1)]]
-    buffers = Gradients(shapes, [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16])
-    for number, part in enumerate(buffers.parts):
-        part.fill_(number + 1)
-    found = buffers.copies()
-    buffers.parts[0].zero_()
-    for number, (copied, shape) in enumerate(zip(found, shapes, strict=True)):
-        assert copied.shape == shape
-        assert copied.dtype == torch.float32
-        assert (copied == number + 1).all()
+    memory = Gradients(shapes, [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16])
+    parts, addresses = list(memory.parts), list(memory.addresses)
+    taken = []
+    for number in range(3):
+        memory.renew()
+        for place, (part, address, shape) in enumerate(zip(parts, addresses, shapes, strict=True)):
+            assert part.shape == shape
+            assert (address.value or 0) == part.data_ptr()
+            part.fill_(10 * number + place)
+        taken.append(memory.take())
+    for number, found in enumerate(taken):
+        for place, (gradient, shape) in enumerate(zip(found, shapes, strict=True)):
+            assert gradient.shape == shape
+            assert gradient.dtype == torch.float32
+            assert (gradient == 10 * number + place).all()

@@ -71,6 +71,34 @@ def test_it_computes_what_the_model_and_autograd_do(config: ModelConfig, dropout
         assert (one - other).norm() <= near * other.norm(), name
 
 
+@pytest.mark.parametrize("config", FORMS)
+def test_gradients_are_handed_out_in_the_memory_that_they_were_written_to(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **options: real(*given, **options).fill_(torch.nan))
+    net = made(config, 0.0)
+    trained, parameters = TrainingPass(net), [*net.blocks.parameters(), *net.norm.parameters()]
+
+    def gradients(tokens: Tensor) -> list[Tensor]:
+        net.zero_grad()
+        trained.hidden(tokens, net.zero_state(ROWS))[0].x.square().sum().backward()
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    tokens = torch.randint(11, (ROWS, LENGTH))
+    first = gradients(tokens)
+    kept = [each.clone() for each in first]
+    assert len(first) == len(parameters)
+    assert all(each.isfinite().all() for each in first)
+    assert len({each.untyped_storage().data_ptr() for each in first}) == 1  # no copies by autograd
+    assert not torch.equal(gradients(tokens.flip(0))[0], first[0])
+    assert all(torch.equal(one, other) for one, other in zip(first, kept, strict=True))
+    trained.hidden(tokens, net.zero_state(ROWS))[0].x.square().sum().backward()  # added to those of the last
+    both = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for one, other, added in zip(gradients(tokens.flip(0)), kept, both, strict=True):
+        torch.testing.assert_close(added, one + other)
+
+
 def test_gradients_of_a_batch_whose_buffers_hold_another_are_refused() -> None:
     net = made(FORMS[0], 0.0)
     trained, tokens = TrainingPass(net), torch.randint(11, (ROWS, LENGTH))

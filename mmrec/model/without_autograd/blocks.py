@@ -76,7 +76,7 @@ class Blocks:
         """Write the gradients of what was computed last from ``norm.to_y``; return that of ``x``, a buffer [P, D]."""
         to_x = self.room.to_x
         to_x.zero_()
-        self.norm.backward(to_x)
+        self.norm.backward()
         for step in reversed(self._steps):
             step.backward()
         self.room.add_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from ctypes import c_void_p
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Room:
         dtype: of matrix products.
         dropout: share of a branch's numbers that is left out.
         memory: what the buffers of other shapes are in, if they are not used at the same time; more is added to it.
+        addresses: by the identity of a parameter: the address of its gradient, if that changes from pass to pass.
 
     Attributes:
         to_x: [P, D], the gradient of the residual stream, at the place where the pass backwards is.
@@ -38,8 +40,10 @@ class Room:
         dtype: torch.dtype = torch.float32,
         dropout: float = 0.0,
         memory: list[Tensor] | None = None,
+        addresses: dict[int, c_void_p] | None = None,
     ) -> None:
         self.rows, self.length = shape
+        self._addresses = addresses
         self._memory: list[Tensor] = [] if memory is None else memory
         self._taken = 0
         self.dtype, self.dropout, self._gradients = dtype, dropout, gradients
@@ -95,10 +99,16 @@ class Room:
         """Return where the gradient of ``parameter`` is written, if it is."""
         return self._gradients.get(id(parameter))
 
+    def address(self, parameter: Tensor) -> c_void_p:
+        """Return the address of where the gradient of ``parameter``, which has one, is written at each pass."""
+        if self._addresses is not None:
+            return self._addresses[id(parameter)]
+        return c_void_p(self._gradients[id(parameter)].data_ptr())
+
     def by_row(self, parameter: Tensor) -> Tensor:
         """Return a buffer [B, ...] for the gradient of ``parameter`` by each row, which :meth:`add_up` adds up."""
         found = self.gradient(parameter)
-        if found is not None and self.rows == 1:
+        if found is not None and self.rows == 1 and self._addresses is None:
             return found[None]
         buffer = torch.zeros(self.rows, *parameter.shape)
         if found is not None:
@@ -120,14 +130,15 @@ class Room:
 
 
 class Gradients:
-    """Buffers for gradients, those of one dtype behind each other, so that all are copied at once.
+    """Memory for gradients, those of one dtype behind each other.
 
     Args:
         shapes: of the gradients.
         dtypes: of each.
 
     Attributes:
-        parts: the buffers.
+        parts: the gradients of the last pass, or of the one that is begun.
+        addresses: of the parts, the same objects at every pass.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> None:
@@ -135,14 +146,32 @@ class Gradients:
         sizes = {kind: sum(s.numel() for s, of in zip(shapes, dtypes, strict=True) if of == kind) for kind in dtypes}
         self._all = {kind: torch.zeros(size, dtype=kind) for kind, size in sizes.items()}
         self.parts = self._cut(self._all)
+        self.addresses = [c_void_p(part.data_ptr()) for part in self.parts]
+        self._views: list[Tensor] = []
 
-    def copies(self) -> list[Tensor]:
-        """Return what is in the buffers now, in float32."""
-        return self._cut({kind: each.to(torch.float32, copy=True) for kind, each in self._all.items()})
+    def renew(self) -> None:
+        """Have the gradients of the next pass written to other memory: what was taken of the last one stays."""
+        if torch.float32 not in self._all:
+            return
+        self._all[torch.float32] = torch.empty_like(self._all[torch.float32])
+        self._views = self._cut(self._all)
+        for part, address, new in zip(self.parts, self.addresses, self._views, strict=True):
+            if part.dtype == torch.float32:
+                part.data, address.value = new, new.data_ptr()
+
+    def take(self) -> list[Tensor]:
+        """Return the gradients of the pass that :meth:`renew` began in float32: once, those that are so as they are.
+
+        Nothing here refers to the tensors that are returned, or autograd would copy what it adds up.
+        """
+        views, self._views = self._views, []
+        if len(self._all) == 1 and torch.float32 in self._all:
+            return views
+        return self._cut({kind: each.to(torch.float32) for kind, each in self._all.items()})
 
     def _cut(self, together: dict[torch.dtype, Tensor]) -> list[Tensor]:
-        places, parts = dict.fromkeys(together, 0), []
+        sizes: dict[torch.dtype, list[int]] = {kind: [] for kind in together}
         for shape, kind in zip(self._shapes, self._dtypes, strict=True):
-            parts.append(together[kind][places[kind] : places[kind] + shape.numel()].view(shape))
-            places[kind] += shape.numel()
-        return parts
+            sizes[kind].append(shape.numel())
+        parts = {kind: iter(together[kind].split(each)) for kind, each in sizes.items()}
+        return [next(parts[kind]).view(shape) for shape, kind in zip(self._shapes, self._dtypes, strict=True)]

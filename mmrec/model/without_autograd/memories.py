@@ -36,7 +36,12 @@ class MemoryStep(Step):
         conv, projected = layer.conv, room.kept(layer.project.out_features)
         channels, width = conv.weight.shape
         self._weight, self.taps = conv.weight.detach(), torch.zeros(width, channels)
-        self._to_weight, self.to_taps = room.gradient(conv.weight), torch.zeros(room.rows, width, channels)
+        self.to_taps = torch.zeros(room.rows, width, channels)
+        # Writes the gradient of the convolution's weight where it is wanted.
+        self._take_taps: Callable[[], None] | None = None
+        if room.gradient(conv.weight) is not None:
+            shape = room.rows, width, channels
+            self._take_taps = prepared("sum_transposed", room.dtype, *shape, self.to_taps, room.address(conv.weight))
         self.past, self.past_after = torch.zeros(2, room.rows, width - 1, channels)
         self.to_past, self.to_past_after = torch.zeros(2, room.rows, width - 1, channels)
         self.projected, self.to_projected = projected, room.passing("to a map", projected.shape[1])
@@ -54,11 +59,6 @@ class MemoryStep(Step):
     def refresh(self) -> None:
         """Take over what is computed from the weights alone."""
         self.taps.copy_(self._weight.t())
-
-    def take_taps(self) -> None:
-        """Write the gradient of the convolution's weight where it is wanted."""
-        if self._to_weight is not None:
-            self._to_weight.copy_(self.to_taps.sum(0).t())
 
     def before_scan(self) -> None:
         """Compute what the scan reads beside what :attr:`project` has written."""
@@ -78,7 +78,8 @@ class MemoryStep(Step):
             each.zero_()
         for row in self.scan_backward:
             row()
-        self.take_taps()
+        if self._take_taps is not None:
+            self._take_taps()
         self.after_scan_backward()
         self.project.backward(self.to_projected, self.norm.to_y)
 

@@ -41,14 +41,14 @@ class TileProduct:
     def __init__(self, room: Room, weight: Tensor, x: Tensor, y: Tensor) -> None:
         self._weight, self._x = room.packed(weight), x
         self.forward = self._weight.product(x, y)
-        self._grad = room.gradient(weight)
+        self._to_weight = None if room.gradient(weight) is None else room.address(weight)
         # By the addresses of the buffers, which are the same at every pass.
         self._backward: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def backward(self, to_y: Tensor, to_x: Tensor) -> None:
         key = to_y.data_ptr(), to_x.data_ptr()
         if key not in self._backward:
-            to_weight = [] if self._grad is None else [weight_gradient(to_y, self._x, self._grad)]
+            to_weight = [] if self._to_weight is None else [weight_gradient(to_y, self._x, self._to_weight)]
             self._backward[key] = [*to_weight, self._weight.product_backwards(to_y, to_x)]
         for each in self._backward[key]:
             each()
@@ -73,18 +73,12 @@ class Norm:
         dtype = room.dtype if norm.feeds_product else torch.float32
         self.y, scale = room.kept(dim, dtype), torch.zeros(places)
         self.to_y = room.passing("to_y of a norm", dim, dtype)
-        self._to_x = room.passing("to_x of a norm", dim, torch.float32)
         self.forward = prepared("rms_norm", dtype, places, dim, norm.EPSILON, x, weight, self.y, scale)
-        found = room.gradient(norm.weight)
-        to_weight = torch.zeros_like(weight) if found is None else found
-        self._backward = prepared(
-            "rms_norm_backward", dtype, places, dim, x, weight, scale, self.to_y, self._to_x, to_weight
-        )
-
-    def backward(self, to_stream: Tensor) -> None:
-        """Add the gradient of x to that of the stream."""
-        self._backward()
-        to_stream.add_(self._to_x)
+        no_gradient = room.gradient(norm.weight) is None
+        to_weight = torch.zeros_like(weight) if no_gradient else room.address(norm.weight)
+        given = x, weight, scale, self.to_y, 1, room.to_x, to_weight
+        #: Adds the gradient of x to that of the stream.
+        self.backward = prepared("rms_norm_backward", dtype, places, dim, *given)
 
 
 class _BranchEnd:
@@ -145,7 +139,7 @@ class Step(ABC):
         """Bring the gradient of the stream from behind the branch to before it."""
         self.end.backward(self.to_x, self.to_inner)
         self.compute_backward()
-        self.norm.backward(self.to_x)
+        self.norm.backward()
 
     @abstractmethod
     def compute(self) -> None:

@@ -97,9 +97,12 @@ class _Buffers:
         narrow = set() if uses_tiles(dtype) else {id(matrix) for matrix in net.matrices()}
         dtypes = [dtype if id(parameter) in narrow else parameter.dtype for parameter in parameters]
         self.gradients = Gradients([parameter.shape for parameter in parameters], dtypes)
-        written = {id(each): found for each, found in zip(parameters, self.gradients.parts, strict=True)}
+        numbers = [id(parameter) for parameter in parameters]
+        written = dict(zip(numbers, self.gradients.parts, strict=True))
+        addresses = dict(zip(numbers, self.gradients.addresses, strict=True))
         dropout = net.dropout.p if net.training else 0.0
-        self.blocks = Blocks(Room((rows, length), net.config.dim, written, dtype, dropout, memory), net)
+        room = Room((rows, length), net.config.dim, written, dtype, dropout, memory, addresses)
+        self.blocks = Blocks(room, net)
 
 
 class _Blocks(torch.autograd.Function):
@@ -123,13 +126,13 @@ class _Blocks(torch.autograd.Function):
         if ctx.reads != ctx.of.reads:
             raise RuntimeError("the buffers of this batch hold another one by now, or its gradients are taken")
         ctx.of.reads += 1
+        buffers.gradients.renew()  # a graph may keep what it was given
         buffers.blocks.norm.to_y.copy_(grad.flatten(0, 1))
         to_x = buffers.blocks.backward().view_as(grad).clone()
-        # Copies: a graph may keep what it is given.
         return (
             None,
             None,
             to_x,
             *(None for _ in range(ctx.states)),
-            *buffers.gradients.copies(),
+            *buffers.gradients.take(),
         )

@@ -74,7 +74,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, length, dim = x.shape
         to_x, to_weight = torch.empty_like(x), x.new_empty(rows, dim)
         grad = grad.contiguous()
-        run("rms_norm_backward", grad.dtype, x, length, dim, x, Whole(weight), scale, grad, to_x, to_weight)
+        run("rms_norm_backward", grad.dtype, x, length, dim, x, Whole(weight), scale, grad, 0, to_x, to_weight)
         return to_x, to_weight.sum(0), None, None
 
 
@@ -329,7 +329,7 @@ def prepared(name: str, kind: Kind, *arguments: Any) -> Callable[[], None]:
         name: of the kernel.
         kind: the dtype of matrix products, or another library that it is in.
         arguments: tensors, contiguous, on the CPU, whose memory every call reads and writes; whole numbers, numbers
-            of float32, structures and None.
+            of float32, structures, addresses and None.
     """
     kernel, given = _kernel(name, kind), []
     for each in arguments:

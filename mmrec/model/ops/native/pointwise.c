@@ -14,8 +14,9 @@ EXPORT int rms_norm(integer rows, integer dim, float eps, const float *x, const 
     return 0;
 }
 
+/* The gradient of x is written, or added to what is there where `adds`. */
 EXPORT int rms_norm_backward(integer rows, integer dim, const float *x, const float *weight, const float *scale,
-                             const number *grad, float *to_x, float *to_weight) {
+                             const number *grad, integer adds, float *to_x, float *to_weight) {
     memset(to_weight, 0, dim * sizeof(float));
     for (integer n = 0; n < rows; n++, x += dim, grad += dim, to_x += dim) {
         float by = scale[n], along = 0;
@@ -26,8 +27,23 @@ EXPORT int rms_norm_backward(integer rows, integer dim, const float *x, const fl
             along += product * weight[c];
         }
         along *= by * by / dim;
-        VECTORIZE for (integer c = 0; c < dim; c++) to_x[c] = load(grad[c]) * weight[c] * by - x[c] * along;
+        if (adds) {
+            VECTORIZE for (integer c = 0; c < dim; c++) to_x[c] += load(grad[c]) * weight[c] * by - x[c] * along;
+        } else {
+            VECTORIZE for (integer c = 0; c < dim; c++) to_x[c] = load(grad[c]) * weight[c] * by - x[c] * along;
+        }
     }
+    return 0;
+}
+
+/* y [width, height] <- the sum of `count` matrices [height, width], transposed. */
+EXPORT int sum_transposed(integer count, integer height, integer width, const float *x, float *y) {
+    for (integer i = 0; i < height; i++)
+        for (integer j = 0; j < width; j++) {
+            float sum = 0;
+            for (integer n = 0; n < count; n++) sum += x[(n * height + i) * width + j];
+            y[j * height + i] = sum;
+        }
     return 0;
 }
 

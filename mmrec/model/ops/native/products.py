@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_void_p
 from functools import cache
 
 import torch
@@ -54,15 +55,15 @@ class PackedWeight:
         return prepared("tile_product", torch.bfloat16, *given)
 
 
-def weight_gradient(to_y: Tensor, x: Tensor, to_weight: Tensor) -> Callable[[], None]:
+def weight_gradient(to_y: Tensor, x: Tensor, to_weight: c_void_p) -> Callable[[], None]:
     """Return what writes the gradient of a weight.
 
     Args:
         to_y: [P, outputs], bfloat16.
         x: [P, inputs], bfloat16.
-        to_weight: [outputs, inputs], float32: the transposed ``to_y`` times ``x``.
+        to_weight: address of [outputs, inputs], contiguous, float32: the transposed ``to_y`` times ``x``.
     """
-    outputs, inputs = to_weight.shape
+    outputs, inputs = to_y.shape[1], x.shape[1]
     given = len(x), outputs, inputs, *_rows(to_y, outputs), *_rows(x, inputs), to_weight
     return prepared("tile_weight_gradient", torch.bfloat16, *given)
 
