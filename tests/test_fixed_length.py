@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmrec.model import ModelConfig, RecurrentLM
+from mmrec.model import ModelConfig, RecurrentLM, State
 from mmrec.model.layers import FeedForward
 from mmrec.model.ops import dispatch
 from mmrec.model.ops.native.products import has_tiles
@@ -18,6 +18,7 @@ FORMS = [
     ModelConfig(dim=32, layers=4, layer_types=("short", "long"), heads=2, ffn_dim=40),
     ModelConfig(dim=32, layers=3, layer_types=("portable", "short"), heads=2, ffn_dim=40, tie_embeddings=False),
     ModelConfig(dim=20, layers=2, layer_types=("long", "short"), heads=1, ffn_dim=13, conv_width=1),
+    ModelConfig(dim=32, layers=2, heads=2, ffn_dim=40, count_half_lives=(20, 300)),
 ]
 LENGTH = 70
 
@@ -31,6 +32,14 @@ def made(config: ModelConfig = FORMS[0]) -> RecurrentLM:
     return net
 
 
+def begun(net: RecurrentLM) -> State:
+    """A state as it may be in the midst of a text."""
+    state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in net.zero_state(1)]
+    if net.counts is not None:  # of which numbers below zero make no sense
+        state[-1] = net.counts.read(torch.randint(11, (1, 50)), net.counts.zero_state(1, state[0][0].device))[1]
+    return state
+
+
 @needs_compiler
 @pytest.mark.parametrize("config", FORMS)
 @pytest.mark.parametrize("learns_all", [True, False])
@@ -39,7 +48,7 @@ def test_it_computes_what_the_model_and_autograd_do(config: ModelConfig, learns_
     learns = {name: x for name, x in net.named_parameters() if learns_all or x.dim() == 1 or "embedding" in name}
     gradients = {name: torch.full_like(x, torch.nan) for name, x in learns.items()}
     fixed = FixedLengthPass(net, LENGTH, gradients=gradients)
-    state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in net.zero_state(1)]
+    state = begun(net)
     for number in range(2):  # the second after the weights have changed
         with torch.no_grad():
             for parameter in learns.values():
@@ -71,7 +80,7 @@ def test_by_tile_units_it_is_as_exact_as_autocast(config: ModelConfig) -> None:
     names, learns = zip(*net.named_parameters(), strict=True)
     gradients = {name: torch.full_like(x, torch.nan) for name, x in zip(names, learns, strict=True)}
     fixed = FixedLengthPass(net, LENGTH, gradients=gradients, dtype=torch.bfloat16)
-    state = [(torch.randn_like(past), torch.randn_like(memory)) for past, memory in net.zero_state(1)]
+    state = begun(net)
     for number in range(2):  # the second after the weights have changed
         with torch.no_grad():
             for parameter in learns:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mmrec.model.lm import RecurrentLM
 from mmrec.model.ops.native.products import has_tiles
-from mmrec.model.state import State
+from mmrec.model.state import LayerState, State
+from mmrec.model.token_counts import TokenCounts
 from mmrec.model.without_autograd.blocks import Blocks, has_steps
 from mmrec.model.without_autograd.buffers import Room
 from mmrec.model.without_autograd.steps import Product
@@ -21,7 +22,7 @@ TILE_THREADS = 4
 
 def has_fixed_length_pass(net: RecurrentLM) -> bool:
     """Return whether :class:`FixedLengthPass` can compute ``net``."""
-    return net.counts is None and has_steps(net, torch.float32)
+    return has_steps(net, torch.float32)
 
 
 def pass_dtype() -> torch.dtype:
@@ -65,6 +66,7 @@ class FixedLengthPass:
         self.logits = torch.zeros(length, len(net.head.weight)) if logits is None else logits
         self._head = Product(room, net.head.weight, self._blocks.norm.y, self.logits)
         self._is_tied = net.head.weight is net.embedding.weight
+        self._counts = None if net.counts is None else _Counts(net.counts, written)
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: State) -> State:
@@ -76,16 +78,51 @@ class FixedLengthPass:
             self._blocks.refresh()
         self._tokens.copy_(tokens)
         torch.index_select(self._embedding, 0, self._tokens, out=self._blocks.x)
-        after = self._blocks.forward(state)
+        layers = state if self._counts is None else state[:-1]
+        after = self._blocks.forward(layers)
         self._head.forward()
-        return after
+        if self._counts is None:
+            return after
+        return [*after, self._counts.add(self.logits, self._blocks.norm.y, self._tokens, state[-1])]
 
     @torch.no_grad()
     def differentiate(self, to_logits: Tensor) -> None:
         """Write the gradients of what was read last, whose gradient by :attr:`logits` is ``to_logits`` [T, N]."""
         self._head.backward(to_logits, self._blocks.norm.to_y)
+        if self._counts is not None:
+            self._counts.differentiate(to_logits, self._blocks.norm.to_y)
         to_x = self._blocks.backward()
         if self._to_embedding is not None:
             if not self._is_tied:  # else it holds the gradient of the head by now
                 self._to_embedding.zero_()
             self._to_embedding.index_add_(0, self._tokens, to_x)
+
+
+class _Counts:
+    """What counts of tokens add to logits, by autograd: they are little of a pass.
+
+    Args:
+        counts: the module.
+        written: by the ``id`` of a parameter, where its gradient is written.
+    """
+
+    def __init__(self, counts: TokenCounts, written: dict[int, Tensor]) -> None:
+        self._counts = counts
+        learns = [parameter for parameter in counts.parameters() if id(parameter) in written]
+        self._learns, self._written = learns, [written[id(parameter)] for parameter in learns]
+
+    def add(self, logits: Tensor, hidden: Tensor, tokens: Tensor, before: LayerState) -> LayerState:
+        """Add to ``logits`` [T, N], of tokens [T] with ``hidden`` [T, D], in place; return the state after them."""
+        with torch.enable_grad():
+            self._hidden = hidden[None].clone().requires_grad_()
+            features, after = self._counts.read(tokens[None], before)
+            self._added = self._counts.added(self._hidden, features)
+        logits += self._added[0].detach()
+        return after
+
+    def differentiate(self, to_logits: Tensor, to_hidden: Tensor) -> None:
+        """Add to ``to_hidden`` [T, D], and write the gradients of what learns."""
+        (own, *gradients) = torch.autograd.grad(self._added, [self._hidden, *self._learns], to_logits[None])
+        to_hidden += own[0]
+        for gradient, written in zip(gradients, self._written, strict=True):
+            written.copy_(gradient)
