@@ -23,19 +23,20 @@ from pathlib import Path
 from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser, text_digest
 
 from mmrec.data.store import open_tokens
-from mmrec.model import ModelConfig, layer_parameters
+from mmrec.model import ModelConfig
 from mmrec.planning.law import LAW
 from mmrec.planning.machine import seconds_per_update
 from mmrec.planning.plan import (
-    SHAPES,
     Batches,
     Rate,
     Text,
     TrainingPlan,
     choose_batches,
+    expected_loss,
     has_second_token,
     make_plan,
     regularization,
+    shapes_for,
 )
 from mmrec.planning.text import describe_text
 
@@ -79,12 +80,13 @@ class Arm:
 
 def arms(plan: TrainingPlan) -> Iterator[Arm]:
     """Yield the plan itself, and 16 changes of it."""
-    planned = SHAPES.index(plan.config)
+    shapes = shapes_for(plan.text)
+    planned = shapes.index(plan.config)
     rate = 3e-3 if plan.config.dim < 256 else 2e-3
     yield Arm("plan", planned, plan.batches)
     for step in (-1, 1):
         shape = planned + step if planned + step >= 0 else 2
-        batches = choose_batches(SHAPES[shape], plan.text.train_tokens)
+        batches = choose_batches(shapes[shape], plan.text.train_tokens)
         for factor in (0.5, 1, 2):
             yield Arm(f"shape {shape}, rate x {factor}", shape, batches, (f"--model.learning_rate={rate * factor}",))
     for factor in (0.5, 2, 3):
@@ -130,7 +132,8 @@ def search(
     text, name = describe_text(opened), digest(opened)
     trained = {row["change"]: row for row in rows(table) if (row["sha256"], row["seconds"]) == (name, f"{seconds:g}")}
     plan = planned_before(trained, text) or plan_by_trials(text, seconds)
-    steps = {(SHAPES.index(plan.config), plan.batches): plan.steps}
+    shapes = shapes_for(text)
+    steps = {(shapes.index(plan.config), plan.batches): plan.steps}
     for arm in arms(plan):
         if arm.change in trained:
             steps.setdefault((arm.shape, arm.batches), int(trained[arm.change]["tokens"]) // arm.batches.tokens)
@@ -141,9 +144,9 @@ def search(
         curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
         if (arm.shape, arm.batches) not in steps:
             pace = rate(plan.config, text, plan.batches)  # now: that of the plan's own trial may have been another
-            tokens = plan.tokens * rate(SHAPES[arm.shape], text, arm.batches) / pace
+            tokens = plan.tokens * rate(shapes[arm.shape], text, arm.batches) / pace
             steps[arm.shape, arm.batches] = max(1, int(tokens / arm.batches.tokens))
-        changed = replace(plan, config=SHAPES[arm.shape], batches=arm.batches, steps=steps[arm.shape, arm.batches])
+        changed = replace(plan, config=shapes[arm.shape], batches=arm.batches, steps=steps[arm.shape, arm.batches])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         reached = bits_per_byte(folder, changed, seed, arm.options, curve)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -169,7 +172,7 @@ def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
 
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
-    batches = [(config, choose_batches(config, text.train_tokens)) for config in SHAPES[:4]]
+    batches = [(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)[:4]]
     return make_plan(text, [Rate(config, rate(config, text, each)) for config, each in batches], seconds)
 
 
@@ -177,11 +180,10 @@ def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPl
     """Return the plan of the row that a table has of it, since another trial would find another pace; or None."""
     if "plan" not in trained:
         return None
-    config = SHAPES[int(trained["plan"]["shape"])]
+    config = shapes_for(text)[int(trained["plan"]["shape"])]
     batches = choose_batches(config, text.train_tokens)
     tokens = int(trained["plan"]["tokens"])
-    expected = LAW.yardstick(text.ngram, text.xz, text.train_tokens)
-    expected *= LAW.relative_loss(layer_parameters(config), text.train_tokens, tokens)
+    expected = expected_loss(config, text, tokens)
     return TrainingPlan(config, batches, tokens // batches.tokens, text, expected, LAW.spread)
 
 

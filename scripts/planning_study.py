@@ -23,7 +23,7 @@ from mmrec.data.store import TokenFolder, open_tokens
 from mmrec.model import layer_parameters
 from mmrec.planning.comparison import bits_per_byte as scored_bits_per_byte
 from mmrec.planning.comparison import carried_nll
-from mmrec.planning.plan import SHAPES, TrainingPlan, choose_batches, fit_options
+from mmrec.planning.plan import TrainingPlan, choose_batches, fit_options, shapes_for
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
 
@@ -33,6 +33,7 @@ COLUMNS = (
     "train_tokens",
     "val_tokens",
     "vocab_size",
+    "counts",
     "xz",
     "ngram",
     "shape",
@@ -81,10 +82,15 @@ def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> N
     key = {"sha256": digest(opened), "shape": str(number), "tokens": str(tokens), "seed": str(seed)}
     if is_there(table, key):
         return
-    text, config = describe_text(opened), SHAPES[number]
+    text = describe_text(opened)
+    config = shapes_for(text)[number]
     batches = choose_batches(config, text.train_tokens)
     plan = TrainingPlan(config, batches, max(1, tokens // batches.tokens), text, 0.0, 0.0)
-    sizes = {"val_tokens": text.val_tokens, "vocab_size": text.vocab_size}
+    sizes = {
+        "val_tokens": text.val_tokens,
+        "vocab_size": text.vocab_size,
+        "counts": int(bool(config.count_half_lives)),
+    }
     append(table, COLUMNS, key | sizes | row_of(folder, plan, bits_per_byte(folder, plan, seed)))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmrec.core.errors import UserError
 from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
@@ -19,6 +21,7 @@ from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments
 from mmrec.planning.plan import (
     FORWARD_SHARE,
+    HALF_LIVES,
     MOST_EPOCHS,
     SHAPES,
     VALIDATION_SECONDS,
@@ -27,11 +30,13 @@ from mmrec.planning.plan import (
     Text,
     TrainingPlan,
     choose_batches,
+    expected_loss,
     fit_options,
     make_plan,
     regularization,
+    shapes_for,
 )
-from mmrec.planning.source import choose_tokenizer
+from mmrec.planning.source import choose_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text, xz_bits_per_byte
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 
@@ -207,15 +212,51 @@ def test_options_of_fit_are_told_from_those_of_train() -> None:
 @pytest.mark.parametrize(
     ("text", "tokenizer"),
     [
-        ("Plain English, as it is.\n" * 20, "bytes"),
-        ("Широка страна моя родная.\n" * 20, "characters"),
-        ("".join(chr(0x4E00 + number) for number in range(900)), "bpe"),
+        ("Plain English, as it is.\n" * 20, ("bytes", None)),
+        ("Широка страна моя родная.\n" * 20, ("characters", None)),
+        ("".join(chr(0x4E00 + number) for number in range(900)), ("bpe", 4096)),
+        ("Широка страна моя родная.\n" * 10_000, ("bpe", 1024)),
+        ("Plain English, as it is.\n" * 150_000, ("bpe", 4096)),
     ],
 )
-def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: str) -> None:
+def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: tuple[str, int | None]) -> None:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     assert choose_tokenizer(resolve_source(PrepareOptions(str(path)))) == tokenizer
+
+
+def test_the_tokenizer_of_a_folder_is_chosen_by_its_size(tmp_path: Path) -> None:
+    """As of files that are read one after the other, not held in memory."""
+    for number, length in enumerate((10_000, 350_000)):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": "word " * (length // 5)}) + "\n")
+        found = choose_tokenizer(resolve_source(PrepareOptions(str(tmp_path))))
+        assert found == (("bytes", None), ("bpe", 1024))[number]
+
+
+def test_a_text_that_was_prepared_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version may choose another for it, and the training of the earlier one is to go on."""
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text("One sentence of many words, " * 200 + "\nand another one.\n" * 200)
+    assert prepare_texts(["novel.txt"], None).tokenizer.name == "bytes"
+    monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
+    assert prepare_texts(["novel.txt"], None).tokenizer.name == "bytes"
+    Path("data/novel").rename("data/before")
+    words = prepare_texts(["novel.txt"], None)
+    assert words.tokenizer.name == "bpe"
+    assert prepare_texts(["novel.txt"], "bpe").tokenizer.digest() == words.tokenizer.digest()
+    with pytest.raises(UserError, match="another corpus, split or tokenizer"):
+        prepare_texts(["novel.txt"], "characters")
+
+
+def test_models_of_words_count_them_and_others_do_not() -> None:
+    assert shapes_for(TEXT) == SHAPES
+    words = dataclasses.replace(TEXT, vocab_size=1024)
+    assert {config.count_half_lives for config in shapes_for(words)} == {HALF_LIVES}
+    plain, counting = (expected_loss(shapes[1], words, 1e6) for shapes in (SHAPES, shapes_for(words)))
+    assert counting == plain * LAW.counting
+    plan = make_plan(words, [Rate(shapes_for(words)[1], 10_000.0)], 60)
+    (config,) = [option for option in fit_options(plan) if "model.config" in option]
+    assert json.loads(config.partition("=")[2])["count_half_lives"] == list(HALF_LIVES)
 
 
 def test_an_n_gram_model_says_what_can_be_reached_of_a_text() -> None:

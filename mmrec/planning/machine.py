@@ -18,7 +18,7 @@ from mmrec.model import Hidden, ModelConfig, RecurrentLM, State, layer_parameter
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import SHAPES, Batches, Rate, Text, choose_batches, has_second_token
+from mmrec.planning.plan import Batches, Rate, Text, choose_batches, has_second_token, shapes_for
 from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
@@ -106,7 +106,7 @@ def seconds_per_update(
 
 
 def measure_rates(
-    text: Text, seconds: float, accelerator: str, shapes: Sequence[ModelConfig] = SHAPES, law: Law = LAW
+    text: Text, seconds: float, accelerator: str, shapes: Sequence[ModelConfig] | None = None, law: Law = LAW
 ) -> list[Rate]:
     """Return how fast models train here.
 
@@ -117,7 +117,7 @@ def measure_rates(
         text: that is to be trained on.
         seconds: of the training that is planned.
         accelerator: Lightning's name of the device.
-        shapes: the models.
+        shapes: the models; None for those of a plan.
         law: what is expected of them.
     """
     # What other programs take of the processor differs from one moment to the next: models are compared by the time
@@ -128,7 +128,7 @@ def measure_rates(
     own: list[Rate] = []
     waited = worked = 0.0
     best = float("inf")
-    for config in shapes:
+    for config in shapes or shapes_for(text):
         batches = choose_batches(config, text.train_tokens)
         processes = processes_for(config, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
         trial = _try_together(config, text, accelerator, seconds, processes)

@@ -20,6 +20,10 @@ SHAPES = (
 )
 """The models that a plan chooses from, the smallest first; the second, third, fifth and sixth are those of
 ``quickstart``, ``tiny``, ``mini`` and ``small``."""
+HALF_LIVES = (256.0, 4096.0)
+"""Tokens, of the counts of a model whose tokens are words and parts of words."""
+LARGEST_ALPHABET = 512
+"""Different characters up to which each is a token; where there are more tokens, they are words or parts of words."""
 MOST_EPOCHS = 60
 """A text is not read more often, however much time there is."""
 SHORTEST_ROW = 16
@@ -130,6 +134,13 @@ class TrainingPlan:
         )
 
 
+def shapes_for(text: Text) -> tuple[ModelConfig, ...]:
+    """Return the models that a plan for ``text`` chooses from: those of words count them."""
+    if text.vocab_size <= LARGEST_ALPHABET:
+        return SHAPES
+    return tuple(replace(config, count_half_lives=HALF_LIVES) for config in SHAPES)
+
+
 def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
     """Return the batches of a model: small ones for small models, and such that a short text has several of them."""
     wanted = Batches(8, 128, 8) if config.dim <= 128 else Batches(4 if config.dim < 512 else 8, 512, 1)
@@ -155,6 +166,13 @@ class Rate:
     processes: int = 1
 
 
+def expected_loss(config: ModelConfig, text: Text, tokens: float, law: Law = LAW) -> float:
+    """Return the bits per byte that a model is expected to reach when it has read so many tokens of a text."""
+    expected = law.yardstick(text.ngram, text.xz, text.train_tokens)
+    expected *= law.relative_loss(layer_parameters(config), text.train_tokens, tokens)
+    return expected * (law.counting if config.count_half_lives else 1.0)
+
+
 def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW) -> TrainingPlan:
     """Return the plan with the least expected loss.
 
@@ -170,8 +188,7 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
         batches = choose_batches(config, text.train_tokens)
         tokens = min(rate.tokens * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
         steps = max(1, int(tokens / batches.tokens))
-        expected = law.yardstick(text.ngram, text.xz, text.train_tokens)
-        expected *= law.relative_loss(layer_parameters(config), text.train_tokens, steps * batches.tokens)
+        expected = expected_loss(config, text, steps * batches.tokens, law)
         plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes, rate.tokens))
     return min(plans, key=lambda plan: plan.expected)
 

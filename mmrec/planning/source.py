@@ -12,17 +12,20 @@ from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, resolve_source
-from mmrec.data.store import TokenFolder, written_by_prepare
+from mmrec.data.store import TokenFolder, read_manifest, written_by_prepare
+from mmrec.planning.plan import LARGEST_ALPHABET
 from mmrec.tokenizers import TOKENIZERS
 
-LARGEST_ALPHABET = 512
-"""Different characters up to which each is a token of its own, where a character takes more than one byte."""
 PLAIN = 1.2
 """Bytes of a character up to which a text is read byte by byte: what the model reads later may hold any character."""
 PREPARED = 2_500_000
 """Bytes of a large text that are prepared in a second: its tokenizer is trained first."""
-VOCABULARY = 4096
-"""Tokens of the byte-level BPE of a text with more different characters, and of a large corpus."""
+FEW_WORDS = 300_000
+"""Bytes of a text from which on words and parts of words, byte-level BPE, are better tokens than characters."""
+MANY_WORDS = 3_000_000
+"""Bytes of a text from which on more of them are better."""
+VOCABULARY, LARGE_VOCABULARY = 1024, 4096
+"""Tokens of a BPE below that and above; the latter also for more than :data:`LARGEST_ALPHABET` characters."""
 
 
 def prepare_texts(
@@ -32,7 +35,8 @@ def prepare_texts(
 
     Args:
         texts: name of a corpus, or files, folders and URLs.
-        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text.
+        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text, and for that of a
+            corpus that has a name.
         minutes: of all that is done; None for no limit.
         encoding: of your own files.
 
@@ -44,9 +48,13 @@ def prepare_texts(
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
-    if tokenizer is None and texts[0] not in CORPORA:
-        tokenizer = choose_tokenizer(source, encoding)
-    vocabulary = VOCABULARY if tokenizer == "bpe" else None
+    vocabulary, before = None, _asked_before(source.output_dir)
+    if before is not None and tokenizer in (None, before[0]):
+        tokenizer, vocabulary = before
+    elif tokenizer is None and texts[0] not in CORPORA:
+        tokenizer, vocabulary = choose_tokenizer(source, encoding)
+    elif tokenizer == "bpe":
+        vocabulary = choose_tokenizer(source, encoding)[1] or VOCABULARY
     folder = prepare(replace(options, output_dir=source.output_dir, tokenizer=tokenizer, vocab_size=vocabulary))
     assert folder is not None  # Slurm alone returns none
     return folder
@@ -82,12 +90,30 @@ def _options(texts: Sequence[str], encoding: str) -> PrepareOptions:
     return PrepareOptions(input_dir=folder, output_dir=Path("data", name), encoding=encoding)
 
 
-def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> str:
-    """Return the tokenizer for a text: bytes where most characters are one, else characters, else bpe."""
+def _asked_before(folder: Path) -> tuple[str, int | None] | None:
+    """Return the tokenizer and the size of the vocabulary that a token folder was asked for; None if there is none.
+
+    A text that was prepared stays as it is, also where another tokenizer would be chosen by now.
+    """
+    manifest = read_manifest(folder) or {}
+    name = manifest.get("tokenizer", {}).get("name")
+    request = manifest.get("request", {})
+    if name not in TOKENIZERS or request.get("tokenizer", name) != name:  # the path of a tokenizer was given
+        return None
+    if "tokenizer" in request:
+        return name, request["vocab_size"]
+    return name, manifest["tokenizer"]["vocab_size"] if name == "bpe" else None  # a large corpus has a digest
+
+
+def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> tuple[str, int | None]:
+    """Return the tokenizer for a text, and the size of its vocabulary where that can be chosen.
+
+    Byte-level BPE of a text from :data:`FEW_WORDS` on. Of a shorter one bytes where most characters are one, else
+    characters, or BPE where there are too many of them.
+    """
     if source.is_large:
-        local = [Path(path) for path in source.paths if "://" not in path]
-        size = sum(_local_size(str(path)) for path in local if path.is_file())
-        return "bytes" if source.paths and len(local) == len(source.paths) and size < SMALL_BYTES else "bpe"
+        sizes = [_local_size(path) for path in source.paths if "://" not in path]
+        return _by_size(sum(sizes) if sizes and len(sizes) == len(source.paths) else SMALL_BYTES)
     characters: set[str] = set()
     length = size = 0
     corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir, encoding))
@@ -95,9 +121,18 @@ def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> str:
         characters |= {*document.text}
         length += len(document.text)
         size += len(document.text.encode("utf-8"))
-    if size <= PLAIN * length:
-        return "bytes"
-    return "characters" if len(characters) <= LARGEST_ALPHABET else "bpe"
+    if len(characters) > LARGEST_ALPHABET:
+        return "bpe", LARGE_VOCABULARY
+    if size >= FEW_WORDS:
+        return _by_size(size)
+    return ("bytes" if size <= PLAIN * length else "characters"), None
+
+
+def _by_size(size: int) -> tuple[str, int | None]:
+    """Return the tokenizer for a text of so many bytes, of few different characters."""
+    if size < FEW_WORDS:
+        return "bytes", None
+    return "bpe", VOCABULARY if size < MANY_WORDS else LARGE_VOCABULARY
 
 
 def check_tokenizer(name: str | None) -> None:
