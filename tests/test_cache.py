@@ -148,8 +148,8 @@ def test_what_cannot_be_is_refused(net: RecurrentLM, text: Tensor, tmp_path: Pat
             SavedState.empty(net).caching(size)
     with pytest.raises(UserError, match="has a cache of 1 MiB, not 2"):
         _counting(net).caching(2)
-    many = RecurrentLM(net.config, 1025)
-    with pytest.raises(UserError, match="at most 1,024 tokens; this one has 1,025"):
+    many = RecurrentLM(net.config, 4097)
+    with pytest.raises(UserError, match="at most 4,096 tokens; this one has 4,097"):
         SavedState.empty(many).caching(1)
     with pytest.raises(UserError, match="verbatim is for a memory with a cache"):
         list(generate_tokens(net, text[:3], SamplingOptions(5, verbatim=8)))

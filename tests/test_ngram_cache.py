@@ -114,7 +114,7 @@ def test_tables_of_earlier_versions_are_read() -> None:
 @pytest.mark.skipif(not HAS_KERNELS, reason="no C compiler")
 @pytest.mark.parametrize(
     ("vocab_size", "slots", "length"),
-    [(N, 512, 4000), (N, 1 << 14, 4000), (256, 1 << 12, 1500), (1024, 1 << 15, 600)],
+    [(N, 512, 4000), (N, 1 << 14, 4000), (256, 1 << 12, 1500), (1024, 1 << 15, 600), (4096, 1 << 16, 600)],
 )
 def test_compiled_code_counts_to_the_bit_as_the_plain_form(vocab_size: int, slots: int, length: int) -> None:
     """Also where a table is full, where many tokens want one slot, and where counts are halved."""

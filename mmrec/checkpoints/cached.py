@@ -23,7 +23,7 @@ DAMPING = 20.0
 """Of Newton's method: the curvature at first, and at least."""
 LARGEST_TABLE = 4096
 """Of the sizes that a table may have, in MiB."""
-LARGEST_VOCABULARY = 1024
+LARGEST_VOCABULARY = 4096
 """Of a model whose tokens can be counted: after each context, all of them are looked up."""
 LARGEST_WEIGHT = 1e3
 """Of a weight in the mixture; reading keeps far below it."""
