@@ -15,9 +15,6 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
-from mmrec.model.ops import dispatch
-from mmrec.model.ops.native import adamw
-from mmrec.training.adamw import CompiledAdamW
 from mmrec.training.muon import BatchedMuon, orthogonalize, shared_out
 from mmrec.training.optim import CombinedOptimizer, learning_rate_share, make_optimizer, split_parameters
 from mmrec.training.options import OptimizerOptions
@@ -175,107 +172,6 @@ def test_either_muon_continues_what_the_other_began() -> None:
     batched.step()
     reference.load_state_dict(copy.deepcopy(batched.state_dict()))
     reference.step()
-
-
-AdamWs = tuple[list[torch.nn.Parameter], torch.optim.AdamW, list[torch.nn.Parameter], CompiledAdamW]
-
-
-def adamws(dtype: torch.dtype = torch.float32, **options: Any) -> AdamWs:
-    """Return torch's AdamW and ours, each with parameters of the same values in two groups."""
-    shapes = [(65, 16), (16,), (), (3, 5, 7), (129,)]
-    ours = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    groups: list[Any] = [
-        [{"params": given[:1], "weight_decay": 0.5}, {"params": given[1:], "weight_decay": 0.0, "lr": 0.02}]
-        for given in (theirs, ours)
-    ]
-    given: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.95), **options}
-    return theirs, torch.optim.AdamW(groups[0], **given), ours, CompiledAdamW(groups[1], **given)
-
-
-def update_both(both: AdamWs, numbers: range, scale: float = 1.0) -> None:
-    """Update by the same gradients; of the second parameter only every third time."""
-    theirs, reference, ours, compiled = both
-    for number in numbers:
-        for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            mine.grad = scale * torch.randn_like(mine) if place != 1 or number % 3 == 0 else None
-            other.grad = None if mine.grad is None else mine.grad.clone()
-        reference.step()
-        compiled.step()
-
-
-def assert_same(both: AdamWs, rtol: float, atol: float) -> None:
-    theirs, reference, ours, compiled = both
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
-        assert set(compiled.state[mine]) == set(reference.state[other])
-        for name, kept in reference.state[other].items():
-            torch.testing.assert_close(compiled.state[mine][name], kept, rtol=rtol, atol=atol)
-
-
-@pytest.fixture
-def updates_by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list to which each update by AdamW's kernel adds the number of its weights."""
-    if not dispatch.choose_native():
-        pytest.skip("no C compiler")
-    seen: list[int] = []
-    real = adamw.update
-
-    def update(rule: Any, weights: list[torch.Tensor], *others: list[torch.Tensor]) -> None:
-        seen.append(len(weights))
-        real(rule, weights, *others)
-
-    monkeypatch.setattr(adamw, "update", update)
-    return seen
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e6])
-@pytest.mark.parametrize("fused", [None, True], ids=["by torch's loops", "fused"])
-def test_adamw_in_one_call_updates_as_that_of_torch(
-    updates_by_kernels: list[int], scale: float, fused: bool | None
-) -> None:
-    both = adamws(fused=fused)
-    update_both(both, range(7), scale)
-    assert_same(both, rtol=2e-6, atol=1e-6)
-    assert updates_by_kernels == [1, 4, 1, 3, 1, 3, 1, 4, 1, 3, 1, 3, 1, 4]
-
-
-def test_either_adamw_continues_what_the_other_began(updates_by_kernels: list[int]) -> None:
-    both = adamws()
-    _, reference, _, compiled = both
-    update_both(both, range(4))
-    states = copy.deepcopy([reference.state_dict(), compiled.state_dict()])
-    reference.load_state_dict(states[1])
-    compiled.load_state_dict(states[0])
-    update_both(both, range(4, 8))
-    assert_same(both, rtol=2e-6, atol=1e-6)
-    assert len(updates_by_kernels) == 16
-
-
-@pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"dtype": torch.float64}], ids=str)
-def test_adamw_leaves_to_torch_what_its_kernel_does_not_know(
-    updates_by_kernels: list[int], options: dict[str, Any]
-) -> None:
-    both = adamws(**options)
-    update_both(both, range(4))
-    assert_same(both, rtol=0, atol=0)
-    assert not updates_by_kernels
-
-
-def test_adamw_evaluates_a_closure_once(updates_by_kernels: list[int]) -> None:
-    for amsgrad in (False, True):
-        _, _, ours, compiled = adamws(amsgrad=amsgrad)
-        evaluated: list[bool] = []
-
-        def closure(ours: list[torch.nn.Parameter] = ours, evaluated: list[bool] = evaluated) -> torch.Tensor:
-            evaluated.append(torch.is_grad_enabled())
-            loss = torch.stack([parameter.square().sum() for parameter in ours]).sum()
-            loss.backward()
-            return loss.detach()
-
-        assert float(compiled.step(closure)) > 0
-        assert evaluated == [True]
-    assert updates_by_kernels == [1, 4]
 
 
 def test_a_schedule_reaches_every_member_also_after_loading() -> None:

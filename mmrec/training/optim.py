@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from mmrec.model import RecurrentLM
-from mmrec.training.adamw import CompiledAdamW
 from mmrec.training.mtp import MTPHead
 from mmrec.training.muon import BatchedMuon
 from mmrec.training.options import OptimizerOptions
@@ -96,11 +95,11 @@ def make_optimizer(model: RecurrentLM, options: OptimizerOptions, mtp_head: MTPH
     by_adamw = [{"params": embeddings, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if options.optimizer == "adamw":
         by_adamw.insert(0, {"params": matrices, "weight_decay": weight_decay})
-        return CompiledAdamW(by_adamw, lr=rate, betas=options.betas)
+        return AdamW(by_adamw, lr=rate, betas=options.betas)
     muon = BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     # One operation, where torch would make a dozen. Lightning clips no gradients of one that is fused and alone.
     fused = True if embeddings[0].device.type == "cpu" else None
-    return CombinedOptimizer([muon, CompiledAdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)])
+    return CombinedOptimizer([muon, AdamW(by_adamw, lr=rate, betas=options.betas, fused=fused)])
 
 
 def updated_parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -112,18 +112,9 @@ def native_functions() -> ModuleType | None:
 
 def native_muon(tensors: Sequence[Tensor | None]) -> ModuleType | None:
     """Return :mod:`mmrec.model.ops.native.muon` if its kernels take ``tensors``: matrices, gradients, averages."""
-    return _native_optimizer("muon", tensors)
-
-
-def native_adamw(tensors: Sequence[Tensor | None]) -> ModuleType | None:
-    """Return :mod:`mmrec.model.ops.native.adamw` if its kernels take ``tensors``: weights, gradients, averages."""
-    return _native_optimizer("adamw", tensors)
-
-
-def _native_optimizer(name: str, tensors: Sequence[Tensor | None]) -> ModuleType | None:
     if native_functions() is None:
         return None
-    kernels = import_module(f"mmrec.model.ops.native.{name}")
+    kernels = import_module("mmrec.model.ops.native.muon")
     return kernels if kernels.takes(tensors) else None
 
 

@@ -42,7 +42,7 @@ Kind = torch.dtype | str
 """Which library: that of the kernels for matrix products of a dtype, or :data:`LEARNING`."""
 _LAYERS = ("long_memory", "losses", "pointwise", "short_memory")
 SOURCES: dict[Kind, tuple[str, ...]] = {
-    torch.float32: (*_LAYERS, "adamw", "exchange"),
+    torch.float32: (*_LAYERS, "exchange"),
     torch.bfloat16: (*_LAYERS, "muon", "products"),
     LEARNING: ("learning", "ngram_mixture", "ngrams"),
 }
