@@ -18,8 +18,9 @@ from mmrec.model.ops.native.build import SWITCH
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's compiler
-def test_forward_and_backward_are_one_graph() -> None:
-    net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24), 7)
+@pytest.mark.parametrize("half_lives", [(), (20, 300)])
+def test_forward_and_backward_are_one_graph(half_lives: tuple[float, ...]) -> None:
+    net = RecurrentLM(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, count_half_lives=half_lives), 7)
     tokens = torch.randint(7, (2, 70))
     reset = torch.zeros(2, 70, dtype=torch.bool)
     reset[0, 5] = True

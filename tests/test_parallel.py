@@ -28,7 +28,7 @@ def trained(run: str, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("optimizer", "options", "ways"),
     [
-        ("muon", [], {"ddp": DDP, "sharded": FSDP}),
+        ("muon", ["--model.config.count_half_lives=[20,300]"], {"ddp": DDP, "sharded": FSDP}),
         ("adamw", ["--trainer.gradient_clip_val=1.0", *LOSSES], {"ddp": DDP, "sharded": FSDP}),
     ],
     ids=["muon", "adamw"],
