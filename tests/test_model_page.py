@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mmrec.model import INITIAL_SCALE, RGLRU, GatedDeltaNet, ModelConfig, RecurrentLM, RMSNorm
 from mmrec.model.ops import chunked
 from mmrec.model.ops.reference import LRU_EPSILON, RESET_LOG_DECAY
+from mmrec.model.token_counts import INITIAL_STRENGTH, SPAN
 
 PAGE = "docs/model.md"
 
@@ -100,6 +101,11 @@ def test_constants() -> None:
     assert 10 ** -int(find(r"mathrm\{mean\}\(x\^2\) \+ 10\^\{-(\d+)\}", PAGE)[1]) == RMSNorm.EPSILON
     assert int(find(r"output gate \$\\sigma\(W_g c\)\$ of rank (\d+)", PAGE)[1]) == GatedDeltaNet.GATE_RANK
     assert int(find(r"alpha_t = (-\d+)\$\. That", PAGE)[1]) == RESET_LOG_DECAY
+    assert int(find(r"to date after every (\d+) tokens of a text", PAGE)[1]) == SPAN
+    assert (
+        float(find(r"counts of tokens: \$s\$; \$u\$; \$G\$, \$b\$ \| ([\d.]+); 1 / N; 0", PAGE)[1])
+        == INITIAL_STRENGTH
+    )
     chunk = int(find(r"Training reads (\d+) tokens at a time", PAGE)[1])
     for op in (chunked.rg_lru, chunked.gated_delta_rule):
         assert inspect.signature(op).parameters["chunk"].default == chunk
