@@ -120,6 +120,7 @@ def test_compiled_code_counts_to_the_bit_as_the_plain_form(vocab_size: int, slot
     """Also where a table is full, where many tokens want one slot, and where counts are halved."""
     random = np.random.default_rng(3)
     caches = [NgramCache(np.zeros(slots, dtype=np.uint16), vocab_size) for _ in range(2)]
+    assert caches[0].compiled is not None
     history, text = NOTHING, _text(length, seed=2, size=vocab_size)
     text[300:500] = np.resize(text[:3], 200)
     done = 0

@@ -9,7 +9,7 @@ enum {
     COUNT_BITS = 6,
     LARGEST_COUNT = 63,
     LARGEST_CHECK = 1023,
-    MOST_TOKENS = 1024, /* of a vocabulary; the caller has checked that, and the number of orders */
+    MOST_TOKENS = 4096, /* of a vocabulary; the caller has checked that, and the number of orders */
     MOST_ORDERS = 8,
     MODELS = 2,
     MOST_MEMBERS = MODELS + MOST_ORDERS

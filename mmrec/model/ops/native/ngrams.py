@@ -13,7 +13,7 @@ from torch import Tensor
 from mmrec.model.ops.native.build import LEARNING
 from mmrec.model.ops.native.functions import prepared
 
-MOST_TOKENS, MOST_ORDERS = 1024, 8
+MOST_TOKENS, MOST_ORDERS = 4096, 8
 """Of a vocabulary, and of lengths of contexts: ngrams.h has room for so many."""
 
 
