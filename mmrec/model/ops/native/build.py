@@ -214,7 +214,7 @@ def _run_all(commands: Sequence[Sequence[str]]) -> str:
         with suppress(IndexError):
             while not said:
                 with _at_once():
-                    if wrong := _run(left.pop(0)):
+                    if not said and (wrong := _run(left.pop(0))):  # another may have failed while this one waited
                         said.append(wrong)
 
     threads = [Thread(target=work, daemon=True) for _ in range(available_cores())]
