@@ -158,10 +158,13 @@ class RecurrentLM(nn.Module):
     def with_counts(
         self, x: Tensor, after: State, tokens: Tensor, before: State, reset_mask: Tensor | None = None
     ) -> tuple[Hidden, State]:
-        """Return what :meth:`hidden` does, where all but the counts of tokens is known: ``x`` and ``after``."""
+        """Return what :meth:`hidden` does, where all but the counts of tokens is known: ``x`` and ``after``.
+
+        Of the state ``before`` only the last entry is used, that of the counts.
+        """
         if self.counts is None:
             return Hidden(x), after
-        counted, counts = self.counts.read(tokens, before[len(self.blocks)], reset_mask)
+        counted, counts = self.counts.read(tokens, before[-1], reset_mask)
         return Hidden(x, counted), [*after, counts]
 
     def hidden_from_embeddings(

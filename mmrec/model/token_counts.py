@@ -106,11 +106,11 @@ class TokenCounts(nn.Module):
             known = (resets.cumsum(2) == 0).flatten(1).gather(1, place).to(counts.dtype)
         ended = (phase + length) // SPAN
         tokens, added = self._added_by(read)
-        at_span = [counts]
+        decay, at_span = self._decay(counts), [counts]
         for span in range(spans):
             if keep is not None:
                 counts = counts * keep[:, span, None, None]
-            after = self._after(counts, tokens[:, span], added[:, span])
+            after = _after(counts, decay, tokens[:, span], added[:, span])
             counts = torch.where((ended > span)[:, None, None], after, counts)
             at_span.append(counts)
         if keep is not None:
@@ -121,7 +121,7 @@ class TokenCounts(nn.Module):
     def after_span(self, counts: Tensor, read: Tensor) -> Tensor:
         """Return ``counts`` [B, R, N] after a whole span, of which ``read`` [B, SPAN] is as in the state."""
         tokens, added = self._added_by(read[:, None])
-        return self._after(counts, tokens[:, 0], added[:, 0])
+        return _after(counts, self._decay(counts), tokens[:, 0], added[:, 0])
 
     @torch.no_grad()
     def _added_by(self, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,9 @@ class TokenCounts(nn.Module):
         added = (same[..., None] * weights).sum(-2).mT
         return token[..., None, :].expand(added.shape), added
 
-    @torch.no_grad()
-    def _after(self, counts: Tensor, tokens: Tensor, added: Tensor) -> Tensor:
-        """Return ``counts`` [B, R, N] after a span that adds ``added`` to those of ``tokens``, both [B, R, SPAN]."""
-        counts = counts * torch.exp2(-SPAN / self._half_lives(counts))[:, None]
-        return counts.scatter(2, tokens, counts.gather(2, tokens) + added)
+    def _decay(self, like: Tensor) -> Tensor:
+        """Return what a span leaves of the counts, [R, 1]."""
+        return torch.exp2(-SPAN / self._half_lives(like))[:, None]
 
     def evidence(self, counts: Tensor) -> Tensor:
         """Return what ``counts`` [B, K, R, N] add to the logits, before the gates."""
@@ -169,6 +167,13 @@ class TokenCounts(nn.Module):
     def added(self, hidden: Tensor, features: CountFeatures) -> Tensor:
         """Return what the counts add to the logits [B, T, N], where ``hidden`` is [B, T, D]."""
         return self.add(hidden.new_zeros(*hidden.shape[:2], len(self.log_frequency)), hidden, features)
+
+
+@torch.no_grad()
+def _after(counts: Tensor, decay: Tensor, tokens: Tensor, added: Tensor) -> Tensor:
+    """Return ``counts`` [B, R, N] after a span that adds ``added`` to those of ``tokens``, both [B, R, SPAN]."""
+    counts = counts * decay
+    return counts.scatter(2, tokens, counts.gather(2, tokens) + added)
 
 
 def _add_product(logits: Tensor, gates: Tensor, evidence: Tensor) -> Tensor:

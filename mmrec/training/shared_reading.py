@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from mmrec.data.batches import Batch, StatefulEvalLoader
-from mmrec.model import Hidden, RecurrentLM
+from mmrec.model import RecurrentLM
 from mmrec.model.state import LayerState
 from mmrec.training import exchange
 from mmrec.training.exchange import Exchange
@@ -82,11 +82,10 @@ class SharedReading:
             for layer, block in enumerate(net.blocks):
                 x, state = block(x, self._taken(number, layer), starts)
                 self._give(number, layer, state)
-            hidden = Hidden(net.norm(x))
-            if net.counts is not None:
-                counted, state = net.counts.read(batch.inputs, self._taken(number, len(net.blocks)), starts)
+            counts = [] if net.counts is None else [self._taken(number, len(net.blocks))]
+            hidden, counts = net.with_counts(net.norm(x), [], batch.inputs, counts, starts)
+            for state in counts:
                 self._give(number, len(net.blocks), state)
-                hidden = Hidden(hidden.x, counted)
             return nll_in_parts(net, hidden, batch.targets)
 
     def _taken(self, number: int, layer: int) -> LayerState:

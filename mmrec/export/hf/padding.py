@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmrec.model import RecurrentLM, State
+from mmrec.model import Hidden, RecurrentLM, State
+from mmrec.model.token_counts import SPAN
 
 READ_CHUNK = 2048
 """Tokens that are read at once."""
@@ -63,16 +64,21 @@ class Reader:
             mask = None if reset_mask is None or not bool(reset_mask[:, part].any()) else reset_mask[:, part]
             taps: list[Tensor] | None = [] if self.with_streams else None
             outputs, after = self.net.hidden_from_embeddings(x, state[: len(self.net.blocks)], mask, taps)
-            wanted = slice(max(0, length - self.keep - begin), None)
-            if self.net.counts is not None:
-                counted, counts = self.net.counts.read(inputs[:, part], state[-1], mask)
-                outputs = torch.cat([outputs, self.net.counts.added(outputs, counted)], -1)
-                after = [*after, counts]
-            state = after
-            if wanted.start < outputs.shape[1]:
-                hidden.append(outputs[:, wanted])
-                streams.append([tap[:, wanted] for tap in taps or []])
+            found, state = self.net.with_counts(outputs, after, inputs[:, part], state, mask)
+            first = max(0, length - self.keep - begin)
+            if first < outputs.shape[1]:
+                hidden.append(self._from(first, found))
+                streams.append([tap[:, first:] for tap in taps or []])
         return Outputs(torch.cat(hidden, dim=1), [torch.cat(one, dim=1) for one in zip(*streams, strict=True)], state)
+
+    def _from(self, first: int, found: Hidden) -> Tensor:
+        """Return what the logits of the positions from ``first`` on are computed from."""
+        if self.net.counts is None or found.counted is None:
+            return found.x[:, first:]
+        begin = first - first % SPAN
+        x, counted = found.narrow(begin, found.x.shape[1] - begin)
+        assert counted is not None
+        return torch.cat([x, self.net.counts.added(x, counted)], -1)[:, first - begin :]
 
     def read_first(self, inputs: Tensor, real: Tensor, state: State, reset_mask: Tensor | None) -> Outputs:
         """Read rows with padding from their beginning: ``state`` is zero.
