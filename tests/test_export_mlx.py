@@ -13,17 +13,38 @@ from conftest import REPOSITORY, Command, make_text
 from isolated import link_packages, run_isolated
 from models import made
 
-from mmrec.checkpoints.loading import load_model
+from mmrec.checkpoints.loading import LoadedModel, load_model
 from mmrec.checkpoints.state_file import model_hash
 from mmrec.core.errors import UserError
 from mmrec.export import mlx
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import LAYER_TYPES, ModelConfig
-from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer
+from mmrec.model.token_counts import READ_BEFORE, SPAN
+from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer
 
-CONFIG = ModelConfig(dim=16, layers=3, layer_types=("short", "long", "portable"), heads=2, ffn_dim=24)
+CONFIG = ModelConfig(
+    dim=16,
+    layers=3,
+    layer_types=("short", "long", "portable"),
+    heads=2,
+    ffn_dim=24,
+    count_half_lives=(10, 300.5),
+)
 needs_mlx = pytest.mark.skipif(find_spec("mlx") is None, reason="mlx is not installed")
+
+
+def counting(tokenizer: Tokenizer) -> LoadedModel:
+    """Make a model of CONFIG with gates that differ, and tokens of frequencies beyond what the counts reckon with."""
+    trained = made(tokenizer, CONFIG)
+    counts = trained.net.counts
+    assert counts is not None
+    with torch.no_grad():
+        counts.strength.div_(-3)  # what was written becomes less likely: a text goes on to vary
+        for parameter in counts.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        counts.log_frequency[:2] = torch.tensor([-25.0, 25.0])
+    return trained
 
 
 @needs_mlx
@@ -31,13 +52,13 @@ needs_mlx = pytest.mark.skipif(find_spec("mlx") is None, reason="mlx is not inst
     "config",
     [CONFIG, ModelConfig(dim=16, heads=2, ffn_dim=24, tie_embeddings=False, conv_width=1, negative_eigenvalues=True)],
 )
-def test_mlx_gives_our_logits_read_at_once_and_token_by_token(config: ModelConfig, tmp_path: Path) -> None:
+def test_mlx_gives_our_logits_read_in_parts_and_token_by_token(config: ModelConfig, tmp_path: Path) -> None:
     """Against float64: what is lost where a decay is close to 1 would grow token by token."""
     import mlx.core as mx
 
     from mmrec.export import mlx_model
 
-    trained = made(ByteTokenizer(), config)
+    trained = counting(ByteTokenizer()) if config.count_half_lives else made(ByteTokenizer(), config)
     mlx.save(tmp_path, trained)
     model, _ = mlx_model.load(tmp_path)
     tokens = torch.randint(256, (3, 200))
@@ -45,8 +66,8 @@ def test_mlx_gives_our_logits_read_at_once_and_token_by_token(config: ModelConfi
     with torch.no_grad():
         whole, after = exact(tokens, exact.zero_state(3))
     cache = model.make_cache(3)
-    found = [model(mx.array(tokens[:, :180].numpy()), cache)]
-    found += [model(mx.array(tokens[:, place : place + 1].numpy()), cache) for place in range(180, 200)]
+    parts = tokens.split([139, SPAN, 2, 7, *[1] * 20], dim=1)
+    found = [model(mx.array(part.numpy()), cache) for part in parts]
     np.testing.assert_allclose(np.array(mx.concatenate(found, axis=1)), whole.numpy(), atol=1e-3, rtol=0)
     for layer, expected in zip(cache, after, strict=True):
         for part, ours in zip(layer.state, expected, strict=True):
@@ -54,9 +75,37 @@ def test_mlx_gives_our_logits_read_at_once_and_token_by_token(config: ModelConfi
 
 
 @needs_mlx
+def test_a_state_of_ours_is_gone_on_with(tmp_path: Path) -> None:
+    """Of texts that stand at other places of a span, and of one that was reset in it."""
+    import mlx.core as mx
+
+    from mmrec.export import mlx_model
+
+    trained = counting(ByteTokenizer())
+    mlx.save(tmp_path, trained)
+    model, _ = mlx_model.load(tmp_path)
+    net, tokens = trained.net, torch.randint(256, (3, 160))
+    resets = torch.zeros_like(tokens, dtype=torch.bool)
+    resets[2, 55] = True
+    with torch.no_grad():
+        alone = [
+            net(tokens[row : row + 1, :begun], net.zero_state(1), resets[row : row + 1, :begun])[1]
+            for row, begun in enumerate((7, SPAN, 60))
+        ]
+        before = [tuple(map(torch.cat, zip(*layers, strict=True))) for layers in zip(*alone, strict=True)]
+        assert (before[-1][0] == READ_BEFORE).any()
+        expected, after = net(tokens[:, 60:], before)
+    cache = [mlx_model.LayerState(*(mx.array(part.numpy()) for part in layer)) for layer in before]
+    found = [model(mx.array(part.numpy()), cache) for part in tokens[:, 60:].split([30, 1, 69], dim=1)]
+    np.testing.assert_allclose(np.array(mx.concatenate(found, axis=1)), expected.numpy(), atol=1e-3, rtol=0)
+    for part, ours in zip(cache[-1].state, after[-1], strict=True):
+        np.testing.assert_allclose(np.array(part), ours.numpy(), atol=1e-3, rtol=1e-3)
+
+
+@needs_mlx
 def test_the_folder_writes_our_text_where_mlx_and_tokenizers_are_all_there_is(tmp_path: Path) -> None:
     """An interpreter that finds these two packages alone, and no C++ compiler, which MLX would use."""
-    trained = made(CharacterTokenizer(make_text()), CONFIG)
+    trained = counting(CharacterTokenizer(make_text()))
     (tmp_path / "out").mkdir()
     mlx.save(tmp_path / "out", trained)
     link_packages(tmp_path / "packages", "mlx", "mlx-cpu", "tokenizers")
@@ -111,8 +160,6 @@ def test_a_layer_without_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(LAYER_TYPES, "yours", LAYER_TYPES["short"])
     with pytest.raises(UserError, match="the model has yours layers"):
         mlx.save(tmp_path, made(ByteTokenizer(), ModelConfig(dim=16, layers=1, layer_types=("yours",), heads=2)))
-    with pytest.raises(UserError, match="count_half_lives"):
-        mlx.save(tmp_path, made(ByteTokenizer(), ModelConfig(dim=16, layers=1, heads=2, count_half_lives=(20,))))
     assert not list(tmp_path.iterdir())
 
 

@@ -20,15 +20,13 @@ def save(folder: Path, trained: LoadedModel) -> None:
     """Write ``model.safetensors``, ``config.json``, ``tokenizer.json`` and the code; MLX itself is not needed.
 
     Raises:
-        UserError: the model has a recurrent layer, or counts, that the code has no form of.
+        UserError: the model has a recurrent layer that the code has no form of.
     """
     config = trained.net.config
     other = config.layer_other_than(LAYER_TYPES)
     if other is not None:
         known = ", ".join(LAYER_TYPES)
         raise UserError(f"--format mlx: the model has {other} layers; there is code for MLX of {known} alone")
-    if config.count_half_lives:
-        raise UserError("--format mlx: the model counts tokens (count_half_lives), which there is no code for MLX of")
     fast_tokenizer(trained.tokenizer).save(str(folder / "tokenizer.json"))
     described = {
         "model_type": "mmrec",

@@ -22,6 +22,10 @@ from mlx import nn
 NORM_EPSILON = 1e-6
 READ_CHUNK = 256
 """Tokens of a prompt that are read at once."""
+SPAN = 32
+"""Tokens that are predicted with the same counts: those of all before the span."""
+LARGEST_LOG = 20.0
+"""Most nats that a token is thought to be more or less likely than 1."""
 
 
 class ModelArgs:
@@ -36,6 +40,7 @@ class ModelArgs:
         self.conv_width: int = architecture["conv_width"]
         self.tie_embeddings: bool = architecture["tie_embeddings"]
         self.beta_max = 2.0 if architecture.get("negative_eigenvalues", False) else 1.0
+        self.count_half_lives: list[float] = architecture.get("count_half_lives", [])
         kinds = architecture["memories"]
         self.layer_types: list[str] = [kinds[number % len(kinds)] for number in range(architecture["layers"])]
 
@@ -49,7 +54,8 @@ class LayerState:
     """What a layer knows of the tokens before.
 
     Attributes:
-        state: the last C - 1 inputs of its convolution [B, C - 1, channels], and the state of its recurrence.
+        state: the last C - 1 inputs of its convolution [B, C - 1, channels], and the state of its recurrence. Of
+            counts of tokens: see :meth:`TokenCounts.zero_state`.
     """
 
     def __init__(self, past: mx.array, memory: mx.array) -> None:
@@ -219,6 +225,57 @@ class Block(nn.Module):
         return y
 
 
+class TokenCounts(nn.Module):
+    """R decayed counts of each token, which make what a text uses more likely (Kuhn and De Mori 1990)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.half_lives = tuple(args.count_half_lives)  # no list: MLX would look for weights in it
+        self.strength = mx.zeros((len(self.half_lives), args.vocab_size))
+        self.log_frequency = mx.zeros(args.vocab_size)
+        self.gate = nn.Linear(args.dim, len(self.half_lives))
+
+    def zero_state(self, rows: int) -> LayerState:
+        """Return the state before the first token: tokens of the span that was begun [B, SPAN], and counts [B, R, N].
+
+        Each token stands there plus 1, 0 where there is none yet. One below 0 has its place, and is not counted.
+        """
+        return LayerState(mx.zeros((rows, SPAN)), mx.zeros((rows, *self.strength.shape)))
+
+    def __call__(self, tokens: mx.array, x: mx.array, before: LayerState) -> mx.array:
+        """Count ``tokens`` [B, T]; return what is added to the logits [B, T, N] where ``x`` [B, T, D] gives them."""
+        pending, counts = before.state
+        rows, length = tokens.shape
+        phase = mx.sum(pending != 0, axis=1, keepdims=True)
+        place, ended = phase + mx.arange(length), (phase + length) // SPAN
+        spans = (SPAN - 1 + length) // SPAN  # that may end here
+        read = mx.concatenate([pending, mx.zeros((rows, spans * SPAN))], axis=1)
+        read = mx.put_along_axis(read, place, (tokens + 1).astype(read.dtype), axis=1).reshape(rows, -1, SPAN)
+        evidence = [self._evidence(counts)]
+        for span in range(spans):
+            counts = mx.where((ended > span)[..., None], self._after_span(counts, read[:, span]), counts)
+            evidence.append(self._evidence(counts))
+        before.state = [mx.take_along_axis(read, ended[..., None], axis=1)[:, 0], counts]
+        begun = mx.stack(evidence[: (SPAN - 2 + length) // SPAN + 1], axis=1)  # spans that a token may stand in
+        gates = 2 * mx.sigmoid(self.gate(x))
+        added = gates[:, :, None] @ mx.take_along_axis(begun, (place // SPAN)[..., None, None], axis=1)
+        return added.squeeze(2)
+
+    def _after_span(self, counts: mx.array, read: mx.array) -> mx.array:
+        """Return ``counts`` [B, R, N] after a whole span, of which ``read`` [B, SPAN] is as in the state."""
+        half_lives = mx.array(self.half_lives)[:, None]
+        added = 2 ** (-mx.arange(SPAN - 1, -1, -1) / half_lives) * (read > 0)[:, None]
+        places = mx.arange(len(read))[:, None, None], mx.arange(len(half_lives))[:, None]
+        token = mx.clip(read - 1, 0, counts.shape[-1] - 1).astype(mx.int32)[:, None]
+        return (counts * 2 ** (-SPAN / half_lives)).at[*places, token].add(added)
+
+    def _evidence(self, counts: mx.array) -> mx.array:
+        """Return what ``counts`` [B, R, N] add to the logits, before the gates."""
+        scaled = counts / mx.array(self.half_lives)[:, None]
+        relative = scaled * mx.exp(-mx.clip(self.log_frequency, -LARGEST_LOG, LARGEST_LOG))
+        return self.strength * (mx.log1p(relative) - mx.log1p(mx.sum(scaled, axis=-1, keepdims=True)))
+
+
 class Model(nn.Module):
     """The language model: tokens and a state in, logits out."""
 
@@ -229,6 +286,8 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(args.dim, NORM_EPSILON)
         if not args.tie_embeddings:
             self.head = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.count_half_lives:
+            self.counts = TokenCounts(args)
 
     @property
     def layers(self) -> list[Block]:
@@ -237,7 +296,8 @@ class Model(nn.Module):
 
     def make_cache(self, rows: int = 1) -> list[LayerState]:
         """Return the state before the first token of ``rows`` texts."""
-        return [block.memory.zero_state(rows) for block in self.blocks]
+        cache: list[LayerState] = [block.memory.zero_state(rows) for block in self.blocks]
+        return [*cache, self.counts.zero_state(rows)] if "counts" in self else cache
 
     def __call__(self, tokens: mx.array, cache: list[LayerState] | None = None) -> mx.array:
         """Read tokens and predict, after each, the next one.
@@ -251,11 +311,11 @@ class Model(nn.Module):
         """
         cache = self.make_cache(len(tokens)) if cache is None else cache
         x = self.embedding(tokens)
-        for block, before in zip(self.blocks, cache, strict=True):
+        for block, before in zip(self.blocks, cache[: len(self.blocks)], strict=True):
             x = block(x, before)
         x = self.norm(x)
         logits: mx.array = self.head(x) if "head" in self else self.embedding.as_linear(x)
-        return logits
+        return logits + self.counts(tokens, x, cache[-1]) if "counts" in self else logits
 
 
 def _softplus(x: mx.array) -> mx.array:
