@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command
-from helpers import checkpoints, fit, last, losses
+from helpers import checkpoints, fit, last, load, losses
 
 from mmrec.training.module import RecurrentLMModule
 
@@ -134,6 +134,8 @@ def test_a_resumed_run_keeps_as_many_checkpoints_as_it_was_told(
 
 
 WORK = {
+    "validation every third epoch": ["--trainer.check_val_every_n_epoch=3"],
+    "validations through epochs": ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=7"],
     "time between validations": ["--trainer.val_check_interval=00:00:00:02"],
     "on exception": ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=exception"],
     "averages": ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.001"],
@@ -146,3 +148,15 @@ def test_what_works_also_when_it_is_resumed(case: str, mmrec: Command, prepared:
     assert mmrec(*fit(prepared, SHORT, *WORK[case], "--trainer.max_epochs=2", "--run=a")) == 0
     assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_epochs=3") == 0
     assert last("a")["global_step"] == 27
+    assert {17, 26} <= set(losses("a", "val/loss"))  # both ends
+
+
+def test_the_last_update_is_validated_whatever_the_interval(mmrec: Command, prepared: Path) -> None:
+    counted = ["--trainer.max_epochs=-1", "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=4"]
+    assert mmrec(*fit(prepared, SHORT, *counted, "--trainer.max_steps=10", "--run=a")) == 0
+    assert list(losses("a", "val/loss")) == [3, 7, 9]
+    assert load(checkpoints("a") / "best.ckpt")["global_step"] == 10
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=14") == 0
+    assert list(losses("a", "val/loss")) == [3, 7, 9, 11, 13]
+    assert mmrec(*fit(prepared, SHORT, "--trainer.max_steps=3", "--run=b")) == 0
+    assert list(losses("b", "val/loss")) == [2]

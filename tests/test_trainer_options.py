@@ -74,7 +74,7 @@ def test_an_update_of_fewer_batches_takes_their_mean(mmrec: Command, prepared: P
 def test_a_run_that_was_never_validated_is_read_from_its_last_checkpoint(
     mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mmrec(*fit(prepared, "--trainer.max_steps=2", "--run=a")) == 0
+    assert mmrec(*fit(prepared, "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--run=a")) == 0
     assert mmrec("generate", "--length=1") == 2
     assert "no validation has been reached yet, or --best.save_top_k is 0: take last" in capsys.readouterr().err
     assert mmrec("generate", "--length=1", "--ckpt=last") == 0

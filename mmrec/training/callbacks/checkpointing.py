@@ -13,7 +13,7 @@ from torch import Tensor
 from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.checkpoints.runs import BEST, LAST, STABLE
 from mmrec.core.errors import UserError
-from mmrec.training.compat import is_accumulating, is_fast_dev_run, is_validation_due
+from mmrec.training.compat import is_accumulating, is_fast_dev_run, is_validation_due, validate_also
 from mmrec.training.module import RecurrentLMModule
 from mmrec.training.optim import decay_start
 
@@ -22,8 +22,11 @@ class BestCheckpoint(ModelCheckpoint):
     """The checkpoint of the lowest validation loss, a finite one.
 
     Lightning's takes the first loss whatever it is; this one also finds its best again where the folder of the run
-    has been moved.
+    has been moved, and has the last update of a training validated, whatever the interval between validations: the
+    learning rate has fallen by then.
     """
+
+    _end: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The second would be best-v1.ckpt; which of them is the best nobody could tell.
@@ -34,10 +37,27 @@ class BestCheckpoint(ModelCheckpoint):
             )
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RecurrentLMModule)
+        validate_also(trainer, lambda: self._is_at_end(trainer, pl_module.planned_steps))
+        super().on_train_start(trainer, pl_module)
+
+    def _is_at_end(self, trainer: Trainer, planned_steps: int | None) -> bool:
+        """Return whether the last update was that of the end, or of an end that the run has gone on from."""
+        step = trainer.global_step
+        if step == planned_steps and not is_accumulating(trainer):
+            self._end = step
+        return step == self._end
+
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         return current is not None and bool(torch.isfinite(current)) and super().check_monitor_top_k(trainer, current)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"end": self._end}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning asks on resuming whether the update that was saved was validated: with another end, too.
+        self._end = state_dict.get("end")
         own, score = Path(self.dirpath or ".") / f"{BEST}.ckpt", state_dict["best_model_score"]
         same_run = Path(state_dict["dirpath"]).parent.name == own.parent.parent.name
         if same_run and own.is_file() and (score := self._lowest(own, score)) is not None:
