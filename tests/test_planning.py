@@ -248,6 +248,21 @@ def test_a_text_that_was_prepared_keeps_its_tokenizer(tmp_path: Path, monkeypatc
         prepare_texts(["novel.txt"], "characters")
 
 
+def test_a_corpus_with_a_name_is_read_by_words_beside_its_own_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configs mean the token folder of its name, by its own tokenizer; what an earlier version began goes on."""
+    monkeypatch.chdir(tmp_path)
+    words = prepare_texts(["sample"], None)
+    assert (words.tokenizer.name, words.tokenizer.vocab_size) == ("bpe", 1024)
+    assert words.folder == Path("data/sample-bpe")
+    plain = prepare_texts(["sample"], "bytes")
+    assert (plain.tokenizer.name, plain.folder) == ("bytes", Path("data/sample"))
+    assert prepare_texts(["sample"], None).folder == words.folder
+    words.folder.rename("elsewhere")
+    assert prepare_texts(["sample"], None).folder == plain.folder
+
+
 def test_models_of_words_count_them_and_others_do_not() -> None:
     assert shapes_for(TEXT) == SHAPES
     words = dataclasses.replace(TEXT, vocab_size=1024)

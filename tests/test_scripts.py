@@ -206,7 +206,7 @@ def test_quickstart_without_a_network_and_again(checkout: Path, tmp_path: Path) 
 
     again = quickstart(checkout, tmp_path / "empty", "--trainer.max_steps=20", "--trainer.val_check_interval=5")
     assert again.returncode == 0, again.stderr
-    assert f"Corpus: data/{corpus}, as before" in again.stdout
+    assert f"Corpus: {corpus}, as before" in again.stdout
     assert "longer      lightning_logs/quickstart" in again.stdout
     assert step(checkout) == 20
 

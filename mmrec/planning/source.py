@@ -27,6 +27,10 @@ MANY_WORDS = 3_000_000
 VOCABULARY, LARGE_VOCABULARY = 1024, 4096
 """Tokens of a BPE below that and above; the latter also for more than :data:`LARGEST_ALPHABET` characters."""
 
+BY_WORDS = "-bpe"
+"""Ends the name of the token folder, by BPE, of a corpus that has a name: the configs mean the one without it, by the
+corpus's own tokenizer."""
+
 
 def prepare_texts(
     texts: Sequence[str], tokenizer: str | None, minutes: float | None = None, encoding: str = "utf-8"
@@ -35,8 +39,7 @@ def prepare_texts(
 
     Args:
         texts: name of a corpus, or files, folders and URLs.
-        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text, and for that of a
-            corpus that has a name.
+        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text.
         minutes: of all that is done; None for no limit.
         encoding: of your own files.
 
@@ -48,14 +51,21 @@ def prepare_texts(
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
-    vocabulary, before = None, _asked_before(source.output_dir)
+    own = CORPORA[texts[0]].default_tokenizer if texts[0] in CORPORA else None
+    output_dir = source.output_dir
+    by_words = output_dir.with_name(f"{output_dir.name}{BY_WORDS}")
+    if own is not None and tokenizer is None and by_words.exists():
+        output_dir = by_words
+    vocabulary, before = None, _asked_before(output_dir)
     if before is not None and tokenizer in (None, before[0]):
         tokenizer, vocabulary = before
-    elif tokenizer is None and texts[0] not in CORPORA:
+    elif tokenizer is None:
         tokenizer, vocabulary = choose_tokenizer(source, encoding)
+        if own is not None and tokenizer == "bpe":
+            output_dir = by_words
     elif tokenizer == "bpe":
         vocabulary = choose_tokenizer(source, encoding)[1] or VOCABULARY
-    folder = prepare(replace(options, output_dir=source.output_dir, tokenizer=tokenizer, vocab_size=vocabulary))
+    folder = prepare(replace(options, output_dir=output_dir, tokenizer=tokenizer, vocab_size=vocabulary))
     assert folder is not None  # Slurm alone returns none
     return folder
 
