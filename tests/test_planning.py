@@ -103,10 +103,10 @@ def test_batches_leave_a_text_room(tokens: int) -> None:
         assert batches.tokens * 2 <= tokens or (batches.rows == 1 and batches.seq_len <= 16)
 
 
-def _dropout(config: ModelConfig, train_tokens: int, epochs: float) -> float:
+def _dropout(config: ModelConfig, train_tokens: int, epochs: float, vocab_size: int = 65) -> float:
     """Return the dropout of a plan for a model and a text that is read so often."""
     batches = choose_batches(config, train_tokens)
-    text = dataclasses.replace(TEXT, train_tokens=train_tokens)
+    text = dataclasses.replace(TEXT, train_tokens=train_tokens, vocab_size=vocab_size)
     plan = TrainingPlan(config, batches, round(epochs * train_tokens / batches.tokens), text, 2.0, 0.05)
     return regularization(plan)["dropout"]
 
@@ -114,6 +114,12 @@ def _dropout(config: ModelConfig, train_tokens: int, epochs: float) -> float:
 def test_more_epochs_are_regularized_more() -> None:
     dropouts = [_dropout(SHAPES[1], 120_000, epochs) for epochs in (4, 6, 20, 40)]
     assert dropouts == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_words_are_regularized_sooner_than_characters() -> None:
+    dropouts = [_dropout(SHAPES[1], 240_000, epochs, 1024) for epochs in (2, 4, 7, 30, 60)]
+    assert dropouts == [0.0, 0.05, 0.1, 0.2, 0.3]
+    assert [_dropout(SHAPES[1], 240_000, epochs) for epochs in (2, 4, 7)] == [0.0] * 3
 
 
 def test_a_model_with_little_room_beside_its_text_is_regularized_less() -> None:
@@ -215,7 +221,7 @@ def test_options_of_fit_are_told_from_those_of_train() -> None:
         ("Plain English, as it is.\n" * 20, ("bytes", None)),
         ("Широка страна моя родная.\n" * 20, ("characters", None)),
         ("".join(chr(0x4E00 + number) for number in range(900)), ("bpe", 4096)),
-        ("Широка страна моя родная.\n" * 10_000, ("bpe", 1024)),
+        ("Широка страна моя родная.\n" * 15_000, ("bpe", 1024)),
         ("Plain English, as it is.\n" * 150_000, ("bpe", 4096)),
     ],
 )
@@ -227,7 +233,7 @@ def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: tupl
 
 def test_the_tokenizer_of_a_folder_is_chosen_by_its_size(tmp_path: Path) -> None:
     """As of files that are read one after the other, not held in memory."""
-    for number, length in enumerate((10_000, 350_000)):
+    for number, length in enumerate((10_000, 600_000)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": "word " * (length // 5)}) + "\n")
         found = choose_tokenizer(resolve_source(PrepareOptions(str(tmp_path))))
         assert found == (("bytes", None), ("bpe", 1024))[number]
@@ -253,6 +259,7 @@ def test_a_corpus_with_a_name_is_read_by_words_beside_its_own_tokenizer(
 ) -> None:
     """Configs mean the token folder of its name, by its own tokenizer; what an earlier version began goes on."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 100_000)
     words = prepare_texts(["sample"], None)
     assert (words.tokenizer.name, words.tokenizer.vocab_size) == ("bpe", 1024)
     assert words.folder == Path("data/sample-bpe")

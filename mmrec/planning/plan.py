@@ -24,6 +24,11 @@ HALF_LIVES = (256.0, 4096.0)
 """Tokens, of the counts of a model whose tokens are words and parts of words."""
 LARGEST_ALPHABET = 512
 """Different characters up to which each is a token; where there are more tokens, they are words or parts of words."""
+DROPOUT = ((0.1, 13.0), (0.2, 40.0), (0.3, 70.0))
+"""Shares of dropout, each with what of :func:`regularization` it begins at; those that did best in
+docs/planning.md."""
+DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
+"""The same for words and parts of words as tokens: a text has fewer of them, which tell it from others sooner."""
 MOST_EPOCHS = 60
 """A text is not read more often, however much time there is."""
 SHORTEST_ROW = 16
@@ -136,7 +141,7 @@ class TrainingPlan:
 
 def shapes_for(text: Text) -> tuple[ModelConfig, ...]:
     """Return the models that a plan for ``text`` chooses from: those of words count them."""
-    if text.vocab_size <= LARGEST_ALPHABET:
+    if not has_words(text):
         return SHAPES
     return tuple(replace(config, count_half_lives=HALF_LIVES) for config in SHAPES)
 
@@ -196,12 +201,19 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
 def regularization(plan: TrainingPlan) -> dict[str, float]:
     """Return the options against overfitting of a training.
 
-    By how often it reads its text, and by the parameters for each token of that: a small model has little room to
-    learn a text by heart. The shares of dropout are those of docs/planning.md that did best.
+    By how often it reads its text, and by the root of the parameters for each token of that: a small model has little
+    room to learn a text by heart.
     """
-    overfits = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
-    dropout = 0.0 if overfits <= 13 else 0.1 if overfits <= 40 else 0.2 if overfits <= 70 else 0.3
-    return {"dropout": dropout, "weight_decay": 0.5 if dropout else 0.1, "confidence_penalty": 0.1}
+    room = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
+    shares = DROPOUT_OF_WORDS if has_words(plan.text) else DROPOUT
+    dropout = max((share for share, begin in shares if room > begin), default=0.0)
+    decay = 0.1 if not dropout else 0.3 if dropout < 0.1 else 0.5
+    return {"dropout": dropout, "weight_decay": decay, "confidence_penalty": 0.1}
+
+
+def has_words(text: Text) -> bool:
+    """Whether the tokens of ``text`` are words or parts of words."""
+    return text.vocab_size > LARGEST_ALPHABET
 
 
 def has_second_token(text: Text) -> bool:

@@ -20,7 +20,7 @@ PLAIN = 1.2
 """Bytes of a character up to which a text is read byte by byte: what the model reads later may hold any character."""
 PREPARED = 2_500_000
 """Bytes of a large text that are prepared in a second: its tokenizer is trained first."""
-FEW_WORDS = 300_000
+FEW_WORDS = 500_000
 """Bytes of a text from which on words and parts of words, byte-level BPE, are better tokens than characters."""
 MANY_WORDS = 3_000_000
 """Bytes of a text from which on more of them are better."""
