@@ -52,7 +52,9 @@ FOR_MODELS = (torch.float32, torch.bfloat16)
 SWITCH = "MMREC_NATIVE"
 """Environment variable: at 0 the kernels are neither built nor used."""
 
-
+AT_ONCE = BoundedSemaphore(available_cores())
+"""As many compilers run at once as there are cores, for whichever library: threads that compile begin together, and
+would each make another one where the first that wants it makes it."""
 _begun: list[Thread] = []
 _failed: dict[object, str] = {}
 """What was compiled in vain, by library, compiler and folder, and why."""
@@ -213,7 +215,7 @@ def _run_all(commands: Sequence[Sequence[str]]) -> str:
     def work() -> None:
         with suppress(IndexError):
             while not said:
-                with _at_once():
+                with AT_ONCE:
                     if not said and (wrong := _run(left.pop(0))):  # another may have failed while this one waited
                         said.append(wrong)
 
@@ -223,12 +225,6 @@ def _run_all(commands: Sequence[Sequence[str]]) -> str:
     for thread in threads:
         thread.join()
     return said[0] if said else ""
-
-
-@cache
-def _at_once() -> BoundedSemaphore:
-    """Return what lets as many compilers run at once as there are cores, for whichever library."""
-    return BoundedSemaphore(available_cores())
 
 
 def _run(command: Sequence[str]) -> str:
