@@ -28,7 +28,7 @@ DROPOUT = ((0.1, 13.0), (0.2, 40.0), (0.3, 70.0))
 """Shares of dropout, each with what of :func:`regularization` it begins at; those that did best in
 docs/planning.md."""
 DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
-"""The same for words and parts of words as tokens: a text has fewer of them, which tell it from others sooner."""
+"""The same for words and parts of words as tokens: a text has fewer of them, and is learned by heart sooner."""
 MOST_EPOCHS = 60
 """A text is not read more often, however much time there is."""
 SHORTEST_ROW = 16
