@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, SHAKESPEARE, make_text
+
+from mmrec.planning.source import BY_WORDS, LARGE_VOCABULARY, VOCABULARY
 
 Script = Callable[..., int]
 
@@ -209,6 +212,13 @@ def test_quickstart_without_a_network_and_again(checkout: Path, tmp_path: Path) 
     assert f"Corpus: {corpus}, as before" in again.stdout
     assert "longer      lightning_logs/quickstart" in again.stdout
     assert step(checkout) == 20
+
+
+def test_quickstart_prepares_as_train_would() -> None:
+    text = (REPOSITORY / "scripts" / "quickstart").read_text(encoding="utf-8")
+    sizes = {"tiny_shakespeare": VOCABULARY, "shakespeare_plays": LARGE_VOCABULARY}
+    assert {name: int(size) for name, size in re.findall(r"\bprepare (\w+) (\d+)", text)} == sizes
+    assert f'--output_dir "data/$1{BY_WORDS}"' in text
 
 
 @pytest.mark.slow

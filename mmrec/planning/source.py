@@ -51,17 +51,16 @@ def prepare_texts(
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
-    own = CORPORA[texts[0]].default_tokenizer if texts[0] in CORPORA else None
-    output_dir = source.output_dir
+    has_name, output_dir = texts[0] in CORPORA, source.output_dir
     by_words = output_dir.with_name(f"{output_dir.name}{BY_WORDS}")
-    if own is not None and tokenizer is None and by_words.exists():
+    if has_name and tokenizer is None and by_words.exists():
         output_dir = by_words
     vocabulary, before = None, _asked_before(output_dir)
     if before is not None and tokenizer in (None, before[0]):
         tokenizer, vocabulary = before
     elif tokenizer is None:
         tokenizer, vocabulary = choose_tokenizer(source, encoding)
-        if own is not None and tokenizer == "bpe":
+        if has_name and tokenizer == "bpe":
             output_dir = by_words
     elif tokenizer == "bpe":
         vocabulary = choose_tokenizer(source, encoding)[1] or VOCABULARY

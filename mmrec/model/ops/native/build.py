@@ -53,8 +53,8 @@ SWITCH = "MMREC_NATIVE"
 """Environment variable: at 0 the kernels are neither built nor used."""
 
 AT_ONCE = BoundedSemaphore(available_cores())
-"""As many compilers run at once as there are cores, for whichever library: threads that compile begin together, and
-would each make another one where the first that wants it makes it."""
+"""Lets as many compilers run at once as there are cores, for whichever library. It is made before the threads that
+take it: where the first of them makes it, those that begin together each make their own."""
 _begun: list[Thread] = []
 _failed: dict[object, str] = {}
 """What was compiled in vain, by library, compiler and folder, and why."""
