@@ -18,6 +18,7 @@ from helpers import last, load
 
 from mmrec.planning import half_way
 from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
+from mmrec.planning.options import value_of
 from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -201,6 +202,23 @@ def test_odd_texts_are_trained_on(mmrec: Command, text: str, capsys: pytest.Capt
         said = capsys.readouterr().out
         assert "It writes:" in said
         assert "nan" not in said
+
+
+@pytest.mark.parametrize(("rows", "processes"), [("1", "1"), ("6", "2"), ("8", "4")])
+def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, rows: str, processes: str
+) -> None:
+    from mmrec.planning import command
+
+    given: list[list[str]] = []
+    monkeypatch.setattr(command, "with_processes_that_pay", lambda rate, *_: replace(rate, processes=4))
+    monkeypatch.setattr(command, "report", lambda *_: "")
+    monkeypatch.setattr(command, "run_lightning", lambda _, options, *__: given.append(options))
+    assert mmrec("train", novel, "--data.batch_size", rows) == 0
+    assert value_of(given[0], "--trainer.devices") == processes
+    assert value_of(given[0], "--trainer.strategy") == ("cores" if processes != "1" else "auto")
+    assert mmrec("train", novel, "--run=b", f"--data.batch_size={rows}", "--trainer.devices=3") == 0
+    assert value_of(given[1], "--trainer.devices") == "3"  # what is said by hand wins
 
 
 def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:

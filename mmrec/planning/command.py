@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
@@ -18,7 +19,7 @@ from mmrec.data.store import TokenFolder
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
-from mmrec.planning.options import TrainOptions, split_arguments
+from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import report
 from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, fit_options, make_plan
 from mmrec.planning.record import Record, read_record, seconds_trained
@@ -145,6 +146,14 @@ def _processes(count: int) -> list[str]:
     return [f"{PROCESSES[0]}={count}", f"{PROCESSES[1]}={'cores' if count > 1 else 'auto'}"]
 
 
+def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> list[str]:
+    """Return options of fewer processes than ``planned`` where those cannot share out the rows given by hand."""
+    devices, rows = value_of(planned, PROCESSES[0]), value_of(forwarded, "--data.batch_size")
+    if devices is None or rows is None or not rows.isdecimal() or int(rows) % int(devices) == 0:
+        return []
+    return _processes(math.gcd(int(devices), int(rows)))
+
+
 def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
     """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
     done = seconds_trained(last) if last.exists() else 0.0
@@ -163,6 +172,7 @@ def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
 def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Record:
     """Train as ``record`` says, and return it with what was expected half-way."""
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
+    options += _processes_for_rows(record.options, forwarded)
     options.append(f"--time_limit.minutes={record.minutes:.4f}")
     holds = record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded)
     # Said in either case: the config of the run that is resumed may have a number.

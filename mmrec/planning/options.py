@@ -62,3 +62,12 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             own.append(arg)
     return own, forwarded
+
+
+def value_of(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of the option ``name``, the last where it is given twice; None where it is not there."""
+    value = None
+    for arg, after in zip(arguments, [*arguments[1:], None], strict=True):
+        if arg.partition("=")[0] == name:
+            value = arg.partition("=")[2] if "=" in arg else after
+    return value
