@@ -101,7 +101,7 @@ class CachedNgrams:
 
     def metadata(self) -> dict[str, str]:
         """Return what the file says of them beside the numbers."""
-        return {"cache": str(self.megabytes)}
+        return {"part": str(PART), "cache": str(self.megabytes)}
 
     @classmethod
     def from_file(cls, vocab_size: int, tensors: dict[str, Tensor]) -> CachedNgrams:

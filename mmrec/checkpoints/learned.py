@@ -15,9 +15,9 @@ from mmrec.model.ops import dispatch
 
 Form = Literal["full", "small"]
 """Which weights learn: all, or vectors, convolutions and embeddings."""
-PART = 128
+PART = 96
 """Tokens that are read with the same weights; after them the weights learn."""
-LARGEST_DIFFERENCE = 64.0
+LARGEST_DIFFERENCE = 256.0
 """Of a learned weight to the trained one; learning keeps far below it."""
 
 
@@ -102,7 +102,7 @@ class LearnedWeights:
 
     def metadata(self) -> dict[str, str]:
         """Return what the file says of them beside the numbers."""
-        metadata = {"learned": self.form, "learned_updates": str(self.updates)}
+        metadata = {"part": str(PART), "learned": self.form, "learned_updates": str(self.updates)}
         return metadata if self.compiled else metadata | {"learned_kernels": "none"}
 
     @classmethod
@@ -157,6 +157,11 @@ INITIAL_MIX = (0.4, 0.6)
 def _is_curvature(matrix: Tensor) -> bool:
     """Whether ``matrix`` is symmetric and has no eigenvalue below 0, but for rounding."""
     return bool(torch.allclose(matrix, matrix.mT) and (torch.linalg.eigvalsh(matrix) > -0.5).all())
+
+
+def has_parts_of_this_length(metadata: dict[str, str]) -> bool:
+    """Return whether the metadata of a file say that its parts are of :data:`PART` tokens, or that it has none."""
+    return not {"learned", "cache"} & metadata.keys() or metadata.get("part") == str(PART)
 
 
 def form_of(metadata: dict[str, str]) -> Form:

@@ -8,13 +8,14 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrec.checkpoints.cached import LARGEST_VOCABULARY, CachedNgrams, megabytes_of
 from mmrec.checkpoints.checksummed import FileFormat, read_checksummed, read_metadata, tensor_bytes, write_checksummed
-from mmrec.checkpoints.learned import PART, Form, LearnedWeights, form_of
+from mmrec.checkpoints.learned import PART, Form, LearnedWeights, form_of, has_parts_of_this_length
 from mmrec.core.errors import UserError
 from mmrec.model import RecurrentLM, State, state_to
 from mmrec.tokenizers import Tokenizer
@@ -151,11 +152,14 @@ def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = N
         data: the content of the file, where it is in memory; ``path`` then only names it.
 
     Raises:
-        UserError: the file is missing or damaged, or is of another model.
+        UserError: the file is missing or damaged, or is of another model, or was learned from or counted in parts of
+            another length.
     """
     tensors, metadata = read_checksummed(path, FORMAT, data)
     if metadata.get("model") != model:
         raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
+    if not has_parts_of_this_length(metadata):
+        raise UserError(f"{path}: was not made in parts of {PART} tokens, as this program reads; {FORMAT.remedy}")
     try:
         empty = SavedState.empty(net)
         learns = "learned" in metadata
@@ -195,8 +199,24 @@ def largest_memory(net: RecurrentLM) -> int:
     return memory_bytes(empty.learning(net, "full")) + 4 * PART
 
 
-def memory_header(path: Path) -> tuple[str, int, Form | None]:
-    """Return the hash of a memory's model, the tokens that were read, and the form in which it learned, if it did.
+class MemoryHeader(NamedTuple):
+    """What a memory's file says of it.
+
+    Attributes:
+        model: hash of its model.
+        position: tokens that were read.
+        learned: the form in which it learned; None where it did not.
+        is_current: whether what it learned or counted has parts as long as this program's.
+    """
+
+    model: str
+    position: int
+    learned: Form | None
+    is_current: bool
+
+
+def memory_header(path: Path) -> MemoryHeader:
+    """Return what the file of a memory says of it, which is not checked.
 
     Raises:
         UserError: the file is missing, or is not a memory.
@@ -206,7 +226,8 @@ def memory_header(path: Path) -> tuple[str, int, Form | None]:
         learned = form_of(metadata) if "learned" in metadata else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return metadata.get("model", ""), _position(path, metadata), learned
+    position = _position(path, metadata)
+    return MemoryHeader(metadata.get("model", ""), position, learned, has_parts_of_this_length(metadata))
 
 
 def _position(path: Path, metadata: dict[str, str]) -> int:

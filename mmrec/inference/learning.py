@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from mmrec.checkpoints.learned import Form, LearnedWeights, learned_parameters
 from mmrec.model import RecurrentLM, State
 
-LEARNING_RATES: dict[Form, float] = {"full": 6e-4, "small": 3e-3}
+LEARNING_RATES: dict[Form, float] = {"full": 4.5e-4, "small": 4e-3}
 """Size of an update where the gradient is as large as it has been on average; fewer weights go further."""
-DECAY = 1e-3
-"""Share of the way back to the trained weights that every update goes."""
-BETA2 = 0.99
+DECAY = 3e-4
+"""Share of the way back to the trained weights that every update goes. A weight that nothing moves may stay where it
+is: float16 rounds such a step to none."""
+BETA2 = 0.9925
 """Of the average of squared gradients."""
 LARGEST_UPDATE = 10.0
-"""Of a weight, in learning rates: with the decay it bounds the difference, whatever is read."""
+"""Of a weight, in learning rates. Over :data:`DECAY` they bound the difference, whatever is read: that is below
+:data:`mmrec.checkpoints.learned.LARGEST_DIFFERENCE`."""
 LARGEST_MEAN: dict[Form, float] = {"full": 3.0, "small": math.inf}
 """Of the root of a parameter's mean squared update, in learning rates (Adafactor's clipping): a part unlike all
 before it, as a line of one character is, takes the weights no further. The small form loses by such a bound."""

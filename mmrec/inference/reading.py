@@ -26,7 +26,7 @@ from mmrec.tokenizers import Tokenizer
 
 READ_CHUNK = 2048
 """Tokens that are read at a time: bounds the memory that a long text takes."""
-WEIGHED = 8
+WEIGHED = 11
 """Last parts of a text that is counted, by which its n-grams and the model are weighed."""
 
 

@@ -108,16 +108,16 @@ class StateStore:
         """Return a memory's name, tokens read, form of learning, bytes, and whether this model can use it."""
         path = self.path(name)
         with _named(path, name):
-            model, position, learned = memory_header(path)
+            header = memory_header(path)
             status = path.stat()
         return {
             "id": name,
             "object": "memory",
             "created": int(status.st_mtime),
-            "position": position,
-            "learned": learned,
+            "position": header.position,
+            "learned": header.learned,
             "bytes": status.st_size,
-            "usable": model == self._model,
+            "usable": header.model == self._model and header.is_current,
         }
 
     def all(self) -> list[dict[str, Any]]:
