@@ -279,16 +279,19 @@ def test_length_and_carry_of_a_checkpoint(
     carry = [*options, "--files=[book.txt]", "--window=64", "--gpt_tokens=8192"]
     assert mmrec("eval", "carry", *carry) == 0
     texts = json.loads(Path("eval/carry.json").read_text())["texts"]
-    for name in ("length", "carry", "learned"):
+    for name in ("length", "carry", "learned", "forms"):
         assert Path(f"eval/{name}.png").read_bytes().startswith(b"\x89PNG")
 
     trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)
-    assert texts[str(prepared)]["carried"] == pytest.approx(float(carried(trained, text).mean()))
+    assert texts[str(prepared)]["carried"] == pytest.approx(float(carried(trained, text).nll.mean()))
     assert texts[str(prepared)]["tokens"] == len(text) - 1
     assert texts["book.txt"]["tokens"] == 12 * 43 - 1
     for result in texts.values():
         assert result["positions"][-1]["end"] == result["tokens"]
         assert result["learned"] < result["carried"]
+        assert result["learned, small"] < result["carried"]
+        sizes = [result["costs"][kind]["bytes"] for kind in ("carried", "learned, small", "learned")]
+        assert 0 < sizes[0] < sizes[1] < sizes[2]
         assert result["GPT, learned"] < result["GPT"]
     capsys.readouterr()
     for arguments, says in [
@@ -309,11 +312,11 @@ def test_length_and_carry_of_a_checkpoint(
 
 def test_carried_and_windowed_differ_by_the_memory_alone(checkpoint: Path, prepared: Path) -> None:
     trained, text = load_model(checkpoint), np.asarray(open_tokens(prepared).val)[:300]
-    kept = carried(trained, text)
+    kept = carried(trained, text).nll
     torch.testing.assert_close(windowed(trained.net, text, 1000), kept, atol=1e-4, rtol=1e-4)  # one window is all
     emptied = windowed(trained.net, text, 50)
     torch.testing.assert_close(emptied[:50], kept[:50], atol=1e-4, rtol=1e-4)
-    alone = carried(LoadedModel(trained.net, trained.tokenizer, 0), text[50:101])
+    alone = carried(LoadedModel(trained.net, trained.tokenizer, 0), text[50:101]).nll
     torch.testing.assert_close(emptied[50:100], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(emptied[50:100], kept[50:100], atol=1e-3)
 
@@ -397,6 +400,15 @@ def test_a_file_of_a_person_is_never_replaced(
     assert str(path) in error
     assert "another --output_dir" in error
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["learned.png", "forms.png"])
+def test_no_picture_of_a_person_is_replaced(mmrec: Command, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    Path("out").mkdir()
+    Path("out", name).write_bytes(b"\x89PNG of a camera")
+    assert mmrec("eval", "carry", "--ckpt=none.ckpt", "--data_dir=none", "--output_dir=out") == 2
+    assert name in capsys.readouterr().err
+    assert Path("out", name).read_bytes() == b"\x89PNG of a camera"
 
 
 def test_what_there_is(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from mmrec.baselines.models import GPT
 from mmrec.baselines.training import device_of, initial_state
-from mmrec.checkpoints.learned import PART
+from mmrec.checkpoints.learned import PART, Form
 from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
-from mmrec.checkpoints.state_file import SavedState
+from mmrec.checkpoints.state_file import SavedState, memory_bytes
 from mmrec.core.errors import UserError
+from mmrec.core.files import refuse_to_replace_picture
 from mmrec.core.threads import use_threads
 from mmrec.data.batches import WindowedEvalLoader
 from mmrec.data.store import open_tokens_for
@@ -34,11 +36,33 @@ GPT_RECIPE = 1024, 3e-3
 """Tokens of an update, as many as ``quickstart`` has, and the rate: better than nanoGPT's 1e-3 by 0.13 nats/byte."""
 
 
-def carried(trained: LoadedModel, text: np.ndarray, learn: bool = False) -> Tensor:
-    """Return the NLL of each token but the first, [tokens - 1] in nats, with all before it read, or learned, too."""
-    memory = SavedState.empty(trained.net)
-    parts = [nats for nats, _ in iter_nll(trained.net, text, memory.learning(trained.net) if learn else memory)]
-    return torch.cat(parts)[1:].double()
+KEPT: dict[str, Form | None] = {"carried": None, "learned, small": "small", "learned": "full"}
+"""What a memory keeps of a text: the state alone, or what weights have learned, in one form or the other."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text that was read.
+
+    Attributes:
+        nll: [tokens - 1], of each token but the first, in nats, float64.
+        memory: bytes of the numbers that the memory's file has after it.
+        seconds: of the processor's time.
+    """
+
+    nll: Tensor
+    memory: int
+    seconds: float
+
+
+def carried(trained: LoadedModel, text: np.ndarray, form: Form | None = None) -> Reading:
+    """Read ``text`` with all before each token read, and learned from where a ``form`` is given."""
+    memory, began = SavedState.empty(trained.net), time.process_time()
+    memory, parts = memory if form is None else memory.learning(trained.net, form), []
+    for nats, after in iter_nll(trained.net, text, memory):
+        parts.append(nats)
+        memory = after
+    return Reading(torch.cat(parts)[1:].double(), memory_bytes(memory), time.process_time() - began)
 
 
 @torch.inference_mode()
@@ -79,7 +103,7 @@ class CarryOptions:
         gpt_tokens: train a GPT of 0.8 M parameters on so many tokens of the training text of data_dir, to compare
             with; it learns from what it reads, too.
         seed: of the GPT.
-        output_dir: folder for carry.json, carry.png and learned.png.
+        output_dir: folder for carry.json, carry.png, learned.png and forms.png.
 
     Raises:
         UserError: there is no text, or the window is too small.
@@ -130,6 +154,8 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
         UserError: a text is not longer than a window or has unknown characters.
     """
     refuse_to_replace_results(options.output_dir, "carry", b'{\n "window": ')
+    for name in ("learned", "forms"):
+        refuse_to_replace_picture(options.output_dir / f"{name}.png", "--output_dir")
     trained = load_chosen(checkpoint)
     use_threads(trained.net.config.dim, READ_CHUNK)
     texts = options.texts(trained)
@@ -139,6 +165,7 @@ def carry(checkpoint: CheckpointOptions, options: CarryOptions) -> None:
     save(options.output_dir / "carry.json", {"window": options.window, "texts": results})
     save_plot(options.output_dir / "carry.png", lambda axes: _draw(axes, results))
     save_plot(options.output_dir / "learned.png", lambda axes: _draw_by_text(axes, results))
+    save_plot(options.output_dir / "forms.png", lambda axes: _draw_forms(axes, results))
 
 
 def compare(trained: LoadedModel, text: np.ndarray, window: int, gpt: GPT | None = None) -> dict[str, Any]:
@@ -146,13 +173,12 @@ def compare(trained: LoadedModel, text: np.ndarray, window: int, gpt: GPT | None
 
     The GPT learns from windows one after the other, which takes the passes over the text that ours takes, and from
     parts of as many tokens as ours that are read again with the rest of a window before them, which takes more. In
-    all; by the position in a window ("points"); and by the position in the text ("positions").
+    all; by the position in a window ("points"); and by the position in the text ("positions"). Of what a memory keeps
+    also what it takes ("costs"): bytes, and seconds of the processor's time.
     """
-    losses = {
-        "windowed": windowed(trained.net, text, window),
-        "carried": carried(trained, text),
-        "learned": carried(trained, text, learn=True),
-    }
+    readings = {name: carried(trained, text, form) for name, form in KEPT.items()}
+    losses = {"windowed": windowed(trained.net, text, window)}
+    losses |= {name: reading.nll for name, reading in readings.items()}
     if gpt is not None:
         losses |= {"GPT": windowed(gpt, text, window), "GPT, learned": learned_nll(gpt, text, window)}
         losses["GPT, parts"] = learned_nll(gpt, text, min(PART, window))
@@ -166,7 +192,9 @@ def compare(trained: LoadedModel, text: np.ndarray, window: int, gpt: GPT | None
         [{"begin": begin, "end": end, **means(place, begin, end)} for begin, end in parts]
         for place, parts in ((position % window, bands(window)), (position, text_bands(len(position))))
     )
-    return {"tokens": len(position), **means(position, 0, len(text)), "points": points, "positions": positions}
+    costs = {name: {"bytes": reading.memory, "seconds": reading.seconds} for name, reading in readings.items()}
+    whole = {"tokens": len(position), **means(position, 0, len(text)), "costs": costs}
+    return {**whole, "points": points, "positions": positions}
 
 
 def show(results: dict[str, Any], window: int) -> None:
@@ -182,7 +210,7 @@ def show(results: dict[str, Any], window: int) -> None:
         print_table(f"nats/token, windows of {window}", ["text", title, *LOSSES, *GAINS, *peers], rows)
 
 
-LOSSES, GAINS = ("windowed", "carried", "learned"), ("gain, carried", "gain, learned")
+LOSSES, GAINS = ("windowed", *KEPT), tuple(f"gain, {name}" for name in KEPT)
 PEERS = ("GPT", "GPT, learned", "GPT, parts")
 
 
@@ -213,3 +241,21 @@ def _draw_by_text(axes: Any, results: dict[str, Any]) -> None:
             axes.plot(middle, gain, line, marker="o", color=f"C{number}", label=f"{Path(name).name}, {kind}")
     axes.set(xscale="log", xlabel="position in the text", ylabel="gain over windows, nats/token")
     axes.set_ylim(bottom=0)
+
+
+def _draw_forms(axes: Any, results: dict[str, Any]) -> None:
+    """Draw what a memory gains by its size, as a share of what all weights gain; below, what it takes."""
+    for name, result in results.items():
+        gains = [result["windowed"] - result[kind] for kind in KEPT]
+        sizes = [result["costs"][kind]["bytes"] / 1000 for kind in KEPT]
+        shares = [100 * gain / max(abs(gains[-1]), 1e-9) for gain in gains]
+        axes.plot(sizes, shares, marker="o", label=f"{Path(name).name}: 100 % is {gains[-1]:.2f} nats/token")
+    tokens = sum(result["tokens"] for result in results.values())
+    labels = []
+    for kind, size in zip(KEPT, sizes, strict=True):
+        took = sum(result["costs"][kind]["seconds"] for result in results.values())
+        labels.append(f"{kind}\n{size:,.0f} kB\n{1e6 * took / tokens:,.0f} us/token")
+    axes.set(xscale="log", xlabel="size of the memory, and the processor's time", ylabel="gain over windows, %")
+    axes.set_xticks(sizes, labels)
+    axes.set_xticks([], minor=True)
+    axes.axhline(0, color="gray", label="windows")
