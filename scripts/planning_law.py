@@ -23,7 +23,7 @@ from mmrec.planning.law import MOST_APART, MOST_COUNTED, Law
 ROUNDS = 200
 PULL = 1e-3
 """Weight of what keeps the coefficients near to :data:`START`, since there are few texts of some kinds."""
-START = (0.4, 0.1, 0.35, 0.35, 0.35, 15.0, 0.01, 0.2, 0.05, 0.95)
+START = (0.4, 0.1, 0.35, 0.35, 0.35, 15.0, 0.01, 0.2, 0.05, 0.95, 0.03)
 """Where the fit begins: powers near to those of the literature, the repetition of Muennighoff et al. 2023."""
 OF_TEXT, OF_ROW = 0.05, 0.02
 """Scales of the errors: of a text, and of the rows of a text around that."""
@@ -71,7 +71,8 @@ def error(law: Law, row: dict[str, str]) -> float:
     """Return the logarithm of what came over what was expected."""
     text_tokens = float(row["train_tokens"])
     expected = law.relative_loss(float(row["parameters"]), text_tokens, float(row["tokens"]))
-    expected *= law.yardstick(float(row["ngram"]), float(row["xz"]), text_tokens) * law.counting ** int(row["counts"])
+    expected *= law.yardstick(float(row["ngram"]), float(row["xz"]), text_tokens)
+    expected *= law.gain_of_counts(text_tokens) ** int(row["counts"])
     return math.log(float(row["bits_per_byte"]) / expected)
 
 
@@ -119,7 +120,7 @@ def _unlikely(squares: torch.Tensor) -> torch.Tensor:
 
 def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the errors of all rows, as :meth:`Law.relative_loss` gives them, with gradients."""
-    floor, a, a_power, b, b_power, repetition, overfit, copies, counted, counting = values.unbind()
+    floor, a, a_power, b, b_power, repetition, overfit, copies, counted, counting, power = values.unbind()
     read, text, parameters = columns["tokens"], columns["train_tokens"], columns["parameters"]
     again = (read / text - 1).clamp(min=0)
     effective = torch.minimum(read, text) + text * repetition * (1 - (-again / repetition).exp())
@@ -127,7 +128,8 @@ def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Ten
     relative = floor + a * (parameters / 1e6) ** -a_power + b * (effective / 1e6) ** -b_power + overfit * crowding
     apart = (columns["xz"] / columns["ngram"]).clamp(1 / MOST_APART, MOST_APART)
     yardstick = columns["ngram"] * apart**copies * (text.clamp(max=MOST_COUNTED) / 1e6) ** counted
-    return (columns["bits_per_byte"] / (yardstick * relative * counting ** columns["counts"])).log()
+    gain = (counting * (text / 1e6) ** -power) ** columns["counts"]
+    return (columns["bits_per_byte"] / (yardstick * relative * gain)).log()
 
 
 if __name__ == "__main__":

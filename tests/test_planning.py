@@ -36,7 +36,7 @@ from mmrec.planning.plan import (
     regularization,
     shapes_for,
 )
-from mmrec.planning.source import choose_tokenizer, prepare_texts
+from mmrec.planning.source import choose_tokenizers, prepare_texts
 from mmrec.planning.text import describe_text, xz_bits_per_byte
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 
@@ -216,42 +216,58 @@ def test_options_of_fit_are_told_from_those_of_train() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tokenizer"),
+    ("text", "tokenizers"),
     [
-        ("Plain English, as it is.\n" * 20, ("bytes", None)),
-        ("Широка страна моя родная.\n" * 20, ("characters", None)),
-        ("".join(chr(0x4E00 + number) for number in range(900)), ("bpe", 4096)),
-        ("Широка страна моя родная.\n" * 15_000, ("bpe", 1024)),
-        ("Plain English, as it is.\n" * 150_000, ("bpe", 4096)),
+        ("Plain English, as it is.\n" * 20, [("bytes", None)]),
+        ("Широка страна моя родная.\n" * 20, [("characters", None)]),
+        ("".join(chr(0x4E00 + number) for number in range(900)), [("bpe", 4096)]),
+        ("Plain English, as it is.\n" * 5000, [("bytes", None), ("bpe", 1024)]),
+        ("Широка страна моя родная.\n" * 15_000, [("characters", None), ("bpe", 1024)]),
+        ("Широка страна моя родная.\n" * 30_000, [("bpe", 1024)]),
+        ("Plain English, as it is.\n" * 150_000, [("bpe", 4096)]),
     ],
 )
-def test_the_tokenizer_suits_the_text(tmp_path: Path, text: str, tokenizer: tuple[str, int | None]) -> None:
+def test_the_tokenizers_suit_the_text(tmp_path: Path, text: str, tokenizers: list[tuple[str, int | None]]) -> None:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
-    assert choose_tokenizer(resolve_source(PrepareOptions(str(path)))) == tokenizer
+    assert choose_tokenizers(resolve_source(PrepareOptions(str(path)))) == tokenizers
 
 
 def test_the_tokenizer_of_a_folder_is_chosen_by_its_size(tmp_path: Path) -> None:
     """As of files that are read one after the other, not held in memory."""
-    for number, length in enumerate((10_000, 600_000)):
+    for number, length in enumerate((10_000, 1_200_000)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": "word " * (length // 5)}) + "\n")
-        found = choose_tokenizer(resolve_source(PrepareOptions(str(tmp_path))))
-        assert found == (("bytes", None), ("bpe", 1024))[number]
+        found = choose_tokenizers(resolve_source(PrepareOptions(str(tmp_path))))
+        assert found == [[("bytes", None), ("bpe", 1024)][number]]
 
 
 def test_a_text_that_was_prepared_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later version may choose another for it, and the training of the earlier one is to go on."""
     monkeypatch.chdir(tmp_path)
     Path("novel.txt").write_text("One sentence of many words, " * 200 + "\nand another one.\n" * 200)
-    assert prepare_texts(["novel.txt"], None).tokenizer.name == "bytes"
+    assert [each.tokenizer.name for each in prepare_texts(["novel.txt"], None)] == ["bytes"]
     monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
-    assert prepare_texts(["novel.txt"], None).tokenizer.name == "bytes"
+    monkeypatch.setattr("mmrec.planning.source.ENOUGH_WORDS", 20)
+    assert [each.tokenizer.name for each in prepare_texts(["novel.txt"], None)] == ["bytes"]
     Path("data/novel").rename("data/before")
-    words = prepare_texts(["novel.txt"], None)
+    (words,) = prepare_texts(["novel.txt"], None)
     assert words.tokenizer.name == "bpe"
-    assert prepare_texts(["novel.txt"], "bpe").tokenizer.digest() == words.tokenizer.digest()
+    assert prepare_texts(["novel.txt"], "bpe")[0].tokenizer.digest() == words.tokenizer.digest()
     with pytest.raises(UserError, match="another corpus, split or tokenizer"):
         prepare_texts(["novel.txt"], "characters")
+
+
+def test_a_text_that_may_be_read_both_ways_is_prepared_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text("One sentence of many words, " * 200 + "\nand another one.\n" * 200)
+    monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
+    both = [Path("data/novel"), Path("data/novel-bpe")]
+    assert [each.folder for each in prepare_texts(["novel.txt"], None)] == both
+    assert [each.folder for each in prepare_texts(["novel.txt"], None)] == both
+    begun = prepare_texts(["novel.txt"], None, is_begun=lambda path: path == both[1])
+    assert [(each.folder, each.tokenizer.name) for each in begun] == [(both[1], "bpe")]
 
 
 def test_a_corpus_with_a_name_is_read_by_words_beside_its_own_tokenizer(
@@ -259,15 +275,17 @@ def test_a_corpus_with_a_name_is_read_by_words_beside_its_own_tokenizer(
 ) -> None:
     """Configs mean the token folder of its name, by its own tokenizer; what an earlier version began goes on."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 100_000)
-    words = prepare_texts(["sample"], None)
+    monkeypatch.setattr("mmrec.planning.source.ENOUGH_WORDS", 100_000)
+    (words,) = prepare_texts(["sample"], None)
     assert (words.tokenizer.name, words.tokenizer.vocab_size) == ("bpe", 1024)
     assert words.folder == Path("data/sample-bpe")
-    plain = prepare_texts(["sample"], "bytes")
+    (plain,) = prepare_texts(["sample"], "bytes")
     assert (plain.tokenizer.name, plain.folder) == ("bytes", Path("data/sample"))
-    assert prepare_texts(["sample"], None).folder == words.folder
+    assert [each.folder for each in prepare_texts(["sample"], None)] == [words.folder]
+    begun = prepare_texts(["sample"], None, is_begun=lambda path: path == plain.folder)
+    assert [each.folder for each in begun] == [plain.folder]
     words.folder.rename("elsewhere")
-    assert prepare_texts(["sample"], None).folder == plain.folder
+    assert [each.folder for each in prepare_texts(["sample"], None)] == [plain.folder]
 
 
 def test_models_of_words_count_them_and_others_do_not() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ import torch
 from conftest import Command
 from helpers import last, load
 
+from mmrec.checkpoints.runs import runs
 from mmrec.planning import half_way
 from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
+from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
+from mmrec.planning.plan import Rate
 from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -101,6 +105,37 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, nov
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]
+
+
+@pytest.mark.parametrize(("power", "run"), [(0.0, "novel-bpe"), (9.0, "novel")])
+def test_of_two_tokenizers_the_one_of_which_more_is_expected_is_trained_with(
+    mmrec: Command,
+    novel: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    power: float,
+    run: str,
+) -> None:
+    """Words need a text to be learned from: with a high power this one is too short."""
+    from mmrec.planning import command, plan
+
+    law = replace(LAW, counting=0.5, counting_power=power)
+    rates = [Rate(replace(plan.SHAPES[0], count_half_lives=halves), 3000.0) for halves in ((), plan.HALF_LIVES)]
+    monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
+    monkeypatch.setattr(command, "measure_rates", lambda text, *_: [rates[plan.has_words(text)]])
+    monkeypatch.setattr(command, "make_plan", lambda text, rates, seconds: plan.make_plan(text, rates, seconds, law))
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=2"]
+    assert mmrec(*line, "--plan") == 0
+    first, second = ("bpe", "bytes")[:: 1 if power == 0 else -1]
+    assert re.search(
+        rf"tokens      by {first}: [\d.]+ bits/byte are expected, [\d.]+ by {second}", capsys.readouterr().out
+    )
+    assert mmrec(*line, "--trainer.max_steps=4") == 0
+    assert last(run)["global_step"] == 4
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    assert "longer      " in capsys.readouterr().out
+    assert last(run)["global_step"] == 8
+    assert runs(Path()) == [run]
 
 
 def test_typed_again_it_is_not_held_to_the_updates_of_the_first_plan(mmrec: Command, novel: Path) -> None:

@@ -21,7 +21,7 @@ from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import report
-from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, fit_options, make_plan
+from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, Rate, TrainingPlan, fit_options, make_plan
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
@@ -60,15 +60,22 @@ def train(args: Sequence[str]) -> None:
         runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
-    folder = prepare_texts(options.texts, options.tokenizer, options.minutes_or_default, options.encoding)
-    run = options.run or folder.folder.resolve().name
-    where = Path(runs.LOGS, run)
-    before = read_record(where)
-    if before is None and run in runs.runs(Path()):
-        raise UserError(f"the run {run!r} was not begun by mmrec train; choose another --run")
-    if before is not None and Path(before.data_dir) != folder.folder.resolve():
-        raise UserError(f"the run {run!r} was trained on {before.data_dir}; choose another --run")
-    record = _begin(options, folder) if before is None else _move(_go_on(before, where, options), options.on)
+    folders = prepare_texts(
+        options.texts,
+        options.tokenizer,
+        options.minutes_or_default,
+        options.encoding,
+        lambda path: _record_of(options, path) is not None,
+    )
+    for each in folders:
+        _check_run(options, each.folder)
+    folder, before = folders[0], _record_of(options, folders[0].folder)
+    if before is not None:
+        record = _move(_go_on(before, _place(options, folder.folder), options), options.on)
+    else:
+        folder, record = _begin(options, folders)
+    where = _place(options, folder.folder)
+    run = where.name
     if options.plan:
         return
     record.write(where)
@@ -87,31 +94,59 @@ def _seconds_left(deadline: float) -> float:
     return max(LEAST, deadline - time.monotonic())
 
 
-def _begin(options: TrainOptions, folder: TokenFolder) -> Record:
-    """Plan a training from nothing, and say so."""
+def _place(options: TrainOptions, folder: Path) -> Path:
+    """Return the folder of the run that trains on the token folder ``folder``."""
+    return Path(runs.LOGS, options.run or folder.resolve().name)
+
+
+def _record_of(options: TrainOptions, folder: Path) -> Record | None:
+    """Return the record of the training that has begun on the token folder ``folder``; None if none has."""
+    record = read_record(_place(options, folder))
+    return record if record is not None and Path(record.data_dir) == folder.resolve() else None
+
+
+def _check_run(options: TrainOptions, folder: Path) -> None:
+    """Raise UserError where the run of a training on ``folder`` is another one."""
+    where = _place(options, folder)
+    record = read_record(where)
+    if record is None and where.name in runs.runs(Path()):
+        raise UserError(f"the run {where.name!r} was not begun by mmrec train; choose another --run")
+    if record is not None and Path(record.data_dir) != folder.resolve():
+        raise UserError(f"the run {where.name!r} was trained on {record.data_dir}; choose another --run")
+
+
+def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[TokenFolder, Record]:
+    """Plan a training from nothing on the one of ``folders`` of which most is expected, and say so."""
     start, deadline = time.monotonic(), _deadline(options)
-    if len(folder.train) <= SHORTEST_ROW:
-        raise UserError(
-            f"the text has {len(folder.train) + len(folder.val)} tokens, too few to train on and to validate with; "
-            "give one of a few hundred characters at least"
-        )
-    text = describe_text(folder)
     accelerator = options.on or "auto"
-    rates = measure_rates(text, _seconds_left(deadline), accelerator)
-    plan = make_plan(text, rates, _seconds_left(deadline))
-    rate = next(each for each in rates if each.config == plan.config)
-    rate = with_processes_that_pay(rate, text, _seconds_left(deadline), accelerator)
+    plans: list[tuple[TrainingPlan, TokenFolder]] = []
+    for each in folders:
+        if len(each.train) <= SHORTEST_ROW:
+            raise UserError(
+                f"the text has {len(each.train) + len(each.val)} tokens, too few to train on and to validate with; "
+                "give one of a few hundred characters at least"
+            )
+        text = describe_text(each)
+        rates = measure_rates(text, _seconds_left(deadline), accelerator)
+        plans.append((make_plan(text, rates, _seconds_left(deadline)), each))
+    plans.sort(key=lambda found: found[0].expected)
+    plan, folder = plans[0]
+    if len(plans) > 1:
+        others = ", ".join(f"{other.expected:.2f} by {each.tokenizer.name}" for other, each in plans[1:])
+        print(f"tokens      by {folder.tokenizer.name}: {plan.expected:.2f} bits/byte are expected, {others}")
+    rate = Rate(plan.config, plan.rate, plan.processes)
+    rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
     # What comes after the training: the final score, by one process, and what stands beside it.
-    ending = min(text.val_tokens, MOST_SCORED) * FORWARD_SHARE * rate.processes / rate.tokens + STARTING
+    ending = min(plan.text.val_tokens, MOST_SCORED) * FORWARD_SHARE * rate.processes / rate.tokens + STARTING
     ending += comparison_seconds(options.minutes_or_default)
     seconds = _seconds_left(deadline - ending)
-    plan = make_plan(text, [rate], seconds)
+    plan = make_plan(plan.text, [rate], seconds)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
     chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
     data_dir = str(folder.folder.resolve())
-    return Record(
-        data_dir, seconds / 60, plan.steps, chosen, text.xz, plan.expected, asked=options.minutes_or_default
+    return folder, Record(
+        data_dir, seconds / 60, plan.steps, chosen, plan.text.xz, plan.expected, asked=options.minutes_or_default
     )
 
 

@@ -37,7 +37,10 @@ class Law:
         overfit: what a parameter too many costs, by the logarithm of parameters over tokens of the text.
         copies: power of what xz makes of the text over what the n-gram model makes.
         counted: power of the millions of tokens that the n-gram model is counted in.
-        counting: what a model that counts its tokens makes of a text, over what one that does not would.
+        counting: what a model that counts its tokens makes of a text of a million tokens, over what one that does
+            not would of the same tokens.
+        counting_power: power of the millions of tokens of the text by which that falls: words need a text to be
+            learned from.
         spread: what two of three texts that are left out of the fit do not exceed, of the logarithm of what came over
             what was expected.
     """
@@ -52,6 +55,7 @@ class Law:
     copies: float
     counted: float
     counting: float
+    counting_power: float
     spread: float
 
     def yardstick(self, ngram: float, xz: float, text_tokens: float) -> float:
@@ -64,6 +68,14 @@ class Law:
         """
         apart = min(MOST_APART, max(1 / MOST_APART, xz / ngram)) if ngram > 0 else 1.0
         return float(ngram * apart**self.copies * (min(MOST_COUNTED, text_tokens) / 1e6) ** self.counted)
+
+    def gain_of_counts(self, text_tokens: float) -> float:
+        """Return what a model that counts its tokens makes of a text, over what one that does not would.
+
+        Args:
+            text_tokens: of the training text.
+        """
+        return float(self.counting * (text_tokens / 1e6) ** -self.counting_power)
 
     def effective_tokens(self, text_tokens: float, tokens_read: float) -> float:
         """Return the tokens read, with those that are read again for what they are worth.
@@ -97,5 +109,5 @@ class Law:
         return relative
 
 
-LAW = Law(0.6228, 0.0749, 0.4476, 0.2117, 0.4931, 9.1446, 0.0138, 0.2583, 0.0714, 0.9589, 0.0521)
+LAW = Law(0.6433, 0.0734, 0.4576, 0.2046, 0.5031, 10.2672, 0.0134, 0.292, 0.0799, 0.9196, 0.031, 0.0475)
 """Fitted to docs/planning.csv by scripts/planning_law.py."""

@@ -175,7 +175,7 @@ def expected_loss(config: ModelConfig, text: Text, tokens: float, law: Law = LAW
     """Return the bits per byte that a model is expected to reach when it has read so many tokens of a text."""
     expected = law.yardstick(text.ngram, text.xz, text.train_tokens)
     expected *= law.relative_loss(layer_parameters(config), text.train_tokens, tokens)
-    return expected * (law.counting if config.count_half_lives else 1.0)
+    return expected * (law.gain_of_counts(text.train_tokens) if config.count_half_lives else 1.0)
 
 
 def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW) -> TrainingPlan:

@@ -1,8 +1,8 @@
-"""From the texts that were named to a token folder: what is read how, and by which tokenizer."""
+"""From the texts that were named to token folders: what is read how, and by which tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,28 +20,34 @@ PLAIN = 1.2
 """Bytes of a character up to which a text is read byte by byte: what the model reads later may hold any character."""
 PREPARED = 2_500_000
 """Bytes of a large text that are prepared in a second: its tokenizer is trained first."""
-FEW_WORDS = 500_000
-"""Bytes of a text from which on words and parts of words, byte-level BPE, are better tokens than characters."""
+FEW_WORDS, ENOUGH_WORDS = 100_000, 1_000_000
+"""Bytes of a text from which on words and parts of words, byte-level BPE, may be better tokens than characters, and
+from which on they are: between the two that depends on how long it is trained on."""
 MANY_WORDS = 3_000_000
 """Bytes of a text from which on more of them are better."""
 VOCABULARY, LARGE_VOCABULARY = 1024, 4096
 """Tokens of a BPE below that and above; the latter also for more than :data:`LARGEST_ALPHABET` characters."""
 
 BY_WORDS = "-bpe"
-"""Ends the name of the token folder, by BPE, of a corpus that has a name: the configs mean the one without it, by the
-corpus's own tokenizer."""
+"""Ends the name of the token folder, by BPE, of a corpus that has a name, as the configs mean the one without it, by
+the corpus's own tokenizer; and of a text that may be read by characters, too."""
 
 
 def prepare_texts(
-    texts: Sequence[str], tokenizer: str | None, minutes: float | None = None, encoding: str = "utf-8"
-) -> TokenFolder:
-    """Prepare what ``texts`` name, by ``tokenizer`` or by the one that suits it, and return the token folder.
+    texts: Sequence[str],
+    tokenizer: str | None,
+    minutes: float | None = None,
+    encoding: str = "utf-8",
+    is_begun: Callable[[Path], bool] = lambda _: False,
+) -> list[TokenFolder]:
+    """Prepare what ``texts`` name, by ``tokenizer`` or by those that may suit it, and return the token folders.
 
     Args:
         texts: name of a corpus, or files, folders and URLs.
-        tokenizer: a kind of tokenizer or the path of one; None for the one that suits the text.
+        tokenizer: a kind of tokenizer or the path of one; None for those that may suit the text.
         minutes: of all that is done; None for no limit.
         encoding: of your own files.
+        is_begun: whether a training has begun on the token folder of that path: then it is the only one.
 
     Raises:
         UserError: they name nothing that can be read, or so much that the time would be over; or the folder that
@@ -51,22 +57,44 @@ def prepare_texts(
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
-    has_name, output_dir = texts[0] in CORPORA, source.output_dir
-    by_words = output_dir.with_name(f"{output_dir.name}{BY_WORDS}")
-    if has_name and tokenizer is None and by_words.exists():
-        output_dir = by_words
-    vocabulary, before = None, _asked_before(output_dir)
-    if before is not None and tokenizer in (None, before[0]):
-        tokenizer, vocabulary = before
-    elif tokenizer is None:
-        tokenizer, vocabulary = choose_tokenizer(source, encoding)
-        if has_name and tokenizer == "bpe":
-            output_dir = by_words
-    elif tokenizer == "bpe":
-        vocabulary = choose_tokenizer(source, encoding)[1] or VOCABULARY
-    folder = prepare(replace(options, output_dir=output_dir, tokenizer=tokenizer, vocab_size=vocabulary))
+    if tokenizer is None:
+        wanted = _suitable(source, texts[0] in CORPORA, encoding, is_begun)
+    else:
+        before, vocabulary = _asked_before(source.output_dir), None
+        if before is not None and tokenizer == before[0]:
+            vocabulary = before[1]
+        elif tokenizer == "bpe":
+            vocabulary = choose_tokenizers(source, encoding)[-1][1] or VOCABULARY
+        wanted = [(source.output_dir, tokenizer, vocabulary)]
+    return [
+        _prepared(replace(options, output_dir=folder, tokenizer=name, vocab_size=size))
+        for folder, name, size in wanted
+    ]
+
+
+def _prepared(options: PrepareOptions) -> TokenFolder:
+    folder = prepare(options)
     assert folder is not None  # Slurm alone returns none
     return folder
+
+
+def _suitable(
+    source: ResolvedSource, has_name: bool, encoding: str, is_begun: Callable[[Path], bool]
+) -> list[tuple[Path, str, int | None]]:
+    """Return the token folders that may suit a text, each with its tokenizer and the size of its vocabulary.
+
+    What was prepared keeps its tokenizer, and a training that has begun its token folder.
+    """
+    plain = source.output_dir
+    by_words = plain.with_name(f"{plain.name}{BY_WORDS}")
+    asked = {folder: before for folder in (plain, by_words) if (before := _asked_before(folder)) is not None}
+    if asked:
+        begun = [folder for folder in asked if is_begun(folder)][:1]
+        chosen = begun or ([by_words] if has_name and by_words in asked else [*asked])
+        return [(folder, *asked[folder]) for folder in chosen]
+    choices = choose_tokenizers(source, encoding)
+    beside = has_name or len(choices) > 1
+    return [(by_words if beside and name == "bpe" else plain, name, size) for name, size in choices]
 
 
 def _check_time(source: ResolvedSource, minutes: float) -> None:
@@ -114,15 +142,16 @@ def _asked_before(folder: Path) -> tuple[str, int | None] | None:
     return name, manifest["tokenizer"]["vocab_size"] if name == "bpe" else None  # a large corpus has a digest
 
 
-def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> tuple[str, int | None]:
-    """Return the tokenizer for a text, and the size of its vocabulary where that can be chosen.
+def choose_tokenizers(source: ResolvedSource, encoding: str = "utf-8") -> list[tuple[str, int | None]]:
+    """Return the tokenizers that may suit a text, each with the size of its vocabulary where that can be chosen.
 
-    Byte-level BPE of a text from :data:`FEW_WORDS` on. Of a shorter one bytes where most characters are one, else
-    characters, or BPE where there are too many of them.
+    Byte-level BPE of a text of many words. Of a shorter one bytes where most characters are one, else characters, or
+    BPE where there are too many of them; between the two, from :data:`FEW_WORDS` to :data:`ENOUGH_WORDS`, both.
     """
     if source.is_large:
         sizes = [_local_size(path) for path in source.paths if "://" not in path]
-        return _by_size(sum(sizes) if sizes and len(sizes) == len(source.paths) else SMALL_BYTES)
+        known = bool(sizes) and len(sizes) == len(source.paths)
+        return _by_size(sum(sizes) if known else SMALL_BYTES, "bytes")
     characters: set[str] = set()
     length = size = 0
     corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir, encoding))
@@ -131,17 +160,16 @@ def choose_tokenizer(source: ResolvedSource, encoding: str = "utf-8") -> tuple[s
         length += len(document.text)
         size += len(document.text.encode("utf-8"))
     if len(characters) > LARGEST_ALPHABET:
-        return "bpe", LARGE_VOCABULARY
-    if size >= FEW_WORDS:
-        return _by_size(size)
-    return ("bytes" if size <= PLAIN * length else "characters"), None
+        return [("bpe", LARGE_VOCABULARY)]
+    return _by_size(size, "bytes" if size <= PLAIN * length else "characters")
 
 
-def _by_size(size: int) -> tuple[str, int | None]:
-    """Return the tokenizer for a text of so many bytes, of few different characters."""
+def _by_size(size: int, of_short: str) -> list[tuple[str, int | None]]:
+    """Return the tokenizers for a text of so many bytes, of few different characters."""
     if size < FEW_WORDS:
-        return "bytes", None
-    return "bpe", VOCABULARY if size < MANY_WORDS else LARGE_VOCABULARY
+        return [(of_short, None)]
+    by_words = ("bpe", VOCABULARY if size < MANY_WORDS else LARGE_VOCABULARY)
+    return [by_words] if size >= ENOUGH_WORDS else [(of_short, None), by_words]
 
 
 def check_tokenizer(name: str | None) -> None:
