@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Command
 from helpers import assert_same_training, checkpoints, fit, last, load, losses
+from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.checkpoints.checkpoint import write_checkpoint
 from mmrec.core.errors import UserError
@@ -114,6 +115,36 @@ def test_another_pace_makes_another_plan(
     assert least <= last("a")["global_step"] <= most
 
 
+@pytest.mark.parametrize(("pace", "least", "most"), [(2.0, 86, 92), (0.25, 130, 168)])
+def test_a_rate_that_falls_goes_on_falling_where_the_pace_changes(
+    mmrec: Command, prepared: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, pace: float, least: int, most: int
+) -> None:
+    """It began to fall at 75 of 100 updates of a second each; from update 78 on each takes ``pace`` seconds."""
+    from mmrec.training.callbacks import time_limit
+    from mmrec.training.module import RecurrentLMModule
+
+    rates: list[float] = []
+    before = RecurrentLMModule.training_step
+
+    def training_step(self: RecurrentLMModule, *args: Any) -> Any:
+        clock.pace = pace if self.global_step >= 78 else 1.0
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        rates.append(float(scheduler.get_last_lr()[0]))
+        return before(self, *args)
+
+    monkeypatch.setattr(RecurrentLMModule, "training_step", training_step)
+    monkeypatch.setattr(time_limit, "CHECK_EVERY", 2)
+    limits = ["--run=a", f"--time_limit.minutes={100 / 60}", "--time_limit.planned_steps=100"]
+    assert mmrec(*limited(prepared, *limits, "--model.warmup_steps=5")) == 0
+    assert least <= len(rates) <= most
+    assert len(plan_of("a")["decisions"]) > 2
+    assert rates[5:75] == [3e-3] * 70
+    assert all(after < before for before, after in itertools.pairwise(rates[75:]))
+    assert last("a")["lr_schedulers"][0]["_last_lr"][0] < 0.15 * 3e-3
+    assert 0.89 * 100 < plan_of("a")["seconds"] < 1.05 * 100
+
+
 def half_way(steps: Iterable[int], planned: int) -> list[int]:
     return [step for step in steps if BEGIN * planned <= step <= LATEST * planned]
 
@@ -178,7 +209,7 @@ def test_a_longer_run_goes_on_from_before_the_rate_fell_and_never_loses_its_best
     assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1")) == 0
     score = best_score("best")
     stable = load(checkpoints("a") / "stable.ckpt")
-    assert stable["global_step"] == decay_start(OptimizerOptions(schedule="wsd"), last("a")["global_step"])
+    assert stable["global_step"] == decay_start(OptimizerOptions(schedule="wsd", warmup_steps=1), last("a")["global_step"])
     assert stable["lr_schedulers"][0]["_last_lr"][0] == 3e-3
     path = checkpoints("a") / "stable.ckpt"
     longer = [

@@ -29,7 +29,7 @@ from mmrec.training.exchange import gather_all
 from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import clip_to_norm, learning_rate_share, make_optimizer
+from mmrec.training.optim import clip_to_norm, decay_start, learning_rate_share, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
 from mmrec.training.shared_reading import share_out
 from mmrec.training.strategy import shard
@@ -74,6 +74,7 @@ class RecurrentLMModule(LightningModule):
         self._planned_steps: int | None = None
         self._steps_by_options: int | None = None
         self._steps_in_time: int | None = None
+        self._decay_in_time: float | None = None
         self._compiled: Callable[..., tuple[Hidden, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
@@ -83,6 +84,14 @@ class RecurrentLMModule(LightningModule):
     def planned_steps(self) -> int | None:
         """Number of updates at which the run is planned to end; None where nothing says so."""
         return self._planned_steps
+
+    @property
+    def decay_start(self) -> float | None:
+        """Update (from 0) with which the schedule "wsd" begins to lower the rate; None where no end is planned."""
+        if self._planned_steps is None:
+            return None
+        in_time = self._decay_in_time if self._planned_steps == self._steps_in_time else None
+        return decay_start(self.options, self._planned_steps) if in_time is None else in_time
 
     @property
     def is_sharded(self) -> bool:
@@ -129,9 +138,12 @@ class RecurrentLMModule(LightningModule):
         self._plan()
         self._apply_rates()
 
-    def plan_steps(self, steps: int) -> None:
-        """Plan with no more than ``steps`` updates in all, as many as there is time for, from the next one on."""
-        self._steps_in_time = steps
+    def plan_steps(self, steps: int, decay_start: float) -> None:
+        """Plan with no more than ``steps`` updates in all, as many as there is time for, from the next one on.
+
+        With the schedule "wsd" the rate begins to fall with update ``decay_start``.
+        """
+        self._steps_in_time, self._decay_in_time = steps, decay_start
         self._plan()
         self._apply_rates()
 
@@ -310,7 +322,9 @@ class RecurrentLMModule(LightningModule):
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._steps_by_options = self.total_steps()
         self._plan()
-        scheduler = LambdaLR(optimizer, lambda step: learning_rate_share(step, self.options, self._planned_steps))
+        scheduler = LambdaLR(
+            optimizer, lambda step: learning_rate_share(step, self.options, self._planned_steps, self.decay_start)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int | None:

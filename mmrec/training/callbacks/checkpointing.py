@@ -15,7 +15,6 @@ from mmrec.checkpoints.runs import BEST, LAST, STABLE
 from mmrec.core.errors import UserError
 from mmrec.training.compat import is_accumulating, is_fast_dev_run, is_validation_due, validate_also
 from mmrec.training.module import RecurrentLMModule
-from mmrec.training.optim import decay_start
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -158,10 +157,9 @@ class StableCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        options, planned = pl_module.options, pl_module.planned_steps
-        if not self._is_before or options.schedule != "wsd" or planned is None or is_accumulating(trainer):
+        first = pl_module.decay_start
+        if not self._is_before or pl_module.options.schedule != "wsd" or first is None or is_accumulating(trainer):
             return
-        first = decay_start(options, planned)
         if trainer.global_step >= first:
             self._is_before = False
             if trainer.global_step == first and not is_fast_dev_run(trainer):

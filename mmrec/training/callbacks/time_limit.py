@@ -13,8 +13,7 @@ from mmrec.core.errors import UserError
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 from mmrec.training.compat import is_accumulating, validate_also
 from mmrec.training.module import RecurrentLMModule
-from mmrec.training.optim import decay_start
-from mmrec.training.options import OptimizerOptions
+from mmrec.training.optim import decay_start, decay_start_of_other_plan
 
 CHECK_EVERY = 10
 """Updates between two looks at the clock."""
@@ -34,8 +33,8 @@ class TimeLimit(Callback):
 
     The plan is what the schedule of the learning rate, and all else that depends on the length of a run, goes by. It
     is made from the seconds that updates take here, and kept: another takes its place only where it would miss the
-    end of the time, and a longer one only before the learning rate falls. So a run on a quiet machine is repeatable
-    by its number of updates. Both are saved with the checkpoint.
+    end of the time. So a run on a quiet machine is repeatable by its number of updates. Where the learning rate falls
+    already, it goes on falling from where it is, to the end of the other plan. Both are saved with the checkpoint.
 
     Where validations are counted through the epochs, as those of ``mmrec train``, one is half-way through the plan,
     also where that is another now: it is added where none of the others would be.
@@ -66,6 +65,9 @@ class TimeLimit(Callback):
         self._evaluation_start = 0.0
         self._pace = 0.0  # seconds of an update, without validations
         self._recent: deque[tuple[int, float]] = deque()
+        self._fall: tuple[float, int] | None = (
+            None  # updates with which the learning rate begins to fall, and ends to
+        )
         self._first_step = 0
         self._time_is_new = False
         self._told: int | None = None
@@ -136,11 +138,11 @@ class TimeLimit(Callback):
         """Make another plan where the one that there is would miss the end of the time."""
         assert isinstance(pl_module, RecurrentLMModule)
         # By the clock of the first process: all must decide the same.
-        steps = trainer.strategy.broadcast(self._better_plan(trainer.global_step, pl_module.options))
+        steps = trainer.strategy.broadcast(self._better_plan(trainer.global_step))
         if steps is not None:
             self._decide(trainer, pl_module, steps)
 
-    def _better_plan(self, step: int, options: OptimizerOptions) -> int | None:
+    def _better_plan(self, step: int) -> int | None:
         """Return the number of updates that there is time for, if it is to take the place of the plan's."""
         assert self.minutes is not None
         if not self._pace:
@@ -149,9 +151,8 @@ class TimeLimit(Callback):
         if self.planned_steps is None:
             return affordable
         missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / (60 * self.minutes)
-        falls = options.schedule == "wsd" and step >= decay_start(options, self.planned_steps)
         early = -missed - (0 if self._evaluating else UNSEEN)
-        return affordable if missed > TOO_LATE or (early > TOO_EARLY and not falls) else None
+        return affordable if missed > TOO_LATE or early > TOO_EARLY else None
 
     def _seconds_per_step(self, step: int) -> float:
         """Seconds of an update and its share of the validations."""
@@ -170,9 +171,14 @@ class TimeLimit(Callback):
         elif abs(steps - self._told) > WORTH_TELLING * self._told:
             rank_zero_info(f"Planned {steps:,} updates instead of {self._told:,}: the machine's pace changed")
             self._told = steps
+        step, options = trainer.global_step, pl_module.options
+        if self._fall is None:
+            self._fall = decay_start(options, steps), steps
+        elif self._fall[1] != steps:
+            self._fall = decay_start_of_other_plan(step, options, *self._fall, steps), steps
         self.planned_steps = steps
-        self.decisions.append((trainer.global_step, self.seconds, steps))
-        pl_module.plan_steps(steps)
+        self.decisions.append((step, self.seconds, steps))
+        pl_module.plan_steps(steps, self._fall[0])
 
     def state_dict(self) -> dict[str, Any]:
         if self.minutes is None:
@@ -181,6 +187,7 @@ class TimeLimit(Callback):
             "minutes": self.minutes,
             "seconds": self.seconds,
             "planned_steps": self.planned_steps,
+            "fall": self._fall,
             "pace": self._pace,
             "decisions": list(self.decisions),
             "validated": self._validated,
@@ -195,6 +202,7 @@ class TimeLimit(Callback):
         self._pace = state_dict["pace"]
         self._time_is_new = state_dict["minutes"] != self.minutes
         self._validated = state_dict.get("validated", 0)
+        self._fall = state_dict.get("fall")
         self._half_way = state_dict.get("half_way")
         self.decisions = [tuple(one) for one in state_dict["decisions"]]
         if not self._time_is_new:
