@@ -209,7 +209,8 @@ def test_a_longer_run_goes_on_from_before_the_rate_fell_and_never_loses_its_best
     assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1")) == 0
     score = best_score("best")
     stable = load(checkpoints("a") / "stable.ckpt")
-    assert stable["global_step"] == decay_start(OptimizerOptions(schedule="wsd", warmup_steps=1), last("a")["global_step"])
+    options = OptimizerOptions(schedule="wsd", warmup_steps=1)
+    assert stable["global_step"] == decay_start(options, last("a")["global_step"])
     assert stable["lr_schedulers"][0]["_last_lr"][0] == 3e-3
     path = checkpoints("a") / "stable.ckpt"
     longer = [
