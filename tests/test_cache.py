@@ -16,8 +16,9 @@ from mmrec.checkpoints.cached import NO_TOKEN, ORDERS
 from mmrec.checkpoints.learned import PART
 from mmrec.checkpoints.state_file import SavedState, _tensors, load_memory, save_memory
 from mmrec.core.errors import UserError
-from mmrec.inference.cached_reading import HeldBack, with_counted
+from mmrec.inference.cached_reading import NEVER, CachedGenerating, HeldBack, with_counted
 from mmrec.inference.generate import generate_tokens
+from mmrec.inference.ngram_cache import SHORT_SHARE
 from mmrec.inference.reading import WEIGHED, LearnOptions, Reader, with_text_counted
 from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig, RecurrentLM
@@ -132,6 +133,18 @@ def test_no_run_of_what_was_read_gets_longer_than_it_may(
     if verbatim == 10:  # and it does take part
         known = {tuple(said[at : at + 5]) for at in range(len(said) - 4)}
         assert sum(tuple(generated[at : at + 5]) in known for at in range(140)) > 10
+
+
+def test_the_bound_holds_where_what_follows_short_contexts_has_made_room(net: RecurrentLM, text: Tensor) -> None:
+    _, memory = _read(net, text, _counting(net))
+    assert memory.cached is not None
+    table = memory.cached.table.clone()
+    table[: len(table) // SHORT_SHARE] = 0
+    generating = CachedGenerating(replace(memory.cached, table=table), N, verbatim=8)
+    for token in text[:20].tolist():
+        generating.push(token)
+    found = generating.mixed(torch.zeros(1, N).log_softmax(-1))
+    assert (found == NEVER).nonzero().flatten().tolist() == [int(text[20])]
 
 
 def test_without_its_option_generating_leaves_the_cache_out(net: RecurrentLM, text: Tensor) -> None:

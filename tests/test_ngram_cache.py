@@ -68,6 +68,23 @@ def test_counts_are_those_of_the_text_before_each_token_however_it_is_cut() -> N
 
 
 @both_forms
+def test_followers_are_known_where_shorter_contexts_have_made_room_for_others() -> None:
+    text = _text(400)
+    cache, history = NgramCache(np.zeros(1 << 17, dtype=np.uint16), N), NOTHING
+    for begin in range(0, 400, 100):
+        history = cache.update(history, text[begin : begin + 100])
+    before = extended_history(NOTHING, text[:300])
+    found = [cache.followers(before, number) for number in range(len(ORDERS))]
+    np.testing.assert_array_equal(found, cache.counts(before, text[:0])[:, 0] > 0)
+    assert all(each[text[300]] for each in found)
+    starts, _ = cache._places(cache._hashes(before, text[:0]))
+    cache.table[int(starts[0, 0]) : int(starts[0, 0]) + N + PROBES] = 0  # of the shortest context
+    assert not cache.counts(before, text[:0])[:, 0, text[300]].any()
+    for number in range(1, len(ORDERS)):
+        assert cache.followers(before, number)[text[300]]
+
+
+@both_forms
 def test_a_full_table_stays_as_large_as_it_is_and_keeps_what_is_frequent() -> None:
     cache, history = NgramCache(np.zeros(2048, dtype=np.uint16), N), NOTHING
     random = np.random.default_rng(0)

@@ -145,7 +145,7 @@ class CachedGenerating:
         counts = torch.from_numpy(self._cache.counts(self._before, self._before[:0]))
         weighed, sets = features(scores.float().cpu()[:, None].expand(MODELS, -1, -1), counts)
         found = mix(self._weights, weighed, sets)[0]
-        recited = counts[self._order, 0] > 0
+        recited = torch.from_numpy(self._cache.followers(self._before, self._order))
         return (found if bool(recited.all()) else found.masked_fill(recited, NEVER)).to(scores.device)
 
     def push(self, token: int) -> None:

@@ -103,6 +103,22 @@ class NgramCache:
             counts += same.astype(np.float32) @ seen
         return counts
 
+    def followers(self, history: np.ndarray, number: int) -> np.ndarray:
+        """Return which tokens followed the context before the next one of the order of that ``number``, [N], bool.
+
+        Unlike in :meth:`counts`, those too that the shorter orders do not know, whose slots may have made room. By
+        chance it is another context's: about one look-up in a thousand.
+
+        Args:
+            history: [HISTORY], the tokens before.
+            number: of the order, in :data:`ORDERS`.
+        """
+        starts, checks = self._places(self._hashes(history, history[:0]))
+        row = self._rows[starts[number, 0]]
+        slots = np.lib.stride_tricks.sliding_window_view(row, self.vocab_size)
+        found: np.ndarray = ((slots ^ self._entries[checks[number, 0]]) <= LARGEST_COUNT).any(0)
+        return found
+
     def update(self, history: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Count ``tokens`` [T] after the contexts before them; return the history after them."""
         if compiled := self.compiled:
