@@ -49,7 +49,7 @@ def test_what_is_compared_is_bounded_by_the_time(small_model: LoadedModel, folde
     assert beside.state == bits_per_byte(nll[:PART], folder)
     assert _ppmd(beside, len(nll)) == ""
     lines = _with_memory(beside, len(nll))
-    assert f"{beside.memory:.3f} bits/byte on the first 128 tokens" in lines[0]
+    assert f"{beside.memory:.3f} bits/byte on the first {PART} tokens" in lines[0]
     assert f"{beside.state:.3f} without" in lines[1]
     assert comparison_seconds(2) == 6
     assert comparison_seconds(10_000) == 60
