@@ -32,6 +32,7 @@ from mmrec.planning.plan import (
     Text,
     TrainingPlan,
     choose_batches,
+    decay_beside,
     expected_loss,
     has_second_token,
     make_plan,
@@ -62,10 +63,10 @@ COLUMNS = (
 )
 
 
-REGULARIZED = (("dropout 0", 0.0, 0.1), ("dropout 0.1", 0.1, 0.5), ("dropout 0.3", 0.3, 0.5))
-"""Names, dropout and weight decay of what is tried against overfitting."""
-INSTEAD_OF_PLAN = ("dropout 0.05", 0.05, 0.3)
-"""The same, for the one of them that is the plan itself."""
+DROPOUTS = (0.0, 0.1, 0.3)
+"""Shares of dropout that are tried, with the weight decay that belongs to them."""
+INSTEAD_OF_PLAN = 0.05
+"""Tried in the place of the one of them that is the plan's."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
             yield Arm(f"shape {shape}, rate x {factor}", shape, batches, (f"--model.learning_rate={rate * factor}",))
     for factor in (0.5, 2, 3):
         yield Arm(f"rate x {factor}", planned, plan.batches, (f"--model.learning_rate={rate * factor}",))
-    for name, dropout, decay in REGULARIZED:
-        planned_options = regularization(plan)
-        if (planned_options["dropout"], planned_options["weight_decay"]) == (dropout, decay):
-            name, dropout, decay = INSTEAD_OF_PLAN
-        yield Arm(name, planned, plan.batches, (f"--model.dropout={dropout}", f"--model.weight_decay={decay}"))
+    for dropout in DROPOUTS:
+        share = INSTEAD_OF_PLAN if dropout == regularization(plan)["dropout"] else dropout
+        decay = decay_beside(share)
+        options = (f"--model.dropout={share}", f"--model.weight_decay={decay}")
+        yield Arm(f"dropout {share:g}", planned, plan.batches, options)
     second, weight = ("no second token", 0.0) if has_second_token(plan.text) else ("second token", 0.3)
     yield Arm(second, planned, plan.batches, (f"--model.mtp_loss_weight={weight}",))
     yield Arm("cosine", planned, plan.batches, ("--model.schedule=cosine",))

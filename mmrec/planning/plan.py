@@ -207,8 +207,12 @@ def regularization(plan: TrainingPlan) -> dict[str, float]:
     room = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
     shares = DROPOUT_OF_WORDS if has_words(plan.text) else DROPOUT
     dropout = max((share for share, begin in shares if room > begin), default=0.0)
-    decay = 0.1 if not dropout else 0.3 if dropout < 0.1 else 0.5
-    return {"dropout": dropout, "weight_decay": decay, "confidence_penalty": 0.1}
+    return {"dropout": dropout, "weight_decay": decay_beside(dropout), "confidence_penalty": 0.1}
+
+
+def decay_beside(dropout: float) -> float:
+    """Return the weight decay of a training with a share of dropout: the more of the one, the more of the other."""
+    return 0.1 if not dropout else 0.3 if dropout < 0.1 else 0.5
 
 
 def has_words(text: Text) -> bool:
