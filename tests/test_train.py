@@ -138,6 +138,20 @@ def test_of_two_tokenizers_the_one_of_which_more_is_expected_is_trained_with(
     assert runs(Path()) == [run]
 
 
+def test_a_text_that_was_read_often_ends_its_training_and_is_read_on_when_it_is_typed_again(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.planning import plan
+
+    monkeypatch.setattr(plan, "MOST_EPOCHS", 3)
+    assert mmrec("train", novel, *SMALL, "--minutes=20") == 0
+    most = 3 * 9600 // 1024
+    assert last("novel")["global_step"] == most
+    assert "time        0.2 minutes of training" in capsys.readouterr().out  # at the 3,000 tokens/s of the trial
+    assert mmrec("train", novel, *SMALL, "--minutes=0.1") == 0
+    assert last("novel")["global_step"] > most
+
+
 def test_typed_again_it_is_not_held_to_the_updates_of_the_first_plan(mmrec: Command, novel: Path) -> None:
     assert mmrec("train", novel, *SMALL, "--minutes=0.1") == 0
     first = last("novel")["global_step"]

@@ -39,7 +39,7 @@ CHANGES_PACE = (
     *PROCESSES,
 )
 """Options by which an update takes another time than the trial found."""
-ACCELERATOR = "--trainer.accelerator="
+ACCELERATOR, MOST_STEPS = "--trainer.accelerator=", "--trainer.max_steps="
 LEAST = 2.0
 """Seconds of training, however little time there is."""
 
@@ -163,7 +163,10 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
     if start == stable and not options.plan:
         write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
-    return replace(before, minutes=(done + more) / 60, steps=None, finished=False, asked=minutes, half_way=None)
+    # Who asks for more gets it, however often the text was read.
+    unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
+    changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None)
+    return replace(changed, minutes=(done + more) / 60, asked=minutes)
 
 
 def _move(record: Record, on: str | None) -> Record:

@@ -29,8 +29,8 @@ DROPOUT = ((0.1, 13.0), (0.2, 40.0), (0.3, 70.0))
 docs/planning.md."""
 DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
 """The same for words and parts of words as tokens: a text has fewer of them, and is learned by heart sooner."""
-MOST_EPOCHS = 60
-"""A text is not read more often, however much time there is."""
+MOST_EPOCHS = 25
+"""A text is not read more often, however much time there is: it was learned by heart by then (docs/planning.md)."""
 SHORTEST_ROW = 16
 """Tokens of a row of a short text."""
 MOST_VALIDATIONS = 20
@@ -119,9 +119,11 @@ class TrainingPlan:
         """Return the plan for a person.
 
         Args:
-            seconds: of training, with its validations.
+            seconds: of training, with its validations, at most.
             rest: seconds before and after it.
         """
+        if self.rate:
+            seconds = min(seconds, self.tokens / self.rate / (1 - VALIDATION_SHARE))
         parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
         # Nobody needs more than eight: what a law says of a few updates may be beyond.
         expected, low, high = (min(8.0, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1))
@@ -178,6 +180,11 @@ def expected_loss(config: ModelConfig, text: Text, tokens: float, law: Law = LAW
     return expected * (law.gain_of_counts(text.train_tokens) if config.count_half_lives else 1.0)
 
 
+def most_steps(batches: Batches, text: Text) -> int:
+    """Return the updates in which ``text`` is read :data:`MOST_EPOCHS` times."""
+    return max(1, MOST_EPOCHS * text.train_tokens // batches.tokens)
+
+
 def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW) -> TrainingPlan:
     """Return the plan with the least expected loss.
 
@@ -191,8 +198,8 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
     for rate in rates:
         config = rate.config
         batches = choose_batches(config, text.train_tokens)
-        tokens = min(rate.tokens * seconds * (1 - VALIDATION_SHARE), MOST_EPOCHS * text.train_tokens)
-        steps = max(1, int(tokens / batches.tokens))
+        steps = max(1, int(rate.tokens * seconds * (1 - VALIDATION_SHARE) / batches.tokens))
+        steps = min(steps, most_steps(batches, text))
         expected = expected_loss(config, text, steps * batches.tokens, law)
         plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes, rate.tokens))
     return min(plans, key=lambda plan: plan.expected)
@@ -244,7 +251,8 @@ def fit_options(plan: TrainingPlan) -> list[str]:
         "segment_len": segment,
         "interleave": batches.interleave,
     }
-    trainer = {"max_epochs": -1, "max_steps": -1, "check_val_every_n_epoch": "null"} | _validations(plan)
+    trainer = {"max_epochs": -1, "max_steps": most_steps(batches, plan.text), "check_val_every_n_epoch": "null"}
+    trainer |= _validations(plan)
     options = {f"model.{name}": value for name, value in model.items()}
     options |= {f"data.{name}": value for name, value in data.items()}
     options |= {f"trainer.{name}": value for name, value in trainer.items()}

@@ -86,7 +86,7 @@ class TimeLimit(Callback):
         self._first_step = trainer.global_step
         validate_also(trainer, lambda: self._half_way == trainer.global_step and not is_accumulating(trainer))
         if self._pace and self._time_is_new:
-            self._decide(trainer, pl_module, trainer.strategy.broadcast(self._affordable(trainer.global_step)))
+            self._decide(trainer, pl_module, trainer.strategy.broadcast(self._affordable(trainer)))
         elif self.planned_steps is not None:
             self._decide(trainer, pl_module, self.planned_steps)
 
@@ -138,16 +138,16 @@ class TimeLimit(Callback):
         """Make another plan where the one that there is would miss the end of the time."""
         assert isinstance(pl_module, RecurrentLMModule)
         # By the clock of the first process: all must decide the same.
-        steps = trainer.strategy.broadcast(self._better_plan(trainer.global_step))
+        steps = trainer.strategy.broadcast(self._better_plan(trainer))
         if steps is not None:
             self._decide(trainer, pl_module, steps)
 
-    def _better_plan(self, step: int) -> int | None:
+    def _better_plan(self, trainer: Trainer) -> int | None:
         """Return the number of updates that there is time for, if it is to take the place of the plan's."""
         assert self.minutes is not None
         if not self._pace:
             return None
-        affordable = self._affordable(step)
+        step, affordable = trainer.global_step, self._affordable(trainer)
         if self.planned_steps is None:
             return affordable
         missed = (self.planned_steps - affordable) * self._seconds_per_step(step) / (60 * self.minutes)
@@ -158,11 +158,12 @@ class TimeLimit(Callback):
         """Seconds of an update and its share of the validations."""
         return self._pace + self._evaluating / max(1, step - self._first_step)
 
-    def _affordable(self, step: int) -> int:
-        """Return the number of updates at which the time is up, with a validation at the end."""
+    def _affordable(self, trainer: Trainer) -> int:
+        """Return the number of updates at which the time is up, with a validation at the end, or ``max_steps``."""
         assert self.minutes is not None
-        left = 60 * self.minutes - self.seconds - self._evaluation
-        return step + max(0, int(left / self._seconds_per_step(step)))
+        step, left = trainer.global_step, 60 * self.minutes - self.seconds - self._evaluation
+        steps = step + max(0, int(left / self._seconds_per_step(step)))
+        return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, steps: int) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
