@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.training.muon import BatchedMuon, orthogonalize, shared_out
-from mmrec.training.optim import CombinedOptimizer, learning_rate_share, make_optimizer, split_parameters
+from mmrec.training.optim import CombinedOptimizer, make_optimizer, split_parameters
 from mmrec.training.options import OptimizerOptions
+from mmrec.training.schedule import learning_rate_share
 
 SHAPE = ModelConfig(dim=16, layers=2, layer_types=("short", "long"), heads=2, ffn_dim=24)
 

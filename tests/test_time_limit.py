@@ -18,8 +18,8 @@ from mmrec.core.errors import UserError
 from mmrec.training.callbacks import checkpoint_io
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 from mmrec.training.callbacks.time_limit import TimeLimit
-from mmrec.training.optim import decay_start, learning_rate_share
 from mmrec.training.options import OptimizerOptions
+from mmrec.training.schedule import decay_start, learning_rate_share
 
 WSD = OptimizerOptions(schedule="wsd", decay_ratio=0.25, warmup_steps=10, min_lr_ratio=0.1)
 

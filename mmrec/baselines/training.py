@@ -20,8 +20,9 @@ from mmrec.inference.metrics import token_nll
 from mmrec.model import Hidden, RecurrentLM, State, reset_state_rows
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import learning_rate_share, make_optimizer, updated_parameters
+from mmrec.training.optim import make_optimizer, updated_parameters
 from mmrec.training.options import OptimizerOptions
+from mmrec.training.schedule import learning_rate_share
 
 
 @dataclass(frozen=True)

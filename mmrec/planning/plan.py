@@ -29,7 +29,7 @@ DROPOUT = ((0.1, 13.0), (0.2, 40.0), (0.3, 70.0))
 docs/planning.md."""
 DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
 """The same for words and parts of words as tokens: a text has fewer of them, and is learned by heart sooner."""
-MOST_EPOCHS = 25
+MOST_EPOCHS = 30
 """A text is not read more often, however much time there is: it was learned by heart by then (docs/planning.md)."""
 SHORTEST_ROW = 16
 """Tokens of a row of a short text."""

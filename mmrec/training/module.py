@@ -24,13 +24,14 @@ from mmrec.model.without_autograd.training_pass import TrainingPass, has_trainin
 from mmrec.tokenizers import Tokenizer, token_lengths
 from mmrec.training.arithmetic import arithmetic, choose_arithmetic
 from mmrec.training.carried_state import CarriedState, gather, join_states
-from mmrec.training.compat import average_without_waiting, is_logging_step, updates_to_come
+from mmrec.training.compat import average_without_waiting, is_logging_step
 from mmrec.training.exchange import gather_all
 from mmrec.training.losses import confidence_weight, nll_in_parts, summed_losses
 from mmrec.training.metrics import TextScore
 from mmrec.training.mtp import MTPHead, mtp_targets, mtp_weight
-from mmrec.training.optim import clip_to_norm, decay_start, learning_rate_share, make_optimizer
+from mmrec.training.optim import clip_to_norm, make_optimizer
 from mmrec.training.options import TrainingOptions, report_changes
+from mmrec.training.schedule import PlannedSteps, learning_rate_share, steps_of_options
 from mmrec.training.shared_reading import share_out
 from mmrec.training.strategy import shard
 
@@ -71,10 +72,7 @@ class RecurrentLMModule(LightningModule):
         self._carried = CarriedState()
         self._random: dict[str, Tensor] = {}
         self._begins = True
-        self._planned_steps: int | None = None
-        self._steps_by_options: int | None = None
-        self._steps_in_time: int | None = None
-        self._decay_in_time: float | None = None
+        self._plan = PlannedSteps()
         self._compiled: Callable[..., tuple[Hidden, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
@@ -83,15 +81,12 @@ class RecurrentLMModule(LightningModule):
     @property
     def planned_steps(self) -> int | None:
         """Number of updates at which the run is planned to end; None where nothing says so."""
-        return self._planned_steps
+        return self._plan.steps
 
     @property
     def decay_start(self) -> float | None:
         """Update (from 0) with which the schedule "wsd" begins to lower the rate; None where no end is planned."""
-        if self._planned_steps is None:
-            return None
-        in_time = self._decay_in_time if self._planned_steps == self._steps_in_time else None
-        return decay_start(self.options, self._planned_steps) if in_time is None else in_time
+        return self._plan.decay_start(self.options)
 
     @property
     def is_sharded(self) -> bool:
@@ -134,8 +129,7 @@ class RecurrentLMModule(LightningModule):
         if "cuda" in self._random and torch.cuda.is_available():
             torch.cuda.set_rng_state(self._random["cuda"].cpu())
         self._random = {}
-        self._steps_by_options = self.total_steps()
-        self._plan()
+        self._plan.by_options = steps_of_options(self.trainer)
         self._apply_rates()
 
     def plan_steps(self, steps: int, decay_start: float) -> None:
@@ -143,13 +137,8 @@ class RecurrentLMModule(LightningModule):
 
         With the schedule "wsd" the rate begins to fall with update ``decay_start``.
         """
-        self._steps_in_time, self._decay_in_time = steps, decay_start
-        self._plan()
+        self._plan.in_time, self._plan.decay_in_time = steps, decay_start
         self._apply_rates()
-
-    def _plan(self) -> None:
-        limits = self._steps_by_options, self._steps_in_time
-        self._planned_steps = min((steps for steps in limits if steps is not None), default=None)
 
     def _apply_rates(self) -> None:
         """Make rates, decays and betas those asked for now: a resumed optimizer brings those it was saved with."""
@@ -184,7 +173,7 @@ class RecurrentLMModule(LightningModule):
         if self.mtp_head is None:
             return learned
         second = hidden._replace(x=self.mtp_head(hidden.x))
-        weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self._planned_steps)
+        weight = mtp_weight(self.options.mtp_loss_weight, self.global_step, self.planned_steps)
         return learned + weight * self._losses(second, targets[1], counts[1])[1]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -206,7 +195,7 @@ class RecurrentLMModule(LightningModule):
         loss = nll / count
         if not self.options.confidence_penalty:
             return loss, loss
-        weight = confidence_weight(self.options.confidence_penalty, self.global_step, self._planned_steps)
+        weight = confidence_weight(self.options.confidence_penalty, self.global_step, self.planned_steps)
         return loss, loss + weight * (confident / count)
 
     def _counts(self, targets: list[Tensor]) -> Tensor:
@@ -320,28 +309,11 @@ class RecurrentLMModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.net, self.options, self.mtp_head)
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        self._steps_by_options = self.total_steps()
-        self._plan()
+        self._plan.by_options = steps_of_options(self.trainer)
         scheduler = LambdaLR(
-            optimizer, lambda step: learning_rate_share(step, self.options, self._planned_steps, self.decay_start)
+            optimizer, lambda step: learning_rate_share(step, self.options, self.planned_steps, self.decay_start)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def total_steps(self) -> int | None:
-        """Return the number of updates at which the run's options end it; None where nothing but time does.
-
-        Those made, and those to come by the place in the text: so the schedule ends with the run also where
-        batches, sequences, processes or the text are others than before it was resumed.
-
-        Not ``trainer.estimated_stepping_batches``: asking for it before training sets the loaders up too early, and
-        the place in the data is then lost on resuming (Lightning issue 20550).
-        """
-        trainer = self.trainer
-        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            batches: int = trainer.datamodule.batches_per_epoch()  # type: ignore[attr-defined]
-            limits.append(trainer.global_step + updates_to_come(trainer, batches))
-        return min(limits, default=None)
 
     # Checkpoints
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -120,57 +119,3 @@ def clip_to_norm(
     if norm.device.type != "cpu" or not norm <= gradient_clip_val - CLIP_EPSILON:
         clip_grads_with_norm_(updated_parameters(optimizer), gradient_clip_val, norm)
     return True
-
-
-def learning_rate_share(
-    step: int, options: OptimizerOptions, total_steps: int | None, first: float | None = None
-) -> float:
-    """Return the learning rate of update ``step`` (from 0), as a share of the peak.
-
-    Linear from ``1 / warmup_steps`` to 1, then down to ``min_lr_ratio`` at ``total_steps``: by half a cosine, or,
-    with the schedule "wsd", not before the last ``decay_ratio`` of the updates, by one minus the square root of what
-    is done of them (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations").
-    Where ``total_steps`` is None, because nobody knows when training ends, it stays at 1. With "wsd", ``first`` is
-    the update with which it begins to fall, where that is another than the last ``decay_ratio`` begins with.
-    """
-    if step < options.warmup_steps:
-        return (step + 1) / options.warmup_steps
-    if total_steps is None:
-        return 1.0
-    if options.schedule == "wsd":
-        first = decay_start(options, total_steps) if first is None else first
-        fall = 1 - math.sqrt(_share(step, first, total_steps))
-    else:
-        fall = 0.5 * (1 + math.cos(math.pi * _share(step, options.warmup_steps, total_steps)))
-    return options.min_lr_ratio + (1 - options.min_lr_ratio) * fall
-
-
-def decay_start(options: OptimizerOptions, total_steps: int) -> int:
-    """Return the update (from 0) with which the schedule "wsd" begins to lower the learning rate."""
-    return max(options.warmup_steps, total_steps - round(options.decay_ratio * total_steps))
-
-
-def decay_start_of_other_plan(
-    step: int, options: OptimizerOptions, first: float, planned: int, total_steps: int
-) -> float:
-    """Return the update with which "wsd" begins to lower the rate where another plan is made on the way.
-
-    The rate goes on from where it is: what is done of its fall is done of the new one, too. Where it has fallen to
-    its end, the training begins anew with its peak.
-
-    Args:
-        step: updates that are made.
-        options: of the schedule.
-        first: the update with which the rate began to fall, or would have, in the plan before.
-        planned: updates of the plan before.
-        total_steps: updates that are planned now.
-    """
-    done = _share(step, first, planned)
-    if done in (0, 1):
-        return max(step, decay_start(options, total_steps))
-    return (step - done * total_steps) / (1 - done)
-
-
-def _share(step: int, first: float, last: int) -> float:
-    """Return how much of the way from ``first`` to ``last`` is done at ``step``, between 0 and 1."""
-    return min(1.0, max(0.0, (step - first) / max(1, last - first)))

@@ -13,7 +13,7 @@ from mmrec.core.errors import UserError
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 from mmrec.training.compat import is_accumulating, validate_also
 from mmrec.training.module import RecurrentLMModule
-from mmrec.training.optim import decay_start, decay_start_of_other_plan
+from mmrec.training.schedule import decay_start, decay_start_of_other_plan
 
 CHECK_EVERY = 10
 """Updates between two looks at the clock."""
