@@ -93,6 +93,8 @@ def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
 def test_a_text_is_not_read_without_end() -> None:
     plan = make_plan(dataclasses.replace(TEXT, train_tokens=10_000), [Rate(SHAPES[0], 30_000.0)], 3600)
     assert MOST_EPOCHS - 2 < plan.epochs <= MOST_EPOCHS
+    assert "would not help" in plan.describe(60 * 60, 1)
+    assert "would not help" not in make_plan(TEXT, [Rate(SHAPES[1], 10_000.0)], 60).describe(60, 1)
 
 
 @pytest.mark.parametrize("tokens", [40, 300, 5_000, 10**6])

@@ -128,12 +128,13 @@ class TrainingPlan:
         # Nobody needs more than eight: what a law says of a few updates may be beyond.
         expected, low, high = (min(8.0, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1))
         shared = f", by {self.processes} processes" if self.processes > 1 else ""
+        enough = "; to read it more often would not help" if self.steps == most_steps(self.batches, self.text) else ""
         return "\n".join(
             [
                 f"model       about {parameters / 1e6:.2f} M parameters: "
                 f"{self.config.layers} layers of {self.config.dim}",
                 f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens: "
-                f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}",
+                f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}{enough}",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
                 f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
                 f"xz makes {self.text.xz:.2f}",
