@@ -69,8 +69,9 @@ def train(args: Sequence[str]) -> None:
     )
     for each in folders:
         _check_run(options, each.folder)
-    folder, before = folders[0], _record_of(options, folders[0].folder)
-    if before is not None:
+    begun = [(each, found) for each in folders if (found := _record_of(options, each.folder)) is not None]
+    if begun:
+        folder, before = begun[0]
         record = _move(_go_on(before, _place(options, folder.folder), options), options.on)
     else:
         folder, record = _begin(options, folders)

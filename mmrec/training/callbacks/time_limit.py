@@ -65,9 +65,7 @@ class TimeLimit(Callback):
         self._evaluation_start = 0.0
         self._pace = 0.0  # seconds of an update, without validations
         self._recent: deque[tuple[int, float]] = deque()
-        self._fall: tuple[float, int] | None = (
-            None  # updates with which the learning rate begins to fall, and ends to
-        )
+        self._fall: tuple[float, int] | None = None  # updates between which the learning rate falls
         self._first_step = 0
         self._time_is_new = False
         self._told: int | None = None
