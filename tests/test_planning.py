@@ -18,7 +18,7 @@ from mmrec.model import ModelConfig, RecurrentLM, layer_parameters
 from mmrec.planning.law import LAW, MOST_APART, MOST_COUNTED
 from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
 from mmrec.planning.ngrams import ngram_bits_per_token
-from mmrec.planning.options import split_arguments
+from mmrec.planning.options import split_arguments, value_of
 from mmrec.planning.plan import (
     FORWARD_SHARE,
     HALF_LIVES,
@@ -215,6 +215,14 @@ def test_options_of_fit_are_told_from_those_of_train() -> None:
     )
     assert own == ["novel.txt", "--minutes", "3", "b"]
     assert forwarded == ["--model.dropout", "0.1", "--trainer.max_steps=5", "--seed_everything", "3"]
+
+
+def test_the_last_value_of_an_option_counts() -> None:
+    assert value_of([], "--a") is None
+    assert value_of(["--a"], "--a") is None
+    assert value_of(["--ab=1", "--b", "--a"], "--a") is None
+    assert value_of(["--a=1", "--a", "2", "--b=3"], "--a") == "2"
+    assert value_of(["--a", "2", "--a=1=1"], "--a") == "1=1"
 
 
 @pytest.mark.parametrize(

@@ -144,11 +144,11 @@ def test_a_text_that_was_read_often_ends_its_training_and_is_read_on_when_it_is_
     from mmrec.planning import plan
 
     monkeypatch.setattr(plan, "MOST_EPOCHS", 3)
-    assert mmrec("train", novel, *SMALL, "--minutes=20") == 0
+    assert mmrec("train", novel, "--minutes=20") == 0
     most = 3 * 9600 // 1024
     assert last("novel")["global_step"] == most
     assert "time        0.2 minutes of training" in capsys.readouterr().out  # at the 3,000 tokens/s of the trial
-    assert mmrec("train", novel, *SMALL, "--minutes=0.1") == 0
+    assert mmrec("train", novel, "--minutes=0.1") == 0
     assert last("novel")["global_step"] > most
 
 

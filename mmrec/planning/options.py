@@ -67,7 +67,9 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def value_of(arguments: Sequence[str], name: str) -> str | None:
     """Return the value of the option ``name``, the last where it is given twice; None where it is not there."""
     value = None
-    for arg, after in zip(arguments, [*arguments[1:], None], strict=True):
-        if arg.partition("=")[0] == name:
-            value = arg.partition("=")[2] if "=" in arg else after
+    for place, arg in enumerate(arguments):
+        if arg == name and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif arg.startswith(f"{name}="):
+            value = arg.partition("=")[2]
     return value
