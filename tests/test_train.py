@@ -352,6 +352,9 @@ def test_another_run_of_that_name_is_left_alone(
         ({"step": 496}, True),
         ({"step": 560}, False),
         ({"epochs": 9.0}, False),
+        ({"epochs": 6.0}, True),
+        ({"epochs": 6.0, "vocab_size": 1024}, False),
+        ({"vocab_size": 1024}, True),
         ({"planned_steps": 100, "step": 50}, False),
         ({"options": OptimizerOptions(schedule="cosine")}, False),
         ({"options": OptimizerOptions(schedule="wsd", decay_ratio=0.5)}, False),
@@ -360,7 +363,7 @@ def test_another_run_of_that_name_is_left_alone(
 def test_what_is_expected_half_way_is_said_of_trainings_that_were_looked_at(
     tmp_path: Path, change: dict[str, Any], is_known: bool
 ) -> None:
-    score = HalfWayScore(2.0, 500, 1000, 3.0, OptimizerOptions(schedule="wsd"))
+    score = HalfWayScore(2.0, 500, 1000, 3.0, 256, OptimizerOptions(schedule="wsd"))
     line = HalfWayLine(Record("data", 1.0, 1000, [], 2.5, 2.1), tmp_path)
     said = line(replace(score, **change))
     expected = 2.0 * END_OVER_HALF

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from mmrec.planning.plan import LARGEST_ALPHABET
 from mmrec.planning.record import Record
 from mmrec.training.callbacks.half_way import LATEST, HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -13,18 +14,20 @@ from mmrec.training.options import OptimizerOptions
 END_OVER_HALF, SPREAD = 0.87, 0.035
 """Bits per byte of the best checkpoint on the whole validation text over those of the validation half-way, and what
 its logarithm is not off by in two of three trainings of docs/planning.md."""
-MOST_EPOCHS, FEWEST_UPDATES = 8, 200
-"""Trainings that read their text more often gain less in their second half; shorter ones were not looked at."""
+MOST_EPOCHS, MOST_EPOCHS_OF_WORDS, FEWEST_UPDATES = 8, 5, 200
+"""Trainings that read their text more often gain less in their second half, and those by words and parts of words
+sooner; shorter ones were not looked at."""
 
 
 def is_known(score: HalfWayScore) -> bool:
     """Whether trainings like this one were looked at: its schedule, its epochs, and a validation near the half."""
     like = OptimizerOptions()
+    most_epochs = MOST_EPOCHS_OF_WORDS if score.vocab_size > LARGEST_ALPHABET else MOST_EPOCHS
     return (
         score.options.schedule == "wsd"
         and score.options.decay_ratio == like.decay_ratio
         and score.options.min_lr_ratio == like.min_lr_ratio
-        and score.epochs < MOST_EPOCHS
+        and score.epochs < most_epochs
         and score.planned_steps >= FEWEST_UPDATES
         and score.step <= LATEST * score.planned_steps
     )

@@ -24,6 +24,7 @@ class HalfWayScore:
         step: updates before it.
         planned_steps: updates at which the training is to end.
         epochs: how often it will have read its text then.
+        vocab_size: number of different tokens.
         options: the schedule of the learning rate is one of them.
     """
 
@@ -31,6 +32,7 @@ class HalfWayScore:
     step: int
     planned_steps: int
     epochs: float
+    vocab_size: int
     options: OptimizerOptions
 
 
@@ -56,7 +58,8 @@ class HalfWay(Callback):
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, TextDataModule)
         epochs = planned * trainer.accumulate_grad_batches / data.batches_per_epoch()
-        score = HalfWayScore(float(reached), trainer.global_step, planned, epochs, pl_module.options)
+        vocab_size = pl_module.tokenizer.vocab_size
+        score = HalfWayScore(float(reached), trainer.global_step, planned, epochs, vocab_size, pl_module.options)
         line = self._tell(score)
         if line is not None:
             pl_module.print(line)  # above the progress bar
