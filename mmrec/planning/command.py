@@ -67,9 +67,7 @@ def train(args: Sequence[str]) -> None:
         options.encoding,
         lambda path: _record_of(options, path) is not None,
     )
-    for each in folders:
-        _check_run(options, each.folder)
-    begun = [(each, found) for each in folders if (found := _record_of(options, each.folder)) is not None]
+    begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]
     if begun:
         folder, before = begun[0]
         record = _move(_go_on(before, _place(options, folder.folder), options), options.on)
@@ -106,14 +104,15 @@ def _record_of(options: TrainOptions, folder: Path) -> Record | None:
     return record if record is not None and Path(record.data_dir) == folder.resolve() else None
 
 
-def _check_run(options: TrainOptions, folder: Path) -> None:
-    """Raise UserError where the run of a training on ``folder`` is another one."""
+def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
+    """Return what :func:`_record_of` does, or raise UserError where the run of that name is another one."""
     where = _place(options, folder)
     record = read_record(where)
     if record is None and where.name in runs.runs(Path()):
         raise UserError(f"the run {where.name!r} was not begun by mmrec train; choose another --run")
     if record is not None and Path(record.data_dir) != folder.resolve():
         raise UserError(f"the run {where.name!r} was trained on {record.data_dir}; choose another --run")
+    return record
 
 
 def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[TokenFolder, Record]:
@@ -121,13 +120,15 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[Token
     start, deadline = time.monotonic(), _deadline(options)
     accelerator = options.on or "auto"
     plans: list[tuple[TrainingPlan, TokenFolder]] = []
+    xz: float | None = None
     for each in folders:
         if len(each.train) <= SHORTEST_ROW:
             raise UserError(
                 f"the text has {len(each.train) + len(each.val)} tokens, too few to train on and to validate with; "
                 "give one of a few hundred characters at least"
             )
-        text = describe_text(each)
+        text = describe_text(each, xz)
+        xz = text.xz  # of the same text, whatever its tokens
         rates = measure_rates(text, _seconds_left(deadline), accelerator)
         plans.append((make_plan(text, rates, _seconds_left(deadline)), each))
     plans.sort(key=lambda found: found[0].expected)

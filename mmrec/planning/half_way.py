@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from mmrec.planning.plan import LARGEST_ALPHABET
+from mmrec.planning.plan import has_words
 from mmrec.planning.record import Record
 from mmrec.training.callbacks.half_way import LATEST, HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -22,7 +22,7 @@ sooner; shorter ones were not looked at."""
 def is_known(score: HalfWayScore) -> bool:
     """Whether trainings like this one were looked at: its schedule, its epochs, and a validation near the half."""
     like = OptimizerOptions()
-    most_epochs = MOST_EPOCHS_OF_WORDS if score.vocab_size > LARGEST_ALPHABET else MOST_EPOCHS
+    most_epochs = MOST_EPOCHS_OF_WORDS if has_words(score.vocab_size) else MOST_EPOCHS
     return (
         score.options.schedule == "wsd"
         and score.options.decay_ratio == like.decay_ratio

@@ -144,7 +144,7 @@ class TrainingPlan:
 
 def shapes_for(text: Text) -> tuple[ModelConfig, ...]:
     """Return the models that a plan for ``text`` chooses from: those of words count them."""
-    if not has_words(text):
+    if not has_words(text.vocab_size):
         return SHAPES
     return tuple(replace(config, count_half_lives=HALF_LIVES) for config in SHAPES)
 
@@ -213,7 +213,7 @@ def regularization(plan: TrainingPlan) -> dict[str, float]:
     room to learn a text by heart.
     """
     room = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
-    shares = DROPOUT_OF_WORDS if has_words(plan.text) else DROPOUT
+    shares = DROPOUT_OF_WORDS if has_words(plan.text.vocab_size) else DROPOUT
     dropout = max((share for share, begin in shares if room > begin), default=0.0)
     return {"dropout": dropout, "weight_decay": decay_beside(dropout), "confidence_penalty": 0.1}
 
@@ -223,9 +223,9 @@ def decay_beside(dropout: float) -> float:
     return 0.1 if not dropout else 0.3 if dropout < 0.1 else 0.5
 
 
-def has_words(text: Text) -> bool:
-    """Whether the tokens of ``text`` are words or parts of words."""
-    return text.vocab_size > LARGEST_ALPHABET
+def has_words(vocab_size: int) -> bool:
+    """Whether so many tokens are words or parts of words."""
+    return vocab_size > LARGEST_ALPHABET
 
 
 def has_second_token(text: Text) -> bool:

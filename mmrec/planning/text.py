@@ -15,8 +15,13 @@ MOST_COMPRESSED = 4_000_000
 """Bytes of the end of a training text that a compressor reads before the validation text, at about 1 MB a second."""
 
 
-def describe_text(folder: TokenFolder) -> Text:
-    """Return what a plan knows of the text of ``folder``."""
+def describe_text(folder: TokenFolder, xz: float | None = None) -> Text:
+    """Return what a plan knows of the text of ``folder``.
+
+    Args:
+        folder: has the text.
+        xz: bits per byte that xz makes of it, where another folder has told; None where that is to be found.
+    """
     lengths = token_lengths(folder.tokenizer)[:, 0]
     val = folder.val[:MOST_COMPRESSED]
     length = float(lengths[val.astype(np.int64)].sum()) / len(val)
@@ -25,7 +30,7 @@ def describe_text(folder: TokenFolder) -> Text:
         val_tokens=len(folder.val),
         vocab_size=len(lengths),
         bytes_per_token=length,
-        xz=xz_bits_per_byte(folder),
+        xz=xz_bits_per_byte(folder) if xz is None else xz,
         ngram=ngram_bits_per_token(folder.train[-MOST_COUNTED:], folder.val[:MOST_COUNTED], len(lengths)) / length,
     )
 
