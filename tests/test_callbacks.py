@@ -12,6 +12,7 @@ import torch
 from conftest import Command
 from helpers import checkpoints, fit, last, load, losses
 
+from mmrec.training.callbacks import terminal
 from mmrec.training.module import RecurrentLMModule
 
 SHORT = "--data.seq_len=640"
@@ -92,8 +93,9 @@ def test_a_loss_that_is_not_finite_is_never_the_best(mmrec: Command, prepared: P
 
 
 def test_the_bar_counts_the_updates_of_the_whole_training(
-    mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str]
+    mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(terminal, "SECONDS_ELSEWHERE", 0.0)
     bar = ["--trainer.enable_progress_bar=true", SHORT]
     assert mmrec(*fit(prepared, *bar, "--trainer.max_epochs=2", "--run=a")) == 0
     counted = bars(capfd)
@@ -107,6 +109,16 @@ def test_the_bar_ends_where_the_time_does(mmrec: Command, prepared: Path, capfd:
     limited = ["--time_limit.minutes=60", "--time_limit.planned_steps=12", "--trainer.max_epochs=-1"]
     assert mmrec(*fit(prepared, "--trainer.enable_progress_bar=true", SHORT, *limited)) == 0
     assert {total for _, _, total in bars(capfd)} == {12}
+
+
+def test_the_bar_is_drawn_by_time_not_by_updates(
+    mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec(*fit(prepared, "--trainer.enable_progress_bar=true", "--trainer.max_epochs=3", "--run=a")) == 0
+    counted = [made for _, made, _ in bars(capfd)]
+    assert counted[0] == 1  # it is seen at once, and is complete at the end
+    assert counted[-1] == last("a")["global_step"] > 10
+    assert len(counted) < 10
 
 
 def bars(capfd: pytest.CaptureFixture[str]) -> list[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,6 +18,10 @@ from mmrec.model import RecurrentLM
 from mmrec.training.callbacks.throughput import Throughput
 from mmrec.training.compat import is_accumulating, is_logging_step
 from mmrec.training.module import RecurrentLMModule
+
+SECONDS_ON_TERMINAL, SECONDS_ELSEWHERE = 0.1, 10.0
+"""How often the bar is drawn anew: at each update it would take 1 % of a small model's time, and make a file that the
+output is written to long."""
 
 
 class ProgressBar(TQDMProgressBar):
@@ -34,6 +39,15 @@ class ProgressBar(TQDMProgressBar):
         super().__init__()
         self._throughput = throughput
         self._logged: dict[str, Any] = {}
+        self._seconds = SECONDS_ON_TERMINAL if sys.stdout.isatty() else SECONDS_ELSEWHERE
+        self._drawn = float("-inf")
+
+    def _should_update(self, current: int, total: int) -> bool:
+        now = time.monotonic()
+        if not self.is_enabled or (now < self._drawn + self._seconds and current != total):
+            return False
+        self._drawn = now
+        return True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
