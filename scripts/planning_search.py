@@ -20,7 +20,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planning_study import append, bits_per_byte, digest, is_there, row_of, rows, table_parser, text_digest
+from planning_study import (
+    append,
+    bits_per_byte,
+    digest,
+    is_there,
+    row_of,
+    rows,
+    shape_name,
+    shapes_by_name,
+    table_parser,
+    text_digest,
+)
 
 from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig
@@ -74,7 +85,7 @@ class Arm:
     """One training of the search: a name for what is changed, the model, its batches, options of ``mmrec fit``."""
 
     change: str
-    shape: int
+    config: ModelConfig
     batches: Batches
     options: tuple[str, ...] = ()
 
@@ -84,28 +95,29 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
     shapes = shapes_for(plan.text)
     planned = shapes.index(plan.config)
     rate = 3e-3 if plan.config.dim < 256 else 2e-3
-    yield Arm("plan", planned, plan.batches)
+    yield Arm("plan", plan.config, plan.batches)
     for step in (-1, 1):
-        shape = planned + step if planned + step >= 0 else 2
-        batches = choose_batches(shapes[shape], plan.text.train_tokens)
+        config = shapes[planned + step if planned + step >= 0 else 2]
+        batches = choose_batches(config, plan.text.train_tokens)
         for factor in (0.5, 1, 2):
-            yield Arm(f"shape {shape}, rate x {factor}", shape, batches, (f"--model.learning_rate={rate * factor}",))
+            options = (f"--model.learning_rate={rate * factor}",)
+            yield Arm(f"{shape_name(config)}, rate x {factor}", config, batches, options)
     for factor in (0.5, 2, 3):
-        yield Arm(f"rate x {factor}", planned, plan.batches, (f"--model.learning_rate={rate * factor}",))
+        yield Arm(f"rate x {factor}", plan.config, plan.batches, (f"--model.learning_rate={rate * factor}",))
     for dropout in DROPOUTS:
         share = INSTEAD_OF_PLAN if dropout == regularization(plan)["dropout"] else dropout
         decay = decay_beside(share)
         options = (f"--model.dropout={share}", f"--model.weight_decay={decay}")
-        yield Arm(f"dropout {share:g}", planned, plan.batches, options)
+        yield Arm(f"dropout {share:g}", plan.config, plan.batches, options)
     second, weight = ("no second token", 0.0) if has_second_token(plan.text) else ("second token", 0.3)
-    yield Arm(second, planned, plan.batches, (f"--model.mtp_loss_weight={weight}",))
-    yield Arm("cosine", planned, plan.batches, ("--model.schedule=cosine",))
+    yield Arm(second, plan.config, plan.batches, (f"--model.mtp_loss_weight={weight}",))
+    yield Arm("cosine", plan.config, plan.batches, ("--model.schedule=cosine",))
     for name, rows_of in (("half the rows", plan.batches.rows // 2), ("twice the rows", plan.batches.rows * 2)):
         batches = replace(
             plan.batches, rows=max(1, rows_of), interleave=min(plan.batches.interleave, max(1, rows_of))
         )
         options = (f"--data.batch_size={batches.rows}", f"--data.interleave={batches.interleave}")
-        yield Arm(name, planned, batches, options)
+        yield Arm(name, plan.config, batches, options)
 
 
 def main() -> None:
@@ -133,21 +145,20 @@ def search(
     text, name = describe_text(opened), digest(opened)
     trained = {row["change"]: row for row in rows(table) if (row["sha256"], row["seconds"]) == (name, f"{seconds:g}")}
     plan = planned_before(trained, text) or plan_by_trials(text, seconds)
-    shapes = shapes_for(text)
-    steps = {(shapes.index(plan.config), plan.batches): plan.steps}
+    steps = {(plan.config, plan.batches): plan.steps}
     for arm in arms(plan):
         if arm.change in trained:
-            steps.setdefault((arm.shape, arm.batches), int(trained[arm.change]["tokens"]) // arm.batches.tokens)
+            steps.setdefault((arm.config, arm.batches), int(trained[arm.change]["tokens"]) // arm.batches.tokens)
     for arm in arms(plan):
         key = {"sha256": name, "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
         if is_there(table, key) or (changes is not None and arm.change not in changes):
             continue
         curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
-        if (arm.shape, arm.batches) not in steps:
+        if (arm.config, arm.batches) not in steps:
             pace = rate(plan.config, text, plan.batches)  # now: that of the plan's own trial may have been another
-            tokens = plan.tokens * rate(shapes[arm.shape], text, arm.batches) / pace
-            steps[arm.shape, arm.batches] = max(1, int(tokens / arm.batches.tokens))
-        changed = replace(plan, config=shapes[arm.shape], batches=arm.batches, steps=steps[arm.shape, arm.batches])
+            tokens = plan.tokens * rate(arm.config, text, arm.batches) / pace
+            steps[arm.config, arm.batches] = max(1, int(tokens / arm.batches.tokens))
+        changed = replace(plan, config=arm.config, batches=arm.batches, steps=steps[arm.config, arm.batches])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         reached = bits_per_byte(folder, changed, seed, arm.options, curve)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -158,7 +169,7 @@ def search(
             | row_of(folder, changed, reached)
             | {
                 "text_sha256": text_digest(opened),
-                "shape": arm.shape,
+                "shape": shape_name(arm.config),
                 "tokens": changed.tokens,
                 "expected": round(changed.expected, 4) if arm.change == "plan" else "",
                 "taken": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
@@ -178,10 +189,13 @@ def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
 
 
 def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:
-    """Return the plan of the row that a table has of it, since another trial would find another pace; or None."""
-    if "plan" not in trained:
+    """Return the plan of the row that a table has of it, since another trial would find another pace.
+
+    None where there is none, or the plan's model is no longer one of those that a plan chooses from.
+    """
+    config = shapes_by_name(text).get(trained["plan"]["shape"]) if "plan" in trained else None
+    if config is None:
         return None
-    config = shapes_for(text)[int(trained["plan"]["shape"])]
     batches = choose_batches(config, text.train_tokens)
     tokens = int(trained["plan"]["tokens"])
     expected = expected_loss(config, text, tokens)

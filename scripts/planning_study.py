@@ -2,7 +2,7 @@
 
 The law that plans are made by (mmrec/planning/law.py) is fitted to that table: see scripts/planning_law.py.
 
-    python scripts/planning_study.py data/plays data/manual --shapes 0 1 --tokens 500000 1500000
+    python scripts/planning_study.py data/plays data/manual --shapes "64 x 3" "128 x 4" --tokens 500000 1500000
 
 Rows that the table holds already are not trained again.
 """
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from mmrec.checkpoints.loading import load_model
 from mmrec.data.store import TokenFolder, open_tokens
-from mmrec.model import layer_parameters
+from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.comparison import bits_per_byte as scored_bits_per_byte
 from mmrec.planning.comparison import carried_nll
-from mmrec.planning.plan import TrainingPlan, choose_batches, fit_options, shapes_for
+from mmrec.planning.plan import SHAPES, Text, TrainingPlan, choose_batches, fit_options, shapes_for
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.run_log import commit, environment
 
@@ -50,15 +50,19 @@ COLUMNS = (
 def main() -> None:
     parser = table_parser(__doc__, "docs/planning.csv")
     parser.add_argument(
-        "--shapes", nargs="+", type=int, default=[0, 1, 2], help="numbers of mmrec.planning.plan.SHAPES"
+        "--shapes",
+        nargs="+",
+        default=[shape_name(config) for config in SHAPES[:3]],
+        choices=[shape_name(config) for config in SHAPES],
+        help="width and layers of some of mmrec.planning.plan.SHAPES",
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[500_000, 1_500_000], help="tokens to read")
     options = parser.parse_args()
     for tokens in options.tokens:
-        for number in options.shapes:
+        for shape in options.shapes:
             for folder in options.data_dirs:
                 for seed in options.seeds:
-                    add_row(options.table, folder, number, tokens, seed)
+                    add_row(options.table, folder, shape, tokens, seed)
 
 
 def table_parser(doc: str | None, table: str, folders: str = "+") -> argparse.ArgumentParser:
@@ -76,14 +80,24 @@ def table_parser(doc: str | None, table: str, folders: str = "+") -> argparse.Ar
     return parser
 
 
-def add_row(table: Path, folder: Path, number: int, tokens: int, seed: int) -> None:
+def shape_name(config: ModelConfig) -> str:
+    """Return what a table calls a model: its width and its layers."""
+    return f"{config.dim} x {config.layers}"
+
+
+def shapes_by_name(text: Text) -> dict[str, ModelConfig]:
+    """Return the models that a plan for ``text`` chooses from, the smallest first, by their names in a table."""
+    return {shape_name(config): config for config in shapes_for(text)}
+
+
+def add_row(table: Path, folder: Path, shape: str, tokens: int, seed: int) -> None:
     """Train, and append what came of it to ``table``."""
     opened = open_tokens(folder)
-    key = {"sha256": digest(opened), "shape": str(number), "tokens": str(tokens), "seed": str(seed)}
+    key = {"sha256": digest(opened), "shape": shape, "tokens": str(tokens), "seed": str(seed)}
     if is_there(table, key):
         return
     text = describe_text(opened)
-    config = shapes_for(text)[number]
+    config = shapes_by_name(text)[shape]
     batches = choose_batches(config, text.train_tokens)
     plan = TrainingPlan(config, batches, max(1, tokens // batches.tokens), text, 0.0, 0.0)
     sizes = {

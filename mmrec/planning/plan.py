@@ -13,13 +13,17 @@ from mmrec.planning.law import LAW, Law
 SHAPES = (
     ModelConfig(dim=64, layers=3, layer_types=("short", "long", "short"), heads=2, ffn_dim=128),
     ModelConfig(dim=128, layers=4, layer_types=("short", "long", "short", "short"), heads=4, ffn_dim=256),
-    ModelConfig(dim=144, layers=8, layer_types=("short", "long"), heads=4, ffn_dim=304),
+    ModelConfig(dim=192, layers=4, layer_types=("short", "long", "short", "short"), heads=4, ffn_dim=384),
+    ModelConfig(dim=256, layers=4, layer_types=("short", "long", "short", "short"), heads=4, ffn_dim=512),
     ModelConfig(dim=256, layers=8, layer_types=("short", "long"), heads=8, ffn_dim=640),
     ModelConfig(dim=384, layers=6, layer_types=("short", "long"), heads=6, ffn_dim=1024),
     ModelConfig(dim=768, layers=12, layer_types=("short", "long"), heads=12, ffn_dim=2048),
 )
-"""The models that a plan chooses from, the smallest first; the second, third, fifth and sixth are those of
-``quickstart``, ``tiny``, ``mini`` and ``small``."""
+"""The models that a plan chooses from, the smallest first; the second and the last two are those of ``quickstart``,
+``mini`` and ``small``. Four layers of which one is long train faster than as many parameters in eight of which four
+are, as in ``tiny`` (docs/planning.md)."""
+MOST_PARAMETERS_OF_SMALL_BATCHES = 4_000_000
+"""Of the layers."""
 HALF_LIVES = (256.0, 4096.0)
 """Tokens, of the counts of a model whose tokens are words and parts of words."""
 LARGEST_ALPHABET = 512
@@ -151,7 +155,8 @@ def shapes_for(text: Text) -> tuple[ModelConfig, ...]:
 
 def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
     """Return the batches of a model: small ones for small models, and such that a short text has several of them."""
-    wanted = Batches(8, 128, 8) if config.dim <= 128 else Batches(4 if config.dim < 512 else 8, 512, 1)
+    is_small = layer_parameters(config) <= MOST_PARAMETERS_OF_SMALL_BATCHES
+    wanted = Batches(8, 128, 8) if is_small else Batches(4 if config.dim < 512 else 8, 512, 1)
     while wanted.tokens * 2 > train_tokens and wanted.seq_len > SHORTEST_ROW:
         wanted = replace(wanted, seq_len=wanted.seq_len // 2, interleave=1)
     while wanted.tokens * 2 > train_tokens and wanted.rows > 1:
