@@ -194,10 +194,11 @@ def report(table: Path, plans: Path) -> None:
             if (row["text_sha256"], row["seconds"], row["change"]) == (text, seconds, "plan")
         ]
         planned.sort(key=lambda row: row["commit"] == best["commit"])
-        ours = float(planned[-1]["bits_per_byte"]) if planned else float("nan")
-        share = ours / float(best["bits_per_byte"]) - 1
-        name = best["text"]
-        print(f"{name:<16} {seconds:>5} s  plan {ours:.3f}, {share:+.1%}, {best['model']} {best['bits_per_byte']}")
+        told = f"{best['text']:<16} {seconds:>5} s  {best['model']} {best['bits_per_byte']}"
+        if planned:
+            ours = float(planned[-1]["bits_per_byte"])
+            told += f", plan {ours:.3f}, {ours / float(best['bits_per_byte']) - 1:+.1%}"
+        print(told)
 
 
 if __name__ == "__main__":
