@@ -184,7 +184,7 @@ def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
 
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
-    batches = [(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)[:4]]
+    batches = [(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)[:5]]
     return make_plan(text, [Rate(config, rate(config, text, each)) for config, each in batches], seconds)
 
 

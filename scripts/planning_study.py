@@ -49,13 +49,8 @@ COLUMNS = (
 
 def main() -> None:
     parser = table_parser(__doc__, "docs/planning.csv")
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        default=[shape_name(config) for config in SHAPES[:3]],
-        choices=[shape_name(config) for config in SHAPES],
-        help="width and layers of some of mmrec.planning.plan.SHAPES",
-    )
+    shapes = [shape_name(config) for config in SHAPES]
+    parser.add_argument("--shapes", nargs="+", default=shapes[:3], choices=shapes, help="width and layers of models")
     parser.add_argument("--tokens", nargs="+", type=int, default=[500_000, 1_500_000], help="tokens to read")
     options = parser.parse_args()
     for tokens in options.tokens:

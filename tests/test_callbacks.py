@@ -121,6 +121,14 @@ def test_the_bar_is_drawn_by_time_not_by_updates(
     assert len(counted) < 10
 
 
+def test_the_bar_counts_all_updates_where_a_validation_draws_it(
+    mmrec: Command, prepared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_epochs=1", "--trainer.val_check_interval=4"]
+    assert mmrec(*fit(prepared, "--trainer.enable_progress_bar=true", *options, "--run=a")) == 0
+    assert [made for _, made, _ in bars(capfd)][:3] == [1, 4, 8]
+
+
 def bars(capfd: pytest.CaptureFixture[str]) -> list[tuple[str, int, int]]:
     """Return what the bar of a training showed since: what stands before it, the updates made and those planned."""
     shown = re.findall(r"(Epoch \d+): [^\r\n]*? (\d+)/(\d+) \[", "".join(capfd.readouterr()))

@@ -73,7 +73,7 @@ def test_ngrams_of_a_short_text_are_a_lower_bar() -> None:
     assert short < long == longer
 
 
-@pytest.mark.parametrize("config", SHAPES[:4], ids=lambda config: str(config.dim))
+@pytest.mark.parametrize("config", SHAPES[:5], ids=lambda config: f"{config.dim} x {config.layers}")
 def test_parameters_are_about_those_of_the_model(config: ModelConfig) -> None:
     net = RecurrentLM(config, 65)
     real = net.parameter_count() - net.embedding.weight.numel()

@@ -59,9 +59,10 @@ class ProgressBar(TQDMProgressBar):
         planned, step = _planned_steps(pl_module), trainer.global_step
         if planned is None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif not is_accumulating(trainer) and self._should_update(step, planned):
+        elif not is_accumulating(trainer):
             self.train_progress_bar.total, self.train_progress_bar.n = planned, step
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+            if self._should_update(step, planned):
+                self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
