@@ -46,6 +46,7 @@ from mmrec.planning.plan import (
     decay_beside,
     expected_loss,
     has_second_token,
+    learning_rate,
     make_plan,
     regularization,
     shapes_for,
@@ -94,16 +95,15 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
     """Yield the plan itself, and 16 changes of it."""
     shapes = shapes_for(plan.text)
     planned = shapes.index(plan.config)
-    rate = 3e-3 if plan.config.dim < 256 else 2e-3
     yield Arm("plan", plan.config, plan.batches)
     for step in (-1, 1):
-        config = shapes[planned + step if planned + step >= 0 else 2]
+        index = planned + step if 0 <= planned + step < len(shapes) else planned - 2 * step
+        config = shapes[index]
         batches = choose_batches(config, plan.text.train_tokens)
         for factor in (0.5, 1, 2):
-            options = (f"--model.learning_rate={rate * factor}",)
-            yield Arm(f"{shape_name(config)}, rate x {factor}", config, batches, options)
+            yield Arm(f"{shape_name(config)}, rate x {factor}", config, batches, (rate_option(config, factor),))
     for factor in (0.5, 2, 3):
-        yield Arm(f"rate x {factor}", plan.config, plan.batches, (f"--model.learning_rate={rate * factor}",))
+        yield Arm(f"rate x {factor}", plan.config, plan.batches, (rate_option(plan.config, factor),))
     for dropout in DROPOUTS:
         share = INSTEAD_OF_PLAN if dropout == regularization(plan)["dropout"] else dropout
         decay = decay_beside(share)
@@ -118,6 +118,11 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
         )
         options = (f"--data.batch_size={batches.rows}", f"--data.interleave={batches.interleave}")
         yield Arm(name, plan.config, batches, options)
+
+
+def rate_option(config: ModelConfig, factor: float) -> str:
+    """Return the option for ``factor`` times the learning rate that a plan of the model has."""
+    return f"--model.learning_rate={learning_rate(config) * factor}"
 
 
 def main() -> None:

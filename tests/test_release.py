@@ -27,6 +27,7 @@ def git(folder: Path, *arguments: str) -> str:
 def release(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     names = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment = os.environ | names | {"PYTHON": sys.executable}
+    environment.pop("PYTHONPATH", None)  # another version's than the clone's
     command = ["scripts/release", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

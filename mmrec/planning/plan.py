@@ -238,12 +238,16 @@ def has_second_token(text: Text) -> bool:
     return text.vocab_size <= 1024
 
 
+def learning_rate(config: ModelConfig) -> float:
+    """Return the highest learning rate of a training: a wider model has a lower one."""
+    return 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
+
+
 def fit_options(plan: TrainingPlan) -> list[str]:
     """Return the options of ``mmrec fit`` that carry a plan out, but for the text and for where it ends."""
     config, batches, steps = plan.config, plan.batches, plan.steps
-    rate = 3e-3 if config.dim < 256 else 2e-3 if config.dim < 512 else 1e-3
     model = regularization(plan) | {
-        "learning_rate": rate,
+        "learning_rate": learning_rate(config),
         "warmup_steps": max(1, min(100, steps // 20)),
         "mtp_loss_weight": 0.3 if has_second_token(plan.text) else 0.0,
         "schedule": "wsd",
