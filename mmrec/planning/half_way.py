@@ -13,7 +13,7 @@ from mmrec.training.options import OptimizerOptions
 
 END_OVER_HALF, SPREAD = 0.87, 0.035
 """Bits per byte of the best checkpoint on the whole validation text over those of the validation half-way, and what
-its logarithm is not off by in two of three trainings of docs/planning.md."""
+its logarithm is not off by in two of three trainings of docs/planning-study.md."""
 MOST_EPOCHS, MOST_EPOCHS_OF_WORDS, FEWEST_UPDATES = 8, 5, 200
 """Trainings that read their text more often gain less in their second half, and those by words and parts of words
 sooner; shorter ones were not looked at."""

@@ -31,7 +31,7 @@ CLIPPED_AT = 1.0
 """Norm of the gradient of an update, that of `mmrec fit`."""
 LOOP_SECONDS = 0.005
 """Of an update, for what a trial leaves out: Lightning's loop, logging, gathering a batch, saving; measured beside
-trials of the three smallest shapes (docs/planning.md)."""
+trials of the three smallest shapes (docs/planning-study.md)."""
 EXCHANGE_SECONDS = 0.0013
 """Of an update that several processes share out; measured: quickstart."""
 WORTH_SEVERAL = 1.2

@@ -21,7 +21,7 @@ SHAPES = (
 )
 """The models that a plan chooses from, the smallest first; the second and the last two are those of ``quickstart``,
 ``mini`` and ``small``. Four layers of which one is long train faster than as many parameters in eight of which four
-are, as in ``tiny`` (docs/planning.md)."""
+are, as in ``tiny`` (docs/planning-study.md)."""
 MOST_PARAMETERS_OF_SMALL_BATCHES = 4_000_000
 """Of the layers."""
 HALF_LIVES = (256.0, 4096.0)
@@ -30,11 +30,12 @@ LARGEST_ALPHABET = 512
 """Different characters up to which each is a token; where there are more tokens, they are words or parts of words."""
 DROPOUT = ((0.1, 13.0), (0.2, 40.0), (0.3, 70.0))
 """Shares of dropout, each with what of :func:`regularization` it begins at; those that did best in
-docs/planning.md."""
+docs/planning-study.md."""
 DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
 """The same for words and parts of words as tokens: a text has fewer of them, and is learned by heart sooner."""
 MOST_EPOCHS = 30
-"""A text is not read more often, however much time there is: it was learned by heart by then (docs/planning.md)."""
+"""A text is not read more often, however much time there is: it was learned by heart by then
+(docs/planning-study.md)."""
 SHORTEST_ROW = 16
 """Tokens of a row of a short text."""
 MOST_VALIDATIONS = 20
