@@ -196,15 +196,6 @@ def test_arithmetic_of_scale() -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_readmes_run_of_quickstart(name: str) -> None:
-    seconds = re.findall(r"(\d+) (?:seconds|saniye) ", page(name))[0]
-    tokens, rate = re.findall(r"\(([\d.,]+) (?:tokens|belirteç): \D*?([\d.,]+\d)", page(name))[0]
-    count, _ = read(stream("quickstart"), updates("quickstart"))
-    assert number(tokens, name) == count
-    assert same(rate, count / int(seconds), name)
-
-
-@pytest.mark.parametrize("name", READMES)
 def test_the_readmes_table_of_runs(name: str) -> None:
     """Updates or epochs, rows x tokens, parameters, tokens read."""
     rows = re.findall(r"^\| `(\w+)`: (.*?) \| ([\d.,]+) M \| ([\d.,]+) M \|", page(name), re.M)
