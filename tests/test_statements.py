@@ -196,6 +196,18 @@ def test_arithmetic_of_scale() -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
+def test_the_readmes_first_run(name: str) -> None:
+    """What it printed agrees with itself, and with its row in the study of plans."""
+    said = r"training +([\d,]+) updates of (\d+) x (\d+) tokens: ([\d.]+) M"
+    planned, rows, length, tokens = find(said, name).groups()
+    assert same(tokens, number(planned) * int(rows) * int(length) / 1e6)
+    made, score = find(r"best\.ckpt, ([\d,]+) updates", name)[1], find(r"validation +([\d.]+) bits", name)[1]
+    memory, counted = find(r"memory +([\d.]+) bits/byte on the first ([\d,]+) tokens", name).groups()
+    study = find(r"\n\| 8b05fef \|[^\n]*", "docs/planning-study.md")[0]
+    assert f"| {planned} | {made} | {score} | {memory} ({counted};" in study
+
+
+@pytest.mark.parametrize("name", READMES)
 def test_the_readmes_table_of_runs(name: str) -> None:
     """Updates or epochs, rows x tokens, parameters, tokens read."""
     rows = re.findall(r"^\| `(\w+)`: (.*?) \| ([\d.,]+) M \| ([\d.,]+) M \|", page(name), re.M)
