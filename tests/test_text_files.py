@@ -39,7 +39,7 @@ def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
         (b" \n\t\n", "utf-8", "white space"),
         (b"\x7fELF\x00\x00", "utf-8", "is binary"),
         (
-            gzip.compress(b"text"),
+            gzip.compress(b"text", mtime=0),
             "latin-1",
             "is packed by gzip; unpack it, or give it to mmrec train or mmrec prepare",
         ),
