@@ -48,6 +48,17 @@ def test_a_copy_ends_with_its_status_and_says_why_it_failed(capfd: pytest.Captur
     assert "this is a bug" in capfd.readouterr().err
 
 
+def test_a_copy_that_ctrl_c_ends_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends it to all processes; the first one says so."""
+
+    def interrupt() -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    assert forks.wait_for(forks.fork(interrupt)) == 130
+    assert capfd.readouterr() == ("", "")
+
+
 def _try(folder: Path) -> None:
     """Write what :func:`can_fork` says of this process alone, with a second thread, and where no gradient comes."""
     torch.set_num_threads(1)

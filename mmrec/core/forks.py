@@ -57,6 +57,8 @@ def fork(function: Callable[[], int]) -> int:
     try:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not copied
         status = function()
+    except KeyboardInterrupt:  # a terminal sends Ctrl-C to all processes, and the first says so
+        status = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
