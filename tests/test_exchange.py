@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from processes import run, server
 from torch import distributed
 
 from mmrec.core.errors import UserError
+from mmrec.core.forks import fork, wait_for
 from mmrec.model.ops.native import functions
 from mmrec.training import exchange
 from mmrec.training.carried_state import gather
@@ -110,6 +113,37 @@ def test_different_sizes_and_a_process_that_is_gone_are_told(met: list[Any]) -> 
     for _, _, _, (different, gone), _ in met:
         assert "exchange different things" in different
         assert "has ended" in gone
+
+
+def _leave(rendezvous: Path, results: Any) -> None:
+    """Begin a process that begins another, exchanges with it and ends, and wait for it only when the other has too."""
+    source, target = os.pipe()
+
+    def be(rank: int) -> int:
+        if rank == 0:
+            fork(partial(be, 1))
+        distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+        shared = Exchange(1)
+        if rank == 1:
+            try:
+                shared.gather(torch.zeros(1))
+            except UserError as error:
+                os.write(target, str(error).encode())
+        return 0
+
+    first = fork(partial(be, 0))
+    told, *_ = select.select([source], [], [], 60)
+    results.put(os.read(source, 1000).decode() if told else "nothing")
+    wait_for(first)
+
+
+def test_the_end_of_a_parent_that_nobody_waits_for_is_told(tmp_path: Path) -> None:
+    context = server()
+    results = context.Queue()
+    process = context.Process(target=_leave, args=(tmp_path / "meet", results))
+    process.start()
+    assert "has ended" in results.get(timeout=120)
+    process.join()
 
 
 def test_a_file_is_made_elsewhere_where_shared_memory_is_full(

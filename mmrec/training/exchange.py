@@ -86,7 +86,8 @@ class _SharedMemory:
         room = -(-room // LINE) * LINE
         self._memory = self._map(processes * (LINE + slots * room * 4))
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        ctypes.c_int64.from_address(start + rank * LINE + 3 * 8).value = os.getpid()
+        for place, number in ((3, os.getpid()), (4, os.getppid())):
+            ctypes.c_int64.from_address(start + rank * LINE + place * 8).value = number
         self._group = _Group(start, start + processes * LINE, room, rank, processes, LIMIT)
         self.rank, self.processes = rank, processes
         distributed.barrier()  # until all have said who they are

@@ -1,7 +1,7 @@
 /* Means and copies over the processes of one machine, and a relay between them, through memory that they share.
 
-   Each process has a line of `lines`: how many exchanges it has begun, the sizes of the last two, and its number for
-   the system. It writes what it gives to its slot, counts, waits until all others have counted as far, and reads all
+   Each process has a line of `lines`: how many exchanges it has begun, the sizes of the last two, and the system's
+   numbers of it and of its parent. It writes what it gives to its slot, counts, waits until all others have counted as far, and reads all
    slots in their order, so that all get the same bits. There are two sets of slots in turn: a process that writes to
    one again knows that all have read it, since they have counted the exchange between. */
 
@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #define PATIENCE 20000 /* turns of waiting, some 100 microseconds, before the core is offered to others */
 
@@ -21,7 +22,7 @@ enum { DONE, NO_ANSWER, DIFFERENT_SIZES };
 
 /* A line of the memory that is shared, of 64 bytes. */
 typedef struct {
-    int64_t begun, sizes[2], process, unused[4];
+    int64_t begun, sizes[2], process, parent, unused[3];
 } line;
 
 /* What all functions take: the memory, numbers of 4 bytes in a slot, who this is, of how many, seconds to wait. */
@@ -46,10 +47,13 @@ static inline void pause_turn(void) {
 #endif
 }
 
-/* Whether a process has ended; its parent is told by the system before it has waited for it. */
-static int has_ended(pid_t process) {
+/* Whether a process has ended, also where its parent has not waited for it yet, and may never do so: the system tells
+   the parent, and gives its children another parent. */
+static int has_ended(const line *own, const line *theirs) {
+    pid_t process = (pid_t)theirs->process;
     siginfo_t found = {0};
     if (!waitid(P_PID, (id_t)process, &found, WEXITED | WNOHANG | WNOWAIT) && found.si_pid == process) return 1;
+    if (own->parent == theirs->process) return getppid() != process;
     return kill(process, 0) && errno == ESRCH;
 }
 
@@ -71,7 +75,7 @@ static int await(const group *all, integer other, int64_t count) {
         nanosleep(&rest, NULL);
         double now = seconds();
         if (until == 0) until = now + all->limit;
-        if (now > until || has_ended((pid_t)theirs->process)) return NO_ANSWER;
+        if (now > until || has_ended(&all->lines[all->rank], theirs)) return NO_ANSWER;
     }
     return DONE;
 }
