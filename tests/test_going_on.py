@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import assert_same_training, fit, last
+from helpers import assert_same_training, checkpoints, fit, last, load
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import OUTPUT, interrupt, start, wait
@@ -80,6 +80,31 @@ def test_a_run_that_was_stopped_again_and_again(
             assert mmrec(*(again if number else fit(prepared, *command, "--run=parts"))) == 130
     assert mmrec(*again) == 0
     assert_same_training(last("whole"), last("parts"))
+
+
+def test_a_run_that_was_stopped_after_its_last_update_is_validated(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--trainer.max_epochs=-1", "--trainer.max_steps=4", "--trainer.logger=false"]
+    every = ["--trainer.val_check_interval=3", "--trainer.limit_val_batches=1"]
+    assert mmrec(*fit(prepared, *command, *every, "--run=whole")) == 0
+
+    from mmrec.training.callbacks.checkpointing import LastCheckpoint
+
+    before = LastCheckpoint.on_train_batch_end
+
+    def interrupt(self: LastCheckpoint, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        before(self, trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", interrupt)
+        assert mmrec(*fit(prepared, *command, *every, "--run=parts")) == 130
+    for _ in range(2):  # the second time all is done
+        assert mmrec("fit", "--run=parts", "--ckpt_path=last") == 0
+        assert_same_training(last("whole"), last("parts"))
+        assert load(checkpoints("parts") / "best.ckpt")["global_step"] == 4
 
 
 def test_more_steps_go_on_where_max_steps_broke_off(mmrec: Command, prepared: Path) -> None:

@@ -90,6 +90,8 @@ def test_a_run_ends_with_its_time_and_its_rate_with_it(mmrec: Command, prepared:
     assert plan_of("a")["planned_steps"] == end["global_step"]
     assert end["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0.05 * 3e-3)
     assert load(checkpoints("a") / "best.ckpt")["global_step"] == end["global_step"]  # validated at its end
+    assert mmrec(*limited(prepared, "--run=a", "--time_limit.minutes=1", "--ckpt_path=last")) == 0
+    assert_same_training(end, last("a"))  # there is nothing more to do
 
 
 @pytest.mark.usefixtures("clock")
@@ -230,6 +232,7 @@ def test_a_longer_run_goes_on_from_before_the_rate_fell_and_never_loses_its_best
     ("options", "word"),
     [
         ({"minutes": 0.0}, "more than 0"),
+        ({"minutes": 1e7}, "and less than 5,256,000"),
         ({"minutes": 1.0, "planned_steps": 0}, "at least 1"),
         ({"planned_steps": 5}, "trainer.max_steps"),
     ],

@@ -2,7 +2,7 @@
 
 The form is that of Muennighoff et al. 2023 ("Scaling Data-Constrained Language Models"): a loss that falls by powers
 of the parameters and of the tokens, where tokens that are read again count for less. The coefficients are fitted to
-docs/planning.csv by scripts/planning_study, which says how.
+docs/planning.csv by scripts/planning_law.py, which says how.
 """
 
 from __future__ import annotations

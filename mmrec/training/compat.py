@@ -119,6 +119,13 @@ def complete_resumed_epoch(trainer: Trainer) -> None:
         current.completed = current.processed - less
 
 
+def begin_where_validation_is_due(trainer: Trainer, is_due: Callable[[], bool]) -> None:
+    """Begin a training of which only a validation is missing, if ``is_due``; Lightning skips it (no issue known)."""
+    kind: Any = type(trainer.fit_loop)
+    skip = property(lambda loop: not is_due() and kind.skip.fget(loop))
+    trainer.fit_loop.__class__ = type(kind.__name__, (kind,), {"skip": skip})
+
+
 def run_missed_validation(trainer: Trainer) -> None:
     """Run the validation that a run was stopped before, when training starts again.
 

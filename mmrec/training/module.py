@@ -76,6 +76,7 @@ class RecurrentLMModule(LightningModule):
         self._compiled: Callable[..., tuple[Hidden, State]] | None = None
         self._training_pass: TrainingPass | None = None
         self._may_have_pass = True
+        self._had_pass = False  # in the checkpoint that training is resumed from
         self.gradient_norm: Tensor | None = None  # of the update to come, once it was measured
 
     @property
@@ -334,7 +335,8 @@ class RecurrentLMModule(LightningModule):
             "carried": join_states([process["carried"] for process in processes]),
             "random": [process["random"] for process in processes],
             "hyperparameters": self.hyperparameters(),
-            "training_pass": self._training_pass is not None,
+            # Of what is saved before the first batch, by the validation that a run was stopped before, as it was.
+            "training_pass": self._training_pass is not None or (self._had_pass and self._may_have_pass),
             **arithmetic(),
         }
 
@@ -360,7 +362,7 @@ class RecurrentLMModule(LightningModule):
             self._compare_options(progress["hyperparameters"])
             choose_arithmetic(self.trainer, self.net.config.dim, progress)
             # A run keeps to the way it began with: what gradients are added up in is not the same to the last bit.
-            self._may_have_pass = progress.get("training_pass", False)
+            self._may_have_pass = self._had_pass = progress.get("training_pass", False)
             report_changes("chat.", asdict(self._chat or PLAIN), asdict(self.chat or PLAIN))
         carried = progress["carried"]
         # Older checkpoints have one stream alone, or None where nothing has been read.

@@ -12,7 +12,12 @@ from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.checkpoints.runs import BEST, LAST, PREVIOUS, STABLE
 from mmrec.core.errors import UserError
 from mmrec.training.callbacks.checkpointing import BestCheckpoint, LastCheckpoint
-from mmrec.training.compat import complete_resumed_epoch, count_epoch_in_progress, run_missed_validation
+from mmrec.training.compat import (
+    begin_where_validation_is_due,
+    complete_resumed_epoch,
+    count_epoch_in_progress,
+    run_missed_validation,
+)
 from mmrec.training.module import RecurrentLMModule
 
 
@@ -25,6 +30,9 @@ class ResumeCorrections(Callback):
 
     def __init__(self, last: LastCheckpoint) -> None:
         self.last = last
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        begin_where_validation_is_due(trainer, lambda: self.last.validation_due)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         complete_resumed_epoch(trainer)

@@ -19,6 +19,7 @@ CHECK_EVERY = 10
 """Updates between two looks at the clock."""
 WARM_UP = 3
 """First updates of a process, which are slower than those that follow."""
+MOST_MINUTES = 60 * 24 * 3650
 TOO_LATE, TOO_EARLY = 0.02, 0.05
 """Shares of the time by which a plan may miss its end before another takes its place."""
 UNSEEN = 0.06
@@ -49,8 +50,8 @@ class TimeLimit(Callback):
     """
 
     def __init__(self, minutes: float | None = None, planned_steps: int | None = None) -> None:
-        if minutes is not None and not 0 < minutes < 60 * 24 * 3650:
-            raise UserError(f"time_limit.minutes is {minutes}; it must be more than 0")
+        if minutes is not None and not 0 < minutes < MOST_MINUTES:
+            raise UserError(f"time_limit.minutes is {minutes}; it must be more than 0 and less than {MOST_MINUTES:,}")
         if planned_steps is not None and planned_steps < 1:
             raise UserError(f"time_limit.planned_steps is {planned_steps}; it must be at least 1")
         if planned_steps is not None and minutes is None:
@@ -87,6 +88,9 @@ class TimeLimit(Callback):
             self._decide(trainer, pl_module, trainer.strategy.broadcast(self._affordable(trainer)))
         elif self.planned_steps is not None:
             self._decide(trainer, pl_module, self.planned_steps)
+        if self.planned_steps is not None and trainer.global_step >= self.planned_steps:
+            rank_zero_info(f"The time of this run is used: all of its {trainer.global_step:,} updates are made")
+            trainer.should_stop = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluation_start = time.perf_counter()
