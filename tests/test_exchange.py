@@ -116,7 +116,7 @@ def test_different_sizes_and_a_process_that_is_gone_are_told(met: list[Any]) -> 
 
 
 def _leave(rendezvous: Path, results: Any) -> None:
-    """Begin a process that begins another, exchanges with it and ends, and wait for it only when the other has too."""
+    """Begin a process that begins another, exchanges with it and ends; wait for it when the other has ended."""
     source, target = os.pipe()
 
     def be(rank: int) -> int:

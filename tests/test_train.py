@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 from conftest import Command
 from helpers import last, load
 
-from mmrec.checkpoints.runs import runs
+from mmrec.checkpoints.runs import lock_run, run_option, runs
 from mmrec.planning import half_way
 from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
 from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
-from mmrec.planning.plan import Rate
+from mmrec.planning.plan import SHAPES, Rate
 from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -34,7 +35,6 @@ SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
 def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the machine gives two models without being made; it has tests of its own."""
     from mmrec.planning import command
-    from mmrec.planning.plan import SHAPES, Rate
 
     monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 10.0)])
 
@@ -279,7 +279,7 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
     refusals = {
         "random.txt": "is binary",
         "empty.txt": "is empty",
-        "big.txt": "33 minutes to be prepared",
+        "big.txt": "33 minutes to be prepared; give --minutes 67 or more",
     }
     for name, word in refusals.items():
         assert mmrec("train", name) == 2
@@ -293,6 +293,9 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
     ("args", "word"),
     [
         (["--minutes=0"], "at least 0.1"),
+        (["--minutes=1e9"], "at most 525,600"),
+        (["--data.data_dir=data/other"], "--data.data_dir is for mmrec fit"),
+        (["--trainer.default_root_dir", "other"], "--trainer.default_root_dir is for mmrec fit"),
         (["--tokenizer=letters"], "characters, bytes, bpe"),
         (["--on=moon"], "moon"),
         pytest.param(
@@ -331,6 +334,91 @@ def test_a_text_of_a_few_characters_is_refused_before_anything_is_planned(
     )
     assert "expected" not in out
     assert not Path("lightning_logs").exists()
+
+
+def test_a_text_that_has_changed_is_refused_with_what_can_be_done(
+    mmrec: Command, novel: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", novel, "--plan") == 0
+    novel.write_text(f"{text} and more", encoding="utf-8")
+    capsys.readouterr()
+    assert mmrec("train", novel, "--plan") == 2
+    assert capsys.readouterr().err.strip() == (
+        "mmrec: error: data/novel: already holds another corpus, split or tokenizer; "
+        "give the text another name, or move that folder away"
+    )
+
+
+def test_lines_to_type_next_are_right_for_any_name(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("-my novel.txt").write_text(text, encoding="utf-8")
+    assert mmrec("train", "./-my novel.txt", *SMALL, "--trainer.max_steps=2") == 0
+    said = capsys.readouterr().out
+    assert "  mmrec generate --run='-my novel' --length 1000\n" in said
+    assert "  mmrec report 'lightning_logs/-my novel'\n" in said
+    assert mmrec("generate", *shlex.split("--run='-my novel' --length=5")) == 0
+    assert run_option("my novel") == "--run 'my novel'"
+
+
+def test_it_goes_on_from_the_previous_checkpoint_where_the_last_is_damaged(
+    mmrec: Command, novel: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(record() | {"finished": False}))
+    path = Path("lightning_logs/novel/checkpoints/last.ckpt")
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    capfd.readouterr()
+    assert mmrec(*line, "--trainer.max_steps=12") == 0
+    assert capfd.readouterr().err.count("previous.ckpt instead") == 1
+    assert last("novel")["global_step"] == 12
+
+
+def test_a_plan_of_which_nothing_came_is_made_anew(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Record(str(Path("data/novel").resolve()), 1.0, 7, ["--trainer.max_steps=7"], 1.0, 1.0, asked=1.0).write(
+        Path("lightning_logs/novel")
+    )
+    assert mmrec("train", novel, "--plan", "--minutes=60") == 0
+    said = capsys.readouterr().out
+    assert "expected    " in said
+    assert "resumed" not in said
+
+
+def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.planning import command
+
+    first, held = Record("elsewhere", 1.0, 7, [], 1.0, 1.0), []
+
+    def measure(*_: object) -> list[Rate]:
+        held.append(lock_run(Path(), "novel"))  # as another process that begins to train while this one plans
+        first.write(Path("lightning_logs/novel"))
+        return [Rate(SHAPES[0], 3000.0)]
+
+    monkeypatch.setattr(command, "measure_rates", measure)
+    assert mmrec("train", novel, *SMALL) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert read_record(Path("lightning_logs/novel")) == first
+
+
+@pytest.mark.parametrize(("on", "processes", "steps"), [("cpu", "2", 7), ("gpu", "1", None)])
+def test_processes_are_kept_on_a_device_of_another_name(
+    monkeypatch: pytest.MonkeyPatch, on: str, processes: str, steps: int | None
+) -> None:
+    from mmrec.planning import command
+
+    monkeypatch.setattr(command, "device_of_accelerator", lambda name: name == "gpu")
+    options = ["--trainer.accelerator=auto", "--trainer.devices=2", "--trainer.strategy=cores"]
+    moved = command._move(Record("data", 1.0, 7, options, 1.0, 1.0), on)
+    assert value_of(moved.options, "--trainer.accelerator") == on
+    assert value_of(moved.options, "--trainer.devices") == processes
+    assert moved.steps == steps
 
 
 def test_another_run_of_that_name_is_left_alone(

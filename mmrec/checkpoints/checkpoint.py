@@ -179,8 +179,11 @@ def _read_sharded(folder: Path, described_only: bool) -> dict[str, Any]:
     return checkpoint | read_sharded_weights(folder)
 
 
-def find_intact_checkpoint(path: Path) -> Path:
-    """Return ``path``, or the previous checkpoint beside it where ``path`` is a damaged ``last.ckpt``, saying so."""
+def find_intact_checkpoint(path: Path, says: bool = True) -> Path:
+    """Return ``path``, or the previous checkpoint beside it where ``path`` is a damaged ``last.ckpt``.
+
+    That is said, unless ``says`` is false: for a look before training goes on from there, which says so.
+    """
     previous = path.with_name("previous.ckpt")
     try:
         read_checkpoint(path, mmap=True)
@@ -188,6 +191,7 @@ def find_intact_checkpoint(path: Path) -> Path:
         if path.name != "last.ckpt" or not previous.exists():
             raise
         read_checkpoint(previous, mmap=True)
-        print(f"{error}; taking {previous} instead", file=sys.stderr)
+        if says:
+            print(f"{error}; taking {previous} instead", file=sys.stderr)
         return previous
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def check_name(run: str) -> None:
     """Raise UserError where ``run`` cannot be the name of a run: its folder would lie elsewhere."""
     if Path(run).name != run or run == "..":
         raise UserError(f"--run is {run!r}; it must be the name of a folder, not a path")
+
+
+def run_option(run: str) -> str:
+    """Return ``--run`` with the name ``run``, as it is typed into a shell."""
+    return f"--run{'=' if run.startswith('-') else ' '}{shlex.quote(run)}"
 
 
 def checkpoint_folder(root: Path, run: str) -> Path:

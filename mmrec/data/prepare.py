@@ -14,7 +14,17 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource, resolve_source
 from mmrec.data.split import SEPARATOR, split_documents
-from mmrec.data.store import FILES, TokenFolder, open_tokens, read_manifest, verify_tokens, write_tokens
+from mmrec.data.store import (
+    CHOOSE_OR_FORCE,
+    FILES,
+    OTHER_TOKENS,
+    FolderTakenError,
+    TokenFolder,
+    open_tokens,
+    read_manifest,
+    verify_tokens,
+    write_tokens,
+)
 from mmrec.tokenizers import TOKENIZERS, make_tokenizer
 from mmrec.tokenizers.loading import read_tokenizer
 
@@ -57,7 +67,7 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
     if min(len(train), len(val)) < 2:
         raise UserError(
             f"{corpus.title}: too little text to split: {len(train):,} characters would train and {len(val):,} "
-            f"validate; give more text or another --val_split"
+            f"validate; give more text, or another --val_split to mmrec prepare"
         )
     kind = options.tokenizer or corpus.default_tokenizer
     given = None if kind in TOKENIZERS else read_tokenizer(Path(kind))
@@ -77,10 +87,7 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
     folder = source.output_dir
     if earlier is not None and not options.force:
         if not _same(earlier, description):
-            raise UserError(
-                f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
-                f"replace it by --force"
-            )
+            raise FolderTakenError(folder, OTHER_TOKENS, CHOOSE_OR_FORCE)
         print(f"{folder}: already prepared, nothing to do")
         return open_tokens(folder)
     chosen = given or make_tokenizer(kind, train, val, options.vocab_size)
@@ -111,7 +118,7 @@ def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:
 def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
     """Return the manifest of a token folder that exists already; refuse what must not be overwritten."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder}: is not a folder; choose another --output_dir")
+        raise FolderTakenError(folder, "is not a folder", "choose another --output_dir")
     if not folder.exists() or not any(folder.iterdir()):
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -121,7 +128,7 @@ def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
     strangers = sorted({entry.name for entry in folder.iterdir()} - {*FILES, "manifest.json"})
     if earlier is None or strangers:
         what = strangers[0] if strangers else "files of an unfinished corpus"
-        raise UserError(f"{folder}: holds something else ({what}); choose a new or empty --output_dir")
+        raise FolderTakenError(folder, f"holds something else ({what})", "choose a new or empty --output_dir")
     return earlier
 
 

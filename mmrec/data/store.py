@@ -192,6 +192,24 @@ def written_by_prepare(folder: Path) -> str:
     return "what mmrec prepare wrote" if unfinished or read_manifest(folder) is not None else ""
 
 
+OTHER_TOKENS = "already holds another corpus, split or tokenizer"
+CHOOSE_OR_FORCE = "choose another --output_dir, or replace it by --force"
+
+
+class FolderTakenError(UserError):
+    """What is to be prepared would take the place of something else.
+
+    Args:
+        folder: that holds it.
+        what: there is, as the end of a sentence about the folder.
+        instead: what can be done by the options of ``mmrec prepare``.
+    """
+
+    def __init__(self, folder: Path, what: str, instead: str) -> None:
+        super().__init__(f"{folder}: {what}; {instead}")
+        self.folder, self.what = folder, what
+
+
 def open_tokens(folder: Path) -> TokenFolder:
     """Open a token folder.
 

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mmrec.checkpoints import runs
+from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
 from mmrec.core.options import Parser
@@ -25,6 +27,7 @@ from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, Rate, TrainingPlan,
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
+from mmrec.training.callbacks.beginning import Beginning
 from mmrec.training.callbacks.half_way import HalfWay
 from mmrec.training.cli import run_lightning
 
@@ -77,7 +80,6 @@ def train(args: Sequence[str]) -> None:
     run = where.name
     if options.plan:
         return
-    record.write(where)
     record = replace(_fit(record, where, run, forwarded), finished=True)
     record.write(where)
     print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
@@ -99,18 +101,24 @@ def _place(options: TrainOptions, folder: Path) -> Path:
 
 
 def _record_of(options: TrainOptions, folder: Path) -> Record | None:
-    """Return the record of the training that has begun on the token folder ``folder``; None if none has."""
-    record = read_record(_place(options, folder))
+    """Return the record of the training that has begun on the token folder ``folder``; None if none has.
+
+    A plan of which there is no checkpoint is none.
+    """
+    where = _place(options, folder)
+    record = read_record(where) if where.name in runs.runs(Path()) else None
     return record if record is not None and Path(record.data_dir) == folder.resolve() else None
 
 
 def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
     """Return what :func:`_record_of` does, or raise UserError where the run of that name is another one."""
     where = _place(options, folder)
+    if where.name not in runs.runs(Path()):
+        return None
     record = read_record(where)
-    if record is None and where.name in runs.runs(Path()):
+    if record is None:
         raise UserError(f"the run {where.name!r} was not begun by mmrec train; choose another --run")
-    if record is not None and Path(record.data_dir) != folder.resolve():
+    if Path(record.data_dir) != folder.resolve():
         raise UserError(f"the run {where.name!r} was trained on {record.data_dir}; choose another --run")
     return record
 
@@ -154,17 +162,17 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[Token
 
 def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     """Return what is left of a training that was stopped, or a longer one where it has ended."""
-    last = where / runs.CHECKPOINTS / f"{runs.LAST}.ckpt"
-    stable = last.with_name(f"{runs.STABLE}.ckpt")
     if not before.finished:
-        return _resume(before, last, options)
-    start = stable if stable.exists() else last
+        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options)
+    stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
+    start = stable if stable.exists() else runs.find_checkpoint(Path(), where.name, runs.LAST)
     minutes = options.minutes_or_default
     done = seconds_trained(start)
     more = _seconds_left(_deadline(options) - STARTING - comparison_seconds(minutes))
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
     if start == stable and not options.plan:
-        write_file(last, stable.read_bytes())  # what was reached since is in the best checkpoint
+        # What was reached since is in the best checkpoint.
+        write_file(stable.with_name(f"{runs.LAST}.ckpt"), stable.read_bytes())
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None)
@@ -176,7 +184,10 @@ def _move(record: Record, on: str | None) -> Record:
     before = next((option for option in record.options if option.startswith(ACCELERATOR)), f"{ACCELERATOR}auto")
     if on is None or before == f"{ACCELERATOR}{on}":
         return record
-    print(f"on          {on} instead of {before.removeprefix(ACCELERATOR)}")
+    earlier = before.removeprefix(ACCELERATOR)
+    print(f"on          {on} instead of {earlier}")
+    if device_of_accelerator(on) == device_of_accelerator(earlier):  # by another name
+        return replace(record, options=[*(o for o in record.options if o != before), f"{ACCELERATOR}{on}"])
     others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
     return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None)
 
@@ -196,7 +207,7 @@ def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> lis
 
 def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
     """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
-    done = seconds_trained(last) if last.exists() else 0.0
+    done = seconds_trained(last)
     record, changed = before, ""
     if None not in (options.minutes, before.asked) and options.minutes != before.asked:
         assert options.minutes is not None
@@ -204,8 +215,7 @@ def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
         record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
-    if last.exists() or changed:
-        print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
+    print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record
 
 
@@ -220,6 +230,6 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Rec
     if run in runs.runs(Path()):
         options.append(f"--ckpt_path={runs.LAST}")
     line = HalfWayLine(record, where)
-    half_way = [HalfWay(line)] if record.half_way is None else []
-    run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}", half_way)
+    added = [Beginning(partial(record.write, where)), *([HalfWay(line)] if record.half_way is None else [])]
+    run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}", added)
     return line.record

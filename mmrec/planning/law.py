@@ -22,10 +22,12 @@ class Law:
     """Loss, relative to what an n-gram model and xz make of the text, by parameters and tokens.
 
     The bits per byte of a model are ``text * (floor + parameters_weight / P**parameters_power + tokens_weight /
-    D**tokens_power)``, with P the parameters in millions, D the effective tokens in millions, and ``text`` the bits
-    per byte that an n-gram model of the training text makes of the validation text, times a power of what xz makes
-    of it over that, and one of the tokens that the n-grams were counted in: what is said again at a length, or far
-    away, is told by xz alone, and of a short text n-grams know less than a model that is trained on it.
+    D**tokens_power + overfit * ln(1 + P / U) * ln(epochs))``, with P the parameters, D the effective tokens and U the
+    tokens of the training text, in millions, and ``text`` the bits per byte that an n-gram model of the training text
+    makes of the validation text, times a power of what xz makes of it over that, and one of the tokens that the
+    n-grams were counted in: what is said again at a length, or far away, is told by xz alone, and of a short text
+    n-grams know less than a model that is trained on it. Of a model that counts its tokens they are
+    :meth:`gain_of_counts` times that.
 
     Attributes:
         floor: of a model without limits.

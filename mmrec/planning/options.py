@@ -9,10 +9,13 @@ from typing import Literal
 from mmrec.core.errors import UserError
 from mmrec.training.cli import SECTIONS
 
+DECIDED = ("--data.data_dir", "--data.corpus", "--trainer.default_root_dir")
+"""Options of ``mmrec fit`` that would train on another text than is scored, or where the run is not looked for."""
 FORWARDED = tuple(f"--{section}." for section in SECTIONS)
 """Beginnings of the options of ``mmrec fit``, which win over the plan's."""
 
 DEFAULT_MINUTES = 10.0
+MOST_MINUTES = 60 * 24 * 365
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class TrainOptions:
     on: Literal["auto", "cpu", "gpu"] | None = None
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and not 0.1 <= self.minutes <= 60 * 24 * 365:
-            raise UserError(f"--minutes is {self.minutes:g}; it must be at least 0.1")
+        if self.minutes is not None and not 0.1 <= self.minutes <= MOST_MINUTES:
+            raise UserError(
+                f"--minutes is {self.minutes:g}; it must be at least 0.1, and at most {MOST_MINUTES:,}, a year"
+            )
 
     @property
     def minutes_or_default(self) -> float:
@@ -48,7 +53,11 @@ class TrainOptions:
 
 
 def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that are the command's own, and those that are passed on to ``mmrec fit``."""
+    """Return the arguments that are the command's own, and those that are passed on to ``mmrec fit``.
+
+    Raises:
+        UserError: one is passed on that the command itself decides.
+    """
     own: list[str] = []
     forwarded: list[str] = []
     awaits_value = False
@@ -56,6 +65,9 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if awaits_value:
             forwarded.append(arg)
             awaits_value = False
+        elif arg.partition("=")[0] in DECIDED:
+            name = arg.partition("=")[0]
+            raise UserError(f"{name} is for mmrec fit; mmrec train has its text, and its runs in ./lightning_logs")
         elif arg.startswith(FORWARDED) or arg.partition("=")[0] == "--seed_everything":
             forwarded.append(arg)
             awaits_value = "=" not in arg

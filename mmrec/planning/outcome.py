@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mmrec.checkpoints.loading import LoadedModel, load_model
-from mmrec.checkpoints.runs import BEST, LAST, checkpoint_folder
+from mmrec.checkpoints.runs import BEST, LAST, LOGS, checkpoint_folder, run_option
 from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder
 from mmrec.inference.api import MemoryLM
@@ -44,6 +45,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
     use_threads(trained.net.config.dim, READ_CHUNK)
     nll = carried_nll(trained, folder)
     score, beside = bits_per_byte(nll, folder), compare(trained, folder, nll, seconds)
+    option, path = run_option(run), f"{LOGS}/{run}"
     part = "" if len(folder.val) <= MOST_SCORED else f" of its first {MOST_SCORED:,} tokens"
     return "\n".join(
         [
@@ -57,10 +59,10 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
             sample(trained),
             "",
             "What can be typed next:",
-            f"  mmrec generate --run {run} --length 1000",
-            f"  mmrec read BOOK.txt --run {run} --learn --save book.mem",
-            f"  mmrec serve --run {run}",
-            f"  mmrec report {run}",
+            f"  mmrec generate {option} --length 1000",
+            f"  mmrec read BOOK.txt {option} --learn --save book.mem",
+            f"  mmrec serve {option}",
+            f"  mmrec report {shlex.quote(path if run.startswith('-') else run)}",
             "and the same line again, which trains for longer.",
         ]
     )

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
 
@@ -57,7 +57,11 @@ def read_record(run: Path) -> Record | None:
 
 
 def seconds_trained(checkpoint: Path) -> float:
-    """Return the seconds of training before ``checkpoint``, as its limit of time has counted them."""
-    states = read_checkpoint(checkpoint, mmap=True)["callbacks"]
+    """Return the seconds of training before ``checkpoint``, as its limit of time has counted them.
+
+    Where it is a damaged ``last.ckpt``, they are those of the previous one, from which training goes on.
+    """
+    intact = find_intact_checkpoint(checkpoint, says=False)
+    states = read_checkpoint(intact, mmap=True, verify=False)["callbacks"]
     found = [state for name, state in states.items() if name.startswith("TimeLimit") and state]
     return float(found[0]["seconds"]) if found else 0.0

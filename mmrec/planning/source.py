@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, resolve_source
-from mmrec.data.store import TokenFolder, read_manifest, written_by_prepare
+from mmrec.data.store import FolderTakenError, TokenFolder, read_manifest, written_by_prepare
 from mmrec.planning.plan import LARGEST_ALPHABET
 from mmrec.tokenizers import TOKENIZERS
 
@@ -73,7 +74,11 @@ def prepare_texts(
 
 
 def _prepared(options: PrepareOptions) -> TokenFolder:
-    folder = prepare(options)
+    try:
+        folder = prepare(options)
+    except FolderTakenError as error:
+        what = f"{error.folder}: {error.what}"
+        raise UserError(f"{what}; give the text another name, or move that folder away") from None
     assert folder is not None  # Slurm alone returns none
     return folder
 
@@ -103,8 +108,9 @@ def _check_time(source: ResolvedSource, minutes: float) -> None:
         return
     takes = sum(map(_local_size, source.paths)) / PREPARED / 60
     if takes > minutes / 2:
+        least = math.ceil(2 * takes)
         raise UserError(
-            f"{source.paths[0]}: takes {takes:.0f} minutes to be prepared; give --minutes {2 * takes:.0f} or more"
+            f"{source.paths[0]}: takes {takes:.0f} minutes to be prepared; give --minutes {least} or more"
         )
 
 

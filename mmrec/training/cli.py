@@ -386,7 +386,7 @@ def _run(
         with ExitStack() as held:
             TrainingCLI(request, plan, [request.command, *args], held, added, args=[request.command, *complete])
     except StoppedBySignal as stop:
-        line = resume_by or f"mmrec fit --run {stop.path.parent.parent.name} --ckpt_path last"
+        line = resume_by or f"mmrec fit {runs.run_option(stop.path.parent.parent.name)} --ckpt_path last"
         print(f"\nStopped and saved. Resume with: {line}", file=sys.stderr)
         sys.exit(128 + stop.number)
     except Exception as error:

@@ -30,7 +30,7 @@ from mmrec.data.pipeline.split import Shards, split_shards
 from mmrec.data.pipeline.tokenize_shard import PLAN, hash_of, read_json, stem, write_json
 from mmrec.data.provenance import Provenance, skipped_line
 from mmrec.data.resolve import ResolvedSource
-from mmrec.data.store import TokenFolder, open_tokens, read_manifest
+from mmrec.data.store import CHOOSE_OR_FORCE, OTHER_TOKENS, FolderTakenError, TokenFolder, open_tokens, read_manifest
 from mmrec.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from mmrec.tokenizers.loading import read_tokenizer
 
@@ -64,10 +64,7 @@ def prepare_large(options: PrepareOptions, source: ResolvedSource) -> TokenFolde
     earlier = read_manifest(folder)
     if earlier is not None and not options.force:
         if earlier.get("request", {}).get("plan") != digest:
-            raise UserError(
-                f"{folder}: already holds another corpus, split or tokenizer; choose another --output_dir, or "
-                f"replace it by --force"
-            )
+            raise FolderTakenError(folder, OTHER_TOKENS, CHOOSE_OR_FORCE)
         print(f"{folder}: already prepared, nothing to do")
         return open_tokens(folder)
     description: dict[str, Any] = {

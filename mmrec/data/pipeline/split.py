@@ -186,7 +186,7 @@ def _tokens_that_train(shards: Shards, wanted: int, val_bytes: float, tokenizer:
             if not _continues(tokenizer.token_bytes(int(tokens[index]))):
                 return index
         break
-    raise UserError("there is too little text to split; give more text or another --val_split")
+    raise UserError("there is too little text to split; give more text, or another --val_split to mmrec prepare")
 
 
 def _continues(spelled: bytes) -> bool:
