@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mmrec.checkpoints.state_file import FORMAT, SavedState, _tensors, load_memo
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.serve import state_store
+from mmrec.serve.logprobs import token_names
 from mmrec.tokenizers import BPETokenizer, ByteTokenizer, StreamDecoder, Tokenizer, pending_bytes
 
 TEXT = "春ö🎉\u0131はa"
@@ -61,6 +63,51 @@ def test_turns_joined_are_the_text_at_once(fluent: LoadedModel, memories: Path, 
         assert "".join(texts) == whole
         streamed = client.stream(prompt=TEXT, max_tokens=per_turn, temperature=0, save_memory="s")
         assert "".join(event["choices"][0]["text"] for event in streamed) == texts[0]
+
+
+@pytest.mark.parametrize("per_turn", [1, 4])
+def test_tokens_of_turns_joined_are_those_of_the_text_at_once(
+    fluent: LoadedModel, memories: Path, per_turn: int
+) -> None:
+    """Each has its log probability once, also those of a character that a turn ends inside of."""
+    asked = {"temperature": 0, "logprobs": 0}
+    with running(make_service(fluent, memories)) as client:
+        (whole,) = client.complete(prompt=TEXT, max_tokens=per_turn * TURNS, **asked)["choices"]
+        tokens: list[str] = []
+        for turn in range(TURNS):
+            on = {"memory": "m"} if turn else {"prompt": TEXT}
+            (choice,) = client.complete(**asked, **on, max_tokens=per_turn, save_memory="m")["choices"]
+            assert len(choice["logprobs"]["tokens"]) == per_turn
+            assert max(choice["logprobs"]["text_offset"]) <= len(choice["text"])
+            tokens += choice["logprobs"]["tokens"]
+        assert tokens == whole["logprobs"]["tokens"]
+        streamed = client.stream(prompt=TEXT, max_tokens=per_turn, save_memory="s", **asked)
+        parts = [event["choices"][0]["logprobs"]["tokens"] for event in streamed]
+        assert [token for part in parts for token in part] == tokens[:per_turn]
+
+
+def test_a_prompt_that_is_given_back_may_end_inside_a_character(fluent: LoadedModel, memories: Path) -> None:
+    tokenizer = fluent.tokenizer
+    tokens = tokenizer.encode(TEXT * 2).tolist()
+    names = token_names(tokenizer)
+    spelled = [names[token] for token in tokens]
+    asked = {"temperature": 0, "logprobs": 0, "echo": True}
+    with running(make_service(fluent, memories)) as client:
+        for cut in range(1, len(tokens) // 2):
+            more = len(tokens) - cut
+            (whole,) = client.complete(prompt=tokens[:cut], max_tokens=more, **asked)["choices"]
+            assert whole["text"] == TEXT * 2
+            assert whole["logprobs"]["tokens"] == spelled
+            # In two turns: the second is given no text, or the rest of the character as tokens.
+            (first,) = client.complete(prompt=tokens[:cut], max_tokens=0, save_memory="half", **asked)["choices"]
+            for given in ({}, {"prompt": tokens[cut : cut + 1]}):
+                rest = more - len(given.get("prompt", []))
+                (second,) = client.complete(memory="half", max_tokens=rest, **given, **asked)["choices"]
+                assert first["text"] + second["text"] == TEXT * 2
+                assert first["logprobs"]["tokens"] + second["logprobs"]["tokens"] == spelled
+        # As in every case, several choices share the prompt.
+        (_, again) = client.complete(prompt=tokens[:1], max_tokens=len(tokens) - 1, n=2, **asked)["choices"]
+        assert again["text"] == TEXT * 2
 
 
 def half_a_character(client: Client) -> str:
@@ -109,6 +156,21 @@ def test_a_stop_after_half_a_character(fluent: LoadedModel, memories: Path) -> N
         missing = len(following[0].encode()) - len(half.pending)
         assert stopped.pending == b""
         assert 1 <= stopped.position - half.position <= missing
+
+
+def test_a_stop_after_half_a_character_that_nothing_completed(fluent: LoadedModel, memories: Path) -> None:
+    """What was passed on for it, U+FFFD, is not completed by the next turn."""
+    (begin,), (following,) = fluent.tokenizer.encode("\u6625")[:1].tolist(), fluent.tokenizer.encode("a").tolist()
+    net = deepcopy(fluent.net)
+    with torch.no_grad():
+        net.head.weight[:, begin] = 0.0
+        net.head.weight[following, begin] = 1.0
+    service = make_service(LoadedModel(net, fluent.tokenizer, 0), memories)
+    with running(service) as client:
+        asked = {"prompt": [begin], "max_tokens": 5, "temperature": 0}
+        assert client.text(**asked).startswith("\ufffda")
+        assert client.text(**asked, stop="a", save_memory="stopped") == "\ufffd"
+    assert service.memories.load("stopped").pending == b""
 
 
 def test_a_memory_with_bytes_of_no_character_is_refused(fluent: LoadedModel, tmp_path: Path) -> None:

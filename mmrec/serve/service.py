@@ -20,7 +20,7 @@ from mmrec.inference.metrics import TextMetrics
 from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import Sampler, SamplingOptions
 from mmrec.serve.limits import Limits
-from mmrec.serve.logprobs import Logprobs, TokenLogprob, token_logprobs, token_names
+from mmrec.serve.logprobs import Logprobs, Places, TokenLogprob, token_logprobs, token_names
 from mmrec.serve.protocol import ApiError, CompletionRequest, ReadRequest, ScoreRequest
 from mmrec.serve.state_store import StateStore
 from mmrec.serve.transcript import Transcript
@@ -57,6 +57,14 @@ Event = Started | TextChunk | Finished
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt that is given back: its whole characters, in pieces, and the tokens of one that it ends inside of."""
+
+    pieces: Sequence[tuple[str, Logprobs | None]] = ()
+    unfinished: Places = ()
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A token of each of some texts, for the batch to read; the logits of the next ones [B, N] are the answer."""
 
@@ -67,8 +75,6 @@ class Tokens:
 Completing = Generator[Event | Tokens | None, Tensor | None, None]
 """The work of a completion: what it asks for is sent to it."""
 Reading = Generator[Tokens | None, Tensor | None, Tensor]
-Echo = list[tuple[str, Logprobs | None]]
-"""A prompt that is given back, in pieces."""
 
 
 class Service:
@@ -127,27 +133,31 @@ class Service:
     ) -> Generator[None, Any, tuple[SavedState, Echo]]:
         """Read a prompt; return the memory after it, and, where it is to be given back, that in pieces."""
         if not request.echo:
-            return (yield from self._read_on(prompt, memory)), []
-        transcript, reached = Transcript(self._tokenizer, []), memory
-        echo = []
+            return (yield from self._read_on(prompt, memory)), Echo()
+        transcript, reached = Transcript(self._tokenizer, [], pending=self._continued(memory.pending, prompt)), memory
+        pieces = []
         for part in Reader(self._net, memory).read(prompt):
             found = self._rows(request, part.logits, part.tokens)
             if reached.position == 0 and found[0] is not None:
                 found[0] = TokenLogprob(found[0].token, None, {})  # nothing could predict it
-            text = "".join(map(transcript.push, part.tokens.tolist(), found))
-            echo.append((text, self._logprobs(request, transcript)))
+            if text := "".join(map(transcript.push, part.tokens.tolist(), found)):
+                pieces.append((text, self._logprobs(request, transcript)))
             reached = part.memory
             yield None
-        echo.append((transcript.end(), self._logprobs(request, transcript)))
-        return self._with_pending(reached, memory, prompt), [(text, logprobs) for text, logprobs in echo if text]
+        return self._with_pending(reached, memory, prompt), Echo(pieces, transcript.held())
+
+    def _continued(self, pending: bytes, prompt: np.ndarray) -> bytes:
+        """Return ``pending``, of a memory, where ``prompt`` goes on with that character; a text begins one anew."""
+        if not len(prompt):
+            return pending
+        return pending if self._tokenizer.token_bytes(int(prompt[0]))[0] & 0xC0 == 0x80 else b""
 
     def _generate(
         self, request: CompletionRequest, index: int, seed: int, before: SavedState, echo: Echo
     ) -> Completing:
-        yield from (TextChunk(index, text, logprobs) for text, logprobs in echo)
-        # A prompt that is given back has ended its last character already.
-        pending = b"" if request.echo else before.pending
-        transcript = Transcript(self._tokenizer, request.stops, sum(len(text) for text, _ in echo), pending)
+        yield from (TextChunk(index, text, logprobs) for text, logprobs in echo.pieces)
+        begin = sum(len(text) for text, _ in echo.pieces)
+        transcript = Transcript(self._tokenizer, request.stops, begin, before.pending, echo.unfinished)
         tokens: list[int] = []
         passed_on = ""
         options = replace(self._sampling(request), seed=seed)
@@ -164,13 +174,16 @@ class Service:
             if transcript.stopped or len(tokens) == options.length:
                 break
             logits = yield from read_token(token)
-        if rest := transcript.end(keep_pending=request.save_memory is not None):
+        rest = transcript.end(keep_pending=request.save_memory is not None)
+        if rest or (transcript.held() and not transcript.stopped):
             yield TextChunk(index, rest, self._logprobs(request, transcript))
         saved = None
         if request.save_memory is not None:
             yield None
             # What was passed on is what is remembered: not the string that the text ended at.
-            kept = self._encode_after(pending, passed_on) if transcript.stopped else np.array(tokens, dtype=np.int64)
+            kept = np.array(tokens, dtype=np.int64)
+            if transcript.stopped:
+                kept = self._encode_after(before.pending, passed_on)
             saved = self.memories.save(request.save_memory, (yield from self._read_on(kept, before)))
         yield Finished(index, "stop" if transcript.stopped else "length", len(tokens), saved)
 
@@ -200,7 +213,7 @@ class Service:
             return self._tokenizer.encode(text)
         first = text[0].encode()
         if not first.startswith(pending):  # it was never completed: U+FFFD stands for it
-            return self._tokenizer.encode(text[1:])
+            return self._tokenizer.encode(text[1:] or text)  # which ends it
         byte_tokens = {self._tokenizer.token_bytes(token): token for token in range(self._tokenizer.vocab_size)}
         rest = [byte_tokens[bytes([byte])] for byte in first[len(pending) :]]
         return np.concatenate([np.array(rest, dtype=np.int64), self._tokenizer.encode(text[1:]).astype(np.int64)])

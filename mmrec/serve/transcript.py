@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from mmrec.serve.logprobs import TokenLogprob
+from mmrec.serve.logprobs import Places, TokenLogprob
 from mmrec.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -47,12 +47,21 @@ class Transcript:
         stops: strings before which the text ends.
         begin: characters that stand before the text.
         pending: bytes of a character that had begun before the first token.
+        unfinished: rows of tokens of that character which nobody was given yet.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], begin: int = 0, pending: bytes = b"") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: list[str],
+        begin: int = 0,
+        pending: bytes = b"",
+        unfinished: Places = (),
+    ) -> None:
         self._tokenizer, self._decoder, self._stops = tokenizer, StreamDecoder(tokenizer, pending), StopFinder(stops)
         self._decoded = self._passed = begin
-        self._held: deque[tuple[int, TokenLogprob]] = deque()
+        self._held = deque(unfinished)
+        self._keeps_pending = False
 
     @property
     def stopped(self) -> bool:
@@ -74,15 +83,23 @@ class Transcript:
         """
         if self.stopped:
             return ""
+        self._keeps_pending = keep_pending
         rest = "" if keep_pending else self._stops.push(self._decoder.flush())
         return self._pass(rest + self._stops.flush())
 
     def rows(self) -> list[tuple[int, TokenLogprob]]:
-        """Return what is new: the rows whose tokens begin in what was passed on, and where each begins."""
+        """Return what is new: the rows whose tokens begin in what was passed on, and where each begins.
+
+        At the end, those of a character that was kept back are new, too: the text that completes it has none of them.
+        """
         new = []
-        while self._held and self._held[0][0] < self._passed:
+        while self._held and (self._held[0][0] < self._passed or self._keeps_pending):
             new.append(self._held.popleft())
         return new
+
+    def held(self) -> Places:
+        """Return the rows of a character that has begun, which were not given yet."""
+        return tuple(self._held)
 
     def _follows_half_a_character(self, token: int) -> bool:
         """Whether what stood before was no character after all: it will be a U+FFFD before ``token``."""
