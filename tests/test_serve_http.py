@@ -115,6 +115,7 @@ def test_the_host_option_is_a_host() -> None:
     assert ServeOptions(host="my-machine").access(loopback=True).has_host("my-machine")
     assert ServeOptions(host="127.0.0.2").access(loopback=True).has_host("127.0.0.2")
     assert not ServeOptions().access(loopback=True).has_host("my-machine")
+    assert ServeOptions(host="B\u00fccher.local").access(loopback=True).has_host("xn--bcher-kva.local")
 
 
 def test_allowed_origins_are_answered_as_browsers_need_it(small_model: LoadedModel, memories: Path) -> None:
@@ -137,9 +138,17 @@ def test_allowed_origins_are_answered_as_browsers_need_it(small_model: LoadedMod
         ({"hosts": ("example.org:80",)}, "--allowed_hosts: 'example.org:80'"),
         ({"hosts": ("https://example.org",)}, "--allowed_hosts"),
         ({"hosts": ("",)}, "--allowed_hosts"),
+        ({"hosts": ("*",)}, r"--allowed_hosts: '\*' is not a name"),
+        ({"hosts": ("*.example.org",)}, "--allowed_hosts"),
+        ({"hosts": (".example.org",)}, "--allowed_hosts"),
+        ({"hosts": ("b\u00fccher.example",)}, "; browsers send xn--bcher-kva.example"),
         ({"allowed_origins": ("example.org",)}, "--allowed_origins: 'example.org'"),
         ({"allowed_origins": ("*",)}, "--allowed_origins"),
         ({"allowed_origins": ("https://example.org/page",)}, "--allowed_origins"),
+        ({"allowed_origins": ("https://*.example.org",)}, "--allowed_origins"),
+        ({"allowed_origins": ("https://Example.org",)}, "is sent by browsers as https://example.org; give that"),
+        ({"allowed_origins": ("https://example.org:443",)}, "is sent by browsers as https://example.org; give that"),
+        ({"allowed_origins": ("http://b\u00fccher.example:8080",)}, "as http://xn--bcher-kva.example:8080;"),
     ],
 )
 def test_what_is_no_host_or_origin_is_refused(options: dict[str, Any], says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mmrec.core.errors import UserError
 from mmrec.serve.protocol import ApiError
+
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
+"""Of a host, as browsers send it."""
+ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[\w-]+(\.[\w-]+)*|\[[0-9a-f:.]+\])(?P<port>:[0-9]+)?")
+
+
+def as_sent(host: str) -> str:
+    """Return the name of a host as browsers send it: in lower case, letters beyond ASCII by IDNA (RFC 3490)."""
+    try:
+        return host.encode("idna").decode("ascii").lower()
+    except UnicodeError:  # no name: it is refused
+        return host
 
 
 @dataclass(frozen=True)
@@ -39,12 +52,18 @@ class Access:
 
     def __post_init__(self) -> None:
         for host in self.hosts:
-            if not host or _host_and_port(f"//{host}") != (host.lower(), None):
-                raise UserError(f"--allowed_hosts: {host!r} is not a name without a port, as example.org")
+            if not NAME.fullmatch(host):
+                sent = as_sent(host)
+                hint = f"; browsers send {sent}" if NAME.fullmatch(sent) else ""
+                raise UserError(f"--allowed_hosts: {host!r} is not a name without a port, as example.org{hint}")
         for origin in self.allowed_origins:
-            scheme, _, rest = origin.partition("://")
-            if scheme not in ("http", "https") or _host_and_port(origin)[0] is None or "/" in rest:
+            found = ORIGIN.fullmatch(origin)
+            if found is None:
                 raise UserError(f"--allowed_origins: {origin!r} is not an origin, as https://example.org")
+            sent = f"{found['scheme']}://{as_sent(found['host'])}{found['port'] or ''}"
+            sent = sent.removesuffix({"http": ":80", "https": ":443"}[found["scheme"]])
+            if sent != origin:  # it would be compared with what browsers send, and never be the same
+                raise UserError(f"--allowed_origins: {origin!r} is sent by browsers as {sent}; give that")
 
     def has_host(self, name: str | None) -> bool:
         """Return whether ``name`` is one of the server's."""

@@ -19,7 +19,7 @@ from mmrec.checkpoints.runs import CHECKPOINTS, CheckpointOptions
 from mmrec.core.errors import UserError
 from mmrec.core.threads import use_threads
 from mmrec.serve.app import create_app
-from mmrec.serve.authentication import Access
+from mmrec.serve.authentication import Access, as_sent
 from mmrec.serve.connections import bounded_protocol
 from mmrec.serve.limits import DEFAULT, Limits
 from mmrec.serve.service import Service
@@ -106,7 +106,7 @@ class ServeOptions:
 
     def access(self, loopback: bool) -> Access:
         """Return who may send requests; UserError where a key is needed and not given, or a name is none."""
-        named = [] if _is_address(self.host) else [self.host]
+        named = [] if _is_address(self.host) else [as_sent(self.host)]
         return Access(find_key(loopback), loopback, (*named, *self.allowed_hosts), tuple(self.allowed_origins))
 
 
