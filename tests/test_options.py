@@ -213,6 +213,7 @@ def test_numbers_of_more_than_64_bits_are_refused(
     commands = [
         ["generate", "--seed", big],
         ["generate", "--length", f"-{big}"],
+        ["generate", "--seed", f"-{2**63 + 1}"],
         ["serve", "--port", big],
         ["prepare", "sample", "--vocab_size", big],
         ["bench", "--threads", big],
@@ -224,4 +225,9 @@ def test_numbers_of_more_than_64_bits_are_refused(
     ]
     for command in commands:
         assert mmrec(*command) == 2, command
-        assert "whole number of 64 bits" in capsys.readouterr().err, command
+        said = capsys.readouterr().err
+        assert "; it must be a whole number of 64 bits" in said, command
+        assert "number of 64 bits;" not in said
+    for seed in (-1, 2**32):
+        assert mmrec(*fit(prepared, f"--seed_everything={seed}")) == 2
+        assert f"--seed_everything is {seed}; it must be from 0 to 4294967295" in capsys.readouterr().err

@@ -148,7 +148,8 @@ class Parser(_TextOptions, ArgumentParser):
         self._refuse_null(values)
         for name, value in _numbers(values.as_dict(), ""):
             if not -(2**63) <= value < 2**64:
-                self.error(f"--{name} is a number of {value.bit_length()} bits; it must be a whole number of 64 bits")
+                bits = value.bit_length() + (value < 0)  # with its sign
+                self.error(f"--{name} is a number of {bits} bits; it must be a whole number of 64 bits")
         return values
 
     def _refuse_null(self, values: Namespace) -> None:

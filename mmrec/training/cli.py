@@ -46,6 +46,7 @@ from mmrec.training.compat import (
 from mmrec.training.cores import check_processes, choose_processes
 from mmrec.training.datamodule import Evaluation, TextDataModule
 from mmrec.training.module import RecurrentLMModule
+from mmrec.training.options import check_seed
 from mmrec.training.predictions import write_predictions
 from mmrec.training.run_plan import OPTIONS, RunPlan, RunRequest, plan_run, read_request
 from mmrec.training.slurm import current_job
@@ -180,6 +181,7 @@ class TrainingCLI(SubcommandCLI):
         """Parse ``args`` and not ``sys.argv``, which holds what Lightning starts other processes with."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        check_seed(self.config[self.config.subcommand].seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Make the config that of the plan."""

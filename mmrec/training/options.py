@@ -21,6 +21,12 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, clo
     raise UserError(f"{name} is {value}; it must be at least {low:g}{upper}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError where ``seed`` is none of NumPy's generator, which is seeded with torch's."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
+
+
 def report_changes(prefix: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Say which options of a resumed run are others than in its checkpoint.
 
