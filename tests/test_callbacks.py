@@ -58,26 +58,30 @@ def test_a_run_ends_at_min_epochs_where_patience_is_exhausted_then(
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "score", "says"),
     [
-        ([], "val/loss is not finite"),
-        (["--early_stopping.stopping_threshold=3"], "val/loss is below early_stopping.stopping_threshold 3"),
-        (["--early_stopping.divergence_threshold=0.5"], "val/loss is above early_stopping.divergence_threshold 0.5"),
+        ([], math.inf, "val/loss is not finite"),
+        ([], math.nan, "val/loss is not finite"),
+        (["--early_stopping.stopping_threshold=3"], 1.0, "val/loss is below early_stopping.stopping_threshold 3"),
+        (["--early_stopping.divergence_threshold=0.5"], 1.0, "val/loss is above early_stopping.divergence_threshold"),
     ],
-    ids=["infinite", "low enough", "diverged"],
+    ids=["infinite", "no number", "low enough", "diverged"],
 )
 def test_the_terminal_says_why_a_run_ended_early(
     options: list[str],
+    score: float,
     says: str,
     mmrec: Command,
     prepared: Path,
     scores: Scores,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    scores(1.0 if options else math.inf)
+    scores(score)
     assert mmrec(*fit(prepared, SHORT, *options, "--trainer.max_epochs=2", "--run=a")) == 0
     assert caplog.text.count(f"Early stopping: {says}") == 1
     assert (checkpoints("a") / "best.ckpt").exists() == bool(options)
+    how = "stopped early, as its options say" if options else "stopped early: the validation loss was not finite"
+    assert how in Path("lightning_logs/a/history.jsonl").read_text().splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_is_never_the_best(mmrec: Command, prepared: Path, scores: Scores) -> None:

@@ -76,7 +76,7 @@ def test_a_run_that_was_never_validated_is_read_from_its_last_checkpoint(
 ) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--run=a")) == 0
     assert mmrec("generate", "--length=1") == 2
-    assert "no validation has been reached yet, or --best.save_top_k is 0: take last" in capsys.readouterr().err
+    assert "no validation had a finite loss yet, or --best.save_top_k is 0: take last" in capsys.readouterr().err
     assert mmrec("generate", "--length=1", "--ckpt=last") == 0
 
 

@@ -98,7 +98,7 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
         if which == LAST and not path.exists() and (folder / f"{PREVIOUS}.ckpt").exists():
             return folder / f"{PREVIOUS}.ckpt"
         if not path.exists():
-            why = "; no validation has been reached yet, or --best.save_top_k is 0: take last"
+            why = "; no validation had a finite loss yet, or --best.save_top_k is 0: take last"
             hint = why if which == BEST else ""
             raise UserError(f"no {which}.ckpt in {folder}{hint}")
         return path

@@ -59,6 +59,8 @@ class RunLog(Callback):
         reasons = [callback.stopping_reason for callback in trainer.early_stopping_callbacks]
         if whole:
             how = "reached its end"
+        elif EarlyStoppingReason.NON_FINITE_METRIC in reasons:
+            how = "stopped early: the validation loss was not finite"
         elif EarlyStoppingReason.PATIENCE_EXHAUSTED in reasons:
             how = "stopped early: the validation loss no longer fell"
         else:
