@@ -138,6 +138,29 @@ def test_the_page_writes_what_the_server_writes_for_others(sheet: Sheet) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", ["/lm", "/lm/", "/a/lm?x=1"])
+def test_the_page_works_below_a_path(chromium: Any, small_model: LoadedModel, memories: Path, path: str) -> None:
+    """A proxy has it at ``path``, with or without a slash at the end, and something else at the root."""
+    prefix = path.partition("?")[0].rstrip("/")
+
+    def pass_on(route: Any) -> None:
+        address = route.request.url
+        if prefix in address:
+            route.continue_(url=address.replace(prefix, "", 1))
+        else:
+            route.fulfill(status=404, body="something else")
+
+    with running(make_service(small_model, memories)) as client:
+        page = chromium.new_page()
+        page.route("**/*", pass_on)
+        page.goto(f"http://localhost:{client.port}{path}")
+        until(page, "document.getElementById('model').textContent === 'a'")
+        page.fill("#prompt", "to be")
+        until(page, "document.querySelectorAll('#sheet span').length === 5")
+        page.close()
+
+
+@pytest.mark.slow
 def test_a_memory_is_kept_and_found_again_after_a_reload(sheet: Sheet, memories: Path, tmp_path: Path) -> None:
     page = sheet.page
     sheet.write("to be or not", tokens=40, seed=1)
