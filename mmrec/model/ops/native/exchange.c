@@ -1,9 +1,9 @@
 /* Means and copies over the processes of one machine, and a relay between them, through memory that they share.
 
    Each process has a line of `lines`: how many exchanges it has begun, the sizes of the last two, and the system's
-   numbers of it and of its parent. It writes what it gives to its slot, counts, waits until all others have counted as far, and reads all
-   slots in their order, so that all get the same bits. There are two sets of slots in turn: a process that writes to
-   one again knows that all have read it, since they have counted the exchange between. */
+   numbers of it and of its parent. It writes what it gives to its slot, counts, waits until all others have counted as
+   far, and reads all slots in their order, so that all get the same bits. There are two sets of slots in turn: a process
+   that writes to one again knows that all have read it, since they have counted the exchange between. */
 
 #define _GNU_SOURCE
 #include "kernels.h"
