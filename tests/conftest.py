@@ -185,3 +185,12 @@ def client(small_model: LoadedModel, memories: Path) -> Iterator[Client]:
 
     with running(make_service(small_model, memories)) as client:
         yield client
+
+
+@pytest.fixture
+def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial of the machine by mmrec train gives two models without being made; it has tests of its own."""
+    from mmrec.planning import command
+    from mmrec.planning.plan import SHAPES, Rate
+
+    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 10.0)])

@@ -84,7 +84,19 @@ def test_sample_is_always_there() -> None:
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.text"
     path.write_bytes(b"caf\xe9")
-    assert texts("file", Options(input_file=path, encoding="latin-1")) == {"mine.text": "café"}
+    assert texts("file", Options(files=[path], encoding="latin-1")) == {"mine.text": "café"}
+
+
+def test_several_files(tmp_path: Path) -> None:
+    """In the order in which they are named; empty ones are left out, unless all are."""
+    paths = [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "blank.txt"]
+    for path, content in zip(paths, ("B", "A", " \n"), strict=True):
+        path.write_text(content)
+    corpus = get_corpus("file", Options(files=paths))
+    assert [document.text for document in corpus.documents()] == ["B", "A"]
+    assert corpus.skipped == [(str(paths[2]), "empty")]
+    with pytest.raises(UserError, match="all empty"):
+        texts("file", Options(files=paths[2:] * 2))
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import re
 import shlex
 import signal
@@ -28,15 +27,8 @@ from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
 
+pytestmark = pytest.mark.usefixtures("quick_trial")
 SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-
-
-@pytest.fixture(autouse=True)
-def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial of the machine gives two models without being made; it has tests of its own."""
-    from mmrec.planning import command
-
-    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 10.0)])
 
 
 @pytest.fixture
@@ -229,30 +221,6 @@ def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
     assert all(whole["state_dict"][name].equal(stopped["state_dict"][name]) for name in whole["state_dict"])
 
 
-def test_a_folder_of_texts_is_trained_on_as_a_whole(mmrec: Command, tmp_path: Path, text: str) -> None:
-    folder = tmp_path / "letters"
-    folder.mkdir()
-    for number in range(4):
-        (folder / f"{number}.txt").write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
-    assert mmrec("train", folder, *SMALL, "--trainer.max_steps=2") == 0
-    assert last("letters")["global_step"] == 2
-
-
-def test_odd_texts_are_trained_on(mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """2 kB, a line that is repeated, and 10,000 tiny files."""
-    Path("two.txt").write_text(text[:2000], encoding="utf-8")
-    Path("line.txt").write_text("All work and no play makes a dull model.\n" * 500, encoding="utf-8")
-    Path("notes").mkdir()
-    for number in range(10_000):
-        Path(f"notes/{number}.txt").write_text(f"note {number}\n", encoding="utf-8")
-    for name, run in (("two.txt", "two"), ("line.txt", "line"), ("notes", "notes")):
-        assert mmrec("train", name, *SMALL, "--trainer.max_steps=2") == 0
-        assert last(run)["global_step"] == 2
-        said = capsys.readouterr().out
-        assert "It writes:" in said
-        assert "nan" not in said
-
-
 @pytest.mark.parametrize(("rows", "processes"), [("1", "1"), ("6", "2"), ("8", "4")])
 def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, rows: str, processes: str
@@ -268,25 +236,6 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
     assert value_of(given[0], "--trainer.strategy") == ("cores" if processes != "1" else "auto")
     assert mmrec("train", novel, "--run=b", f"--data.batch_size={rows}", "--trainer.devices=3") == 0
     assert value_of(given[1], "--trainer.devices") == "3"  # what is said by hand wins
-
-
-def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    """Random bytes, nothing, and 5 GB in ten minutes."""
-    Path("random.txt").write_bytes(random.Random(0).randbytes(20_000))
-    Path("empty.txt").touch()
-    with open("big.txt", "wb") as file:
-        file.truncate(5 * 10**9)
-    refusals = {
-        "random.txt": "is binary",
-        "empty.txt": "is empty",
-        "big.txt": "33 minutes to be prepared; give --minutes 67 or more",
-    }
-    for name, word in refusals.items():
-        assert mmrec("train", name) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1
-        assert word in said[0]
-    assert not Path("data").exists()
 
 
 @pytest.mark.parametrize(

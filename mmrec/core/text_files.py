@@ -56,6 +56,16 @@ def files_below(
                 skip(path, "hidden" if name.startswith(".") else "no file")
 
 
+def is_blank(path: Path) -> bool:
+    """Whether a file has nothing but white space in it; UserError where it cannot be read."""
+    try:
+        size = path.stat().st_size
+        # White space alone is a matter of a few bytes; a longer file is left to read_text.
+        return size == 0 or (size < 1024 and not path.read_bytes().strip())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_text(path: Path, encoding: str = "utf-8") -> str:
     """Return the text of ``path`` with its line ends as they are; a byte order mark is left out.
 

@@ -20,7 +20,8 @@ class PrepareOptions:
         corpus: tiny_shakespeare, shakespeare_plays, sample, file or directory; openwebtext, wikipedia, c4 or
             hf:OWNER/NAME; or the first of your own files and folders. May be left out where --input_file or
             --input_dir is given.
-        paths: files and folders, local or s3://, gs://, https://; large corpora are downloaded if left out.
+        paths: files and folders, local or s3://, gs://, https://; large corpora are downloaded if left out. For the
+            corpus "file": text files, which are held in memory together.
         output_dir: folder to write; data/CORPUS if left out. It must be new, empty, or hold this very corpus.
         input_file: your own text, for the corpus "file".
         input_dir: folder of your own texts, searched with its subfolders, for the corpus "directory".

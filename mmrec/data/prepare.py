@@ -55,7 +55,7 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
     """Prepare a corpus in memory; ``earlier`` is the manifest of the token folder that is to be replaced."""
     corpus = get_corpus(
         source.corpus or "",
-        Options(source.input_file, source.input_dir, options.encoding, options.glob, options.mirror),
+        Options([*map(Path, source.paths)], source.input_dir, options.encoding, options.glob, options.mirror),
     )
     documents = list(corpus.documents())
     sources = Provenance()

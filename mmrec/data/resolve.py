@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from mmrec.core.urls import is_url
 from mmrec.data.corpora import CORPORA
 from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
+from mmrec.data.pipeline.formats import COMPRESSIONS, reader_of
 from mmrec.data.store import written_by_prepare
 
 SMALL_BYTES = 10**9
-"""A single text file below this size is held in memory as a whole."""
+"""Text files that are smaller together are held in memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class ResolvedSource:
 
     Attributes:
         corpus: name of the corpus; None where only files and folders are named.
-        paths: the files and folders of a large corpus; none where it is to be downloaded.
-        input_file: of the corpus "file".
+        paths: the files of the corpus "file", or the files and folders of a large one; none where it is to be
+            downloaded.
         input_dir: of the corpus "directory".
         output_dir: the token folder.
         is_large: whether it is read shard by shard, instead of held in memory.
@@ -31,7 +33,6 @@ class ResolvedSource:
 
     corpus: str | None
     paths: tuple[str, ...]
-    input_file: Path | None
     input_dir: Path | None
     output_dir: Path
     is_large: bool
@@ -52,19 +53,20 @@ def resolve_source(options: PrepareOptions) -> ResolvedSource:
     if implied is None and name is not None and name not in CORPORA:
         is_named = name in LARGE_CORPORA or name.startswith(HUB)
         name, paths = (name, paths) if is_named else (None, (_existing(name), *paths))
-        if name is None and len(paths) == 1 and _is_small_text(paths[0]):
-            path = Path(paths[0])
-            return _small(options, ResolvedSource("file", (), path, None, Path("data", path.stem), False))
+        if name is None and len(paths) == 1 and are_small_texts(paths):
+            return _small(options, ResolvedSource("file", paths, None, Path("data", Path(paths[0]).stem), False))
         folder = Path("data") / _folder_name(name or paths[0])
-        return _large(options, ResolvedSource(name, paths, None, None, folder, True))
+        return _large(options, ResolvedSource(name, paths, None, folder, True))
     if name is None and implied is None:
         raise UserError("name a corpus, for example tiny_shakespeare, or give --input_file or --input_dir")
     if implied is not None and name not in (None, implied):
         raise UserError(f"--input_{'file' if implied == 'file' else 'dir'} is not for the corpus {name!r}")
-    if paths:
-        raise UserError(f"{paths[0]}: the corpus {name or implied!r} takes no files of yours")
     name = name or implied or ""
-    return _small(options, ResolvedSource(name, (), options.input_file, options.input_dir, Path("data", name), False))
+    if paths and name != "file":
+        raise UserError(f"{paths[0]}: the corpus {name!r} takes no files of yours")
+    if options.input_file is not None:
+        paths = (str(options.input_file), *paths)
+    return _small(options, ResolvedSource(name, paths, options.input_dir, Path("data", name), False))
 
 
 def _refuse_token_folder(source: str | Path | None) -> None:
@@ -83,7 +85,7 @@ def _small(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
     known = {"encoding": ("file", "directory"), "glob": ("directory",)}
     for option in options.changed("encoding", "glob"):
         if source.corpus not in known[option]:
-            kinds = "your own texts" if option == "encoding" else "--input_dir"
+            kinds = "your own texts" if option == "encoding" else "a folder"
             raise UserError(f"--{option} is for {kinds}, not for {source.corpus!r}")
     return _written_to(options, source)
 
@@ -93,7 +95,7 @@ def _large(options: PrepareOptions, source: ResolvedSource) -> ResolvedSource:
     if options.verify:
         return _written_to(options, source)
     if options.glob is not None:
-        raise UserError("--glob is for --input_dir; name the files that count")
+        raise UserError("--glob is for a folder of texts that are held in memory; name the files that count")
     if options.changed("encoding") and source.corpus is not None:
         raise UserError(f"--encoding is for your own texts, not for {source.corpus!r}")
     if options.mirror is not None:
@@ -117,10 +119,15 @@ def _existing(path: str) -> str:
     )
 
 
-def _is_small_text(path: str) -> bool:
-    """Whether a path is a text file that is held in memory as a whole."""
-    file = Path(path)
-    return file.is_file() and file.suffix.lower() in ("", ".txt", ".md") and file.stat().st_size < SMALL_BYTES
+def are_small_texts(paths: Sequence[str]) -> bool:
+    """Whether all paths are text files, which are held in memory as a whole."""
+    return all(map(_is_text, paths)) and sum(Path(path).stat().st_size for path in paths) < SMALL_BYTES
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path is a file that is neither packed nor of a format of its own: a text, as it was named."""
+    is_packed = Path(path).suffix.lower().removeprefix(".") in COMPRESSIONS
+    return Path(path).is_file() and not is_packed and reader_of(path) in ("text", None)
 
 
 def _folder_name(path: str) -> str:

@@ -68,6 +68,7 @@ def train(args: Sequence[str]) -> None:
         options.tokenizer,
         options.minutes_or_default,
         options.encoding,
+        options.glob,
         lambda path: _record_of(options, path) is not None,
     )
     begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]

@@ -29,6 +29,8 @@ class TrainOptions:
         run: name of the run; that of the text if left out.
         tokenizer: characters, bytes or bpe, or the path of an existing one; chosen by the text if left out.
         encoding: of your own files.
+        glob: names of the files that count in a folder, with wildcards; those of text files (.txt, .md, ...) if left
+            out.
         on: cpu, gpu, or auto for a GPU where there is one; auto if left out, or what the run was begun on.
     """
 
@@ -38,6 +40,7 @@ class TrainOptions:
     run: str | None = None
     tokenizer: str | None = None
     encoding: str = "utf-8"
+    glob: str | None = None
     on: Literal["auto", "cpu", "gpu"] | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from mmrec.data.corpora import CORPORA, get_corpus
 from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
-from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, resolve_source
+from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, are_small_texts, resolve_source
 from mmrec.data.store import FolderTakenError, TokenFolder, read_manifest, written_by_prepare
 from mmrec.planning.plan import LARGEST_ALPHABET
 from mmrec.tokenizers import TOKENIZERS
@@ -39,6 +39,7 @@ def prepare_texts(
     tokenizer: str | None,
     minutes: float | None = None,
     encoding: str = "utf-8",
+    glob: str | None = None,
     is_begun: Callable[[Path], bool] = lambda _: False,
 ) -> list[TokenFolder]:
     """Prepare what ``texts`` name, by ``tokenizer`` or by those that may suit it, and return the token folders.
@@ -48,24 +49,25 @@ def prepare_texts(
         tokenizer: a kind of tokenizer or the path of one; None for those that may suit the text.
         minutes: of all that is done; None for no limit.
         encoding: of your own files.
+        glob: names of the files that count in a folder; those of text files if None.
         is_begun: whether a training has begun on the token folder of that path: then it is the only one.
 
     Raises:
         UserError: they name nothing that can be read, or so much that the time would be over; or the folder that
             ``mmrec prepare`` would take holds something else.
     """
-    options = _options(texts, encoding)
+    options = _options(texts, encoding, glob)
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
     if tokenizer is None:
-        wanted = _suitable(source, texts[0] in CORPORA, encoding, is_begun)
+        wanted = _suitable(source, texts[0] in CORPORA, options, is_begun)
     else:
         before, vocabulary = _asked_before(source.output_dir), None
         if before is not None and tokenizer == before[0]:
             vocabulary = before[1]
         elif tokenizer == "bpe":
-            vocabulary = choose_tokenizers(source, encoding)[-1][1] or VOCABULARY
+            vocabulary = choose_tokenizers(source, encoding, glob)[-1][1] or VOCABULARY
         wanted = [(source.output_dir, tokenizer, vocabulary)]
     return [
         _prepared(replace(options, output_dir=folder, tokenizer=name, vocab_size=size))
@@ -84,7 +86,7 @@ def _prepared(options: PrepareOptions) -> TokenFolder:
 
 
 def _suitable(
-    source: ResolvedSource, has_name: bool, encoding: str, is_begun: Callable[[Path], bool]
+    source: ResolvedSource, has_name: bool, options: PrepareOptions, is_begun: Callable[[Path], bool]
 ) -> list[tuple[Path, str, int | None]]:
     """Return the token folders that may suit a text, each with its tokenizer and the size of its vocabulary.
 
@@ -97,7 +99,7 @@ def _suitable(
         begun = [folder for folder in asked if is_begun(folder)][:1]
         chosen = begun or ([by_words] if has_name and by_words in asked else [*asked])
         return [(folder, *asked[folder]) for folder in chosen]
-    choices = choose_tokenizers(source, encoding)
+    choices = choose_tokenizers(source, options.encoding, options.glob)
     beside = has_name or len(choices) > 1
     return [(by_words if beside and name == "bpe" else plain, name, size) for name, size in choices]
 
@@ -121,16 +123,19 @@ def _local_size(path: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _options(texts: Sequence[str], encoding: str) -> PrepareOptions:
-    """Return the options of ``mmrec prepare`` that mean ``texts``: a small folder of texts is held in memory."""
+def _options(texts: Sequence[str], encoding: str, glob: str | None) -> PrepareOptions:
+    """Return the options of ``mmrec prepare`` that mean ``texts``: what is small is held in memory."""
     first, *rest = texts
     folder = Path(first)
+    if rest and are_small_texts(texts):
+        name = f"{folder.stem}-and-{len(rest)}-more"
+        return PrepareOptions("file", texts, output_dir=Path("data", name), encoding=encoding, glob=glob)
     if first in CORPORA or rest or not folder.is_dir():
-        return PrepareOptions(first, rest, encoding=encoding)
+        return PrepareOptions(first, rest, encoding=encoding, glob=glob)
     if _local_size(first) >= SMALL_BYTES:
-        return PrepareOptions(first, encoding=encoding)
+        return PrepareOptions(first, encoding=encoding, glob=glob)
     name = folder.resolve().name or "texts"
-    return PrepareOptions(input_dir=folder, output_dir=Path("data", name), encoding=encoding)
+    return PrepareOptions(input_dir=folder, output_dir=Path("data", name), encoding=encoding, glob=glob)
 
 
 def _asked_before(folder: Path) -> tuple[str, int | None] | None:
@@ -148,7 +153,9 @@ def _asked_before(folder: Path) -> tuple[str, int | None] | None:
     return name, manifest["tokenizer"]["vocab_size"] if name == "bpe" else None  # a large corpus has a digest
 
 
-def choose_tokenizers(source: ResolvedSource, encoding: str = "utf-8") -> list[tuple[str, int | None]]:
+def choose_tokenizers(
+    source: ResolvedSource, encoding: str = "utf-8", glob: str | None = None
+) -> list[tuple[str, int | None]]:
     """Return the tokenizers that may suit a text, each with the size of its vocabulary where that can be chosen.
 
     Byte-level BPE of a text of many words. Of a shorter one bytes where most characters are one, else characters, or
@@ -160,7 +167,7 @@ def choose_tokenizers(source: ResolvedSource, encoding: str = "utf-8") -> list[t
         return _by_size(sum(sizes) if known else SMALL_BYTES, "bytes")
     characters: set[str] = set()
     length = size = 0
-    corpus = get_corpus(source.corpus or "", Options(source.input_file, source.input_dir, encoding))
+    corpus = get_corpus(source.corpus or "", Options([*map(Path, source.paths)], source.input_dir, encoding, glob))
     for document in corpus.documents():
         characters |= {*document.text}
         length += len(document.text)

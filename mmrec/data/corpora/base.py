@@ -22,14 +22,14 @@ class Options:
     """What a user may say of where a corpus comes from; each corpus takes what concerns it.
 
     Args:
-        input_file: of the corpus "file".
+        files: of the corpus "file".
         input_dir: of the corpus "directory".
-        encoding: of the input files.
+        encoding: of your own files.
         glob: names of the files that count in ``input_dir``; every text file if None.
         mirror: folder or URL used instead of the internet; the variable MMREC_MIRROR if None.
     """
 
-    input_file: Path | None = None
+    files: Sequence[Path] = ()
     input_dir: Path | None = None
     encoding: str = "utf-8"
     glob: str | None = None

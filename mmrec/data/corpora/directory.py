@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mmrec.core.errors import UserError
-from mmrec.core.text_files import check_encoding, files_below, read_text
+from mmrec.core.text_files import check_encoding, files_below, is_blank, read_text
 from mmrec.data.corpora.base import Corpus, Document, Options
 from mmrec.data.pipeline.formats import FORMATS, reader_of
 from mmrec.data.provenance import skipped_line
@@ -62,18 +62,9 @@ class Directory(Corpus):
         if self.glob is None and path.suffix.lower().removeprefix(".") not in _suffixes():
             readable = reader_of(str(path)) is not None
             return "no text file, but read without --input_dir" if readable else "no format that is read"
-        return "empty" if _is_blank(path) else ""
+        return "empty" if is_blank(path) else ""
 
 
 def _suffixes() -> list[str]:
     """Return the ends of the names of text files."""
     return [suffix for suffix, reader in FORMATS.items() if reader == "text"]
-
-
-def _is_blank(path: Path) -> bool:
-    try:
-        size = path.stat().st_size
-        # White space alone is a matter of a few bytes; a longer file is left to read_text.
-        return size == 0 or (size < 1024 and not path.read_bytes().strip())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

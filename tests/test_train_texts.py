@@ -1,0 +1,105 @@
+"""mmrec train: what it takes for a text, and what it refuses."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from helpers import last
+
+from mmrec.data.store import read_manifest
+
+pytestmark = pytest.mark.usefixtures("quick_trial")
+SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.max_steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def plain_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is held in memory needs nothing of mmrec[prepare]."""
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+
+
+def test_several_files_are_trained_on_together(mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the shell gives them by *.txt, an empty one among them."""
+    for number in range(3):
+        Path(f"{number}.txt").write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
+    Path("3.txt").touch()
+    names = [f"{number}.txt" for number in range(4)]
+    assert mmrec("train", *names, *SMALL) == 0
+    assert "skipped     1 files (1 empty): 3.txt" in capsys.readouterr().out
+    manifest = read_manifest(Path("data/0-and-3-more"))
+    assert manifest is not None
+    assert manifest["corpus"]["documents"] == 3
+    assert mmrec("train", *names, "--minutes=10", *SMALL, "--plan") == 0  # goes on
+    assert "longer      " in capsys.readouterr().out
+    assert mmrec("train", "0.txt", *SMALL) == 0  # another text
+    assert last("0")["global_step"] == last("0-and-3-more")["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "code.PY", "notes.rst", "letter", ".diary"])
+def test_a_file_that_is_named_is_read_as_text(mmrec: Command, text: str, name: str) -> None:
+    Path(name).write_text(text[:6000], encoding="utf-8")
+    assert mmrec("train", name, "--run=it", *SMALL) == 0
+    assert last("it")["global_step"] == 2
+
+
+def test_a_glob_says_which_files_of_a_folder_count(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("source/inner").mkdir(parents=True)
+    for number, name in enumerate(("one.py", "inner/two.py", "read.me")):
+        Path("source", name).write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
+    assert mmrec("train", "source", *SMALL) == 2
+    assert "no text in files named *.txt" in capsys.readouterr().err
+    assert mmrec("train", "source", "--glob=*.py", *SMALL) == 0
+    manifest = read_manifest(Path("data/source"))
+    assert manifest is not None
+    assert manifest["corpus"]["documents"] == 2
+    assert mmrec("train", "source/one.py", "--glob=*.py", *SMALL) == 2
+    assert "--glob is for a folder" in capsys.readouterr().err
+
+
+def test_a_folder_of_texts_is_trained_on_as_a_whole(mmrec: Command, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
+    assert mmrec("train", folder, *SMALL) == 0
+    assert last("letters")["global_step"] == 2
+
+
+def test_odd_texts_are_trained_on(mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 kB, a line that is repeated, and 10,000 tiny files."""
+    Path("two.txt").write_text(text[:2000], encoding="utf-8")
+    Path("line.txt").write_text("All work and no play makes a dull model.\n" * 500, encoding="utf-8")
+    Path("notes").mkdir()
+    for number in range(10_000):
+        Path(f"notes/{number}.txt").write_text(f"note {number}\n", encoding="utf-8")
+    for name, run in (("two.txt", "two"), ("line.txt", "line"), ("notes", "notes")):
+        assert mmrec("train", name, *SMALL) == 0
+        assert last(run)["global_step"] == 2
+        said = capsys.readouterr().out
+        assert "It writes:" in said
+        assert "nan" not in said
+
+
+def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random bytes, nothing, and 5 GB in ten minutes."""
+    Path("random.txt").write_bytes(random.Random(0).randbytes(20_000))
+    Path("empty.txt").touch()
+    with open("big.txt", "wb") as file:
+        file.truncate(5 * 10**9)
+    refusals = {
+        "random.txt": "is binary",
+        "empty.txt": "is empty",
+        "big.txt": "33 minutes to be prepared; give --minutes 67 or more",
+    }
+    for name, word in refusals.items():
+        assert mmrec("train", name) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1
+        assert word in said[0]
+    assert not Path("data").exists()
