@@ -33,6 +33,8 @@ put_off_metrics()  # as every command does: Lightning is imported three seconds 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Google's client, wherever it is first imported, would ask Google about a bucket of the tests: for minutes.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+# Servers of the tests are here, also where the machine is behind a proxy.
+os.environ["no_proxy"] = ",".join(filter(None, ("127.0.0.1", "localhost", os.environ.get("no_proxy"))))
 
 
 def pytest_collection_finish() -> None:

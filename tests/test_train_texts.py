@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import random
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,52 @@ def test_a_file_that_is_named_is_read_as_text(mmrec: Command, text: str, name: s
     Path(name).write_text(text[:6000], encoding="utf-8")
     assert mmrec("train", name, "--run=it", *SMALL) == 0
     assert last("it")["global_step"] == 2
+
+
+@pytest.fixture
+def proxy(text: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a proxy was asked for, which alone knows the hosts, and sends 6,000 letters whatever is asked."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            content = text[:6000].encode()
+            self.send_response(404 if "missing" in self.path else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+        yield asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_text_of_a_url_is_fetched_once_through_the_proxy_of_the_environment(
+    mmrec: Command, proxy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", "http://books.invalid/1342.txt.utf-8", *SMALL) == 0
+    assert last("1342.txt")["global_step"] == 2
+    assert {*proxy} == {"http://books.invalid/1342.txt.utf-8"}
+    before = len(proxy)
+    assert mmrec("train", "http://books.invalid/1342.txt.utf-8", *SMALL) == 0  # goes on
+    assert len(proxy) == before
+    capsys.readouterr()
+    assert mmrec("train", "http://books.invalid/missing.txt", *SMALL) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "http://books.invalid/missing.txt: cannot be reached" in said[0]
 
 
 def test_a_glob_says_which_files_of_a_folder_count(

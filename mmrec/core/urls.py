@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 """Modules through which fsspec reaches object storage."""
+BY_PROXY = {"trust_env": True}
+"""Option of aiohttp's sessions: a proxy that the environment names is asked, which they do not by themselves."""
 PAUSES = (1, 2, 4, 8, 16, 30, 30, 30)
 """Seconds between the attempts of :func:`retry`."""
 
@@ -40,7 +42,11 @@ def filesystem(url: str) -> tuple[Any, str]:
     driver = DRIVERS.get(scheme)
     if driver is not None:
         optional_import(driver)
-    options = only_https() if scheme == "https" else _google() if driver == "gcsfs" else {}
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        options = only_https() if scheme == "https" else {"client_kwargs": dict(BY_PROXY)}
+    elif driver == "gcsfs":
+        options = _google()
     with translate_errors(url):
         fs, path = optional_import("fsspec.core").url_to_fs(url, **options)
     return fs, str(path)
@@ -90,8 +96,8 @@ def _google() -> dict[str, Any]:
     try:
         optional_import("google.auth").default()
     except optional_import("google.auth.exceptions").DefaultCredentialsError:
-        return {"token": "anon"}
-    return {}
+        return {"token": "anon", "session_kwargs": dict(BY_PROXY)}
+    return {"session_kwargs": dict(BY_PROXY)}
 
 
 def only_https() -> dict[str, Any]:
@@ -105,4 +111,4 @@ def only_https() -> dict[str, Any]:
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(check)
-    return {"client_kwargs": {"trace_configs": [trace]}}
+    return {"client_kwargs": {"trace_configs": [trace], **BY_PROXY}}

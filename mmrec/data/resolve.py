@@ -11,7 +11,7 @@ from mmrec.core.urls import is_url
 from mmrec.data.corpora import CORPORA
 from mmrec.data.corpora.large import HUB, LARGE_CORPORA
 from mmrec.data.options import PrepareOptions
-from mmrec.data.pipeline.formats import COMPRESSIONS, reader_of
+from mmrec.data.pipeline.formats import is_packed, reader_of
 from mmrec.data.store import written_by_prepare
 
 SMALL_BYTES = 10**9
@@ -126,8 +126,7 @@ def are_small_texts(paths: Sequence[str]) -> bool:
 
 def _is_text(path: str) -> bool:
     """Whether a path is a file that is neither packed nor of a format of its own: a text, as it was named."""
-    is_packed = Path(path).suffix.lower().removeprefix(".") in COMPRESSIONS
-    return Path(path).is_file() and not is_packed and reader_of(path) in ("text", None)
+    return Path(path).is_file() and not is_packed(path) and reader_of(path) in ("text", None)
 
 
 def _folder_name(path: str) -> str:

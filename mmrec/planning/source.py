@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mmrec.core.errors import UserError
+from mmrec.core.urls import is_url
 from mmrec.data.corpora import CORPORA, get_corpus
 from mmrec.data.corpora.base import Options
 from mmrec.data.options import PrepareOptions
+from mmrec.data.pipeline.download import download
+from mmrec.data.pipeline.formats import is_packed, reader_of
 from mmrec.data.prepare import prepare
 from mmrec.data.resolve import SMALL_BYTES, ResolvedSource, are_small_texts, resolve_source
 from mmrec.data.store import FolderTakenError, TokenFolder, read_manifest, written_by_prepare
@@ -56,6 +60,7 @@ def prepare_texts(
         UserError: they name nothing that can be read, or so much that the time would be over; or the folder that
             ``mmrec prepare`` would take holds something else.
     """
+    texts = [*map(_fetched, texts)]
     options = _options(texts, encoding, glob)
     source = resolve_source(options)
     if minutes is not None:
@@ -73,6 +78,17 @@ def prepare_texts(
         _prepared(replace(options, output_dir=folder, tokenizer=name, vocab_size=size))
         for folder, name, size in wanted
     ]
+
+
+def _fetched(text: str) -> str:
+    """Return ``text``, or its file where it is the URL of a plain text: that is fetched once, and kept."""
+    name = text.rpartition("/")[2]
+    is_plain = ".txt." in name or reader_of(name) == "text"
+    if not is_url(text) or not is_plain or is_packed(name):
+        return text
+    # Two URLs may end alike.
+    folder = Path("data", f"{name.partition('.')[0]}.download", hashlib.sha256(text.encode()).hexdigest()[:8])
+    return str(folder / name) if (folder / name).exists() else download([text], folder)[0]
 
 
 def _prepared(options: PrepareOptions) -> TokenFolder:

@@ -43,6 +43,11 @@ def reader_of(path: str) -> str | None:
     return FORMATS.get(parts[-1]) if parts else None
 
 
+def is_packed(path: str) -> bool:
+    """Whether a file is compressed, by its name."""
+    return path.rpartition(".")[2].lower() in COMPRESSIONS
+
+
 def is_hidden(path: str) -> bool:
     """Whether a file, or a folder that it is in, is hidden, or macOS keeps notes of its own there."""
     parts = path.split("/")
