@@ -245,6 +245,7 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
         (["--minutes=1e9"], "at most 525,600"),
         (["--data.data_dir=data/other"], "--data.data_dir is for mmrec fit"),
         (["--trainer.default_root_dir", "other"], "--trainer.default_root_dir is for mmrec fit"),
+        (["--trainer.fast_dev_run=2"], "--trainer.fast_dev_run is for mmrec fit"),
         (["--tokenizer=letters"], "characters, bytes, bpe"),
         (["--on=moon"], "moon"),
         pytest.param(
@@ -419,3 +420,19 @@ def test_a_text_in_another_encoding_trains_where_that_is_named(
     assert "--encoding: utf-16" in capsys.readouterr().err
     assert mmrec("train", "novel.txt", "--plan", "--encoding=utf-16") == 0
     assert "expected" in capsys.readouterr().out
+
+
+def test_a_project_that_was_moved_goes_on(
+    mmrec: Command, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    Path("novel.txt").write_text(text, encoding="utf-8")
+    assert mmrec("train", "novel.txt", *SMALL, "--trainer.max_steps=2") == 0
+    monkeypatch.chdir(project.rename(tmp_path / "moved"))
+    capsys.readouterr()
+    assert mmrec("train", "novel.txt", *SMALL, "--trainer.max_steps=4") == 0
+    assert "longer      " in capsys.readouterr().out
+    assert last("novel")["global_step"] == 4
+    assert not project.exists()

@@ -108,7 +108,7 @@ def _record_of(options: TrainOptions, folder: Path) -> Record | None:
     """
     where = _place(options, folder)
     record = read_record(where) if where.name in runs.runs(Path()) else None
-    return record if record is not None and Path(record.data_dir) == folder.resolve() else None
+    return record if record is not None and Path(record.data_dir).resolve() == folder.resolve() else None
 
 
 def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
@@ -119,7 +119,7 @@ def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
     record = read_record(where)
     if record is None:
         raise UserError(f"the run {where.name!r} was not begun by mmrec train; choose another --run")
-    if Path(record.data_dir) != folder.resolve():
+    if Path(record.data_dir).resolve() != folder.resolve():
         raise UserError(f"the run {where.name!r} was trained on {record.data_dir}; choose another --run")
     return record
 
@@ -155,7 +155,7 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[Token
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
     chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
-    data_dir = str(folder.folder.resolve())
+    data_dir = str(folder.folder)  # the project may be moved
     return folder, Record(
         data_dir, seconds / 60, plan.steps, chosen, plan.text.xz, plan.expected, asked=options.minutes_or_default
     )

@@ -9,8 +9,14 @@ from typing import Literal
 from mmrec.core.errors import UserError
 from mmrec.training.cli import SECTIONS
 
-DECIDED = ("--data.data_dir", "--data.corpus", "--trainer.default_root_dir")
-"""Options of ``mmrec fit`` that would train on another text than is scored, or where the run is not looked for."""
+HAS = "mmrec train has its text, and its runs in ./lightning_logs"
+REFUSED = {
+    "--data.data_dir": HAS,
+    "--data.corpus": HAS,
+    "--trainer.default_root_dir": HAS,
+    "--trainer.fast_dev_run": "it saves nothing that mmrec train could score",
+}
+"""Options of ``mmrec fit`` that would train on another text than is scored, or leave no run to score, and why not."""
 FORWARDED = tuple(f"--{section}." for section in SECTIONS)
 """Beginnings of the options of ``mmrec fit``, which win over the plan's."""
 
@@ -68,10 +74,9 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if awaits_value:
             forwarded.append(arg)
             awaits_value = False
-        elif arg.partition("=")[0] in DECIDED:
-            name = arg.partition("=")[0]
-            raise UserError(f"{name} is for mmrec fit; mmrec train has its text, and its runs in ./lightning_logs")
-        elif arg.startswith(FORWARDED) or arg.partition("=")[0] == "--seed_everything":
+        elif (name := arg.partition("=")[0]) in REFUSED:
+            raise UserError(f"{name} is for mmrec fit; {REFUSED[name]}")
+        elif arg.startswith(FORWARDED) or name == "--seed_everything":
             forwarded.append(arg)
             awaits_value = "=" not in arg
         else:

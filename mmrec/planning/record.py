@@ -18,7 +18,8 @@ class Record:
     """A training that was begun.
 
     Attributes:
-        data_dir: the token folder, an absolute path.
+        data_dir: the token folder, from where the command was typed; an absolute path in what was written before
+            0.2.0 was released.
         minutes: of training, with its validations.
         steps: updates that are planned in them; None where its earlier pace decides.
         options: of ``mmrec fit``, but for the text and the limit of time.
