@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,13 @@ def test_another_encoding_is_read_when_named(tmp_path: Path) -> None:
         (
             gzip.compress(b"text", mtime=0),
             "latin-1",
-            "is packed by gzip; unpack it, or give it to mmrec train or mmrec prepare",
+            "is packed by gzip; unpack it, or let its name end in .gz",
         ),
-        (bz2.compress(b"text"), "utf-8", "is packed by bzip2; unpack it, or"),
+        (bz2.compress(b"text"), "utf-8", "is packed by bzip2; unpack it, or let its name end in .bz2"),
         (lzma.compress(b"text"), "utf-8", "is packed by xz; unpack it, or"),
         (b"PK\3\4" + bytes(26), "utf-8", "is packed by zip; unpack it$"),
+        (b"%PDF-1.7\n1 0 obj\n", "utf-8", "is a PDF, not plain text; save it as plain text"),
+        (rb"{\rtf1\ansi text}", "utf-8", "is rich text, not plain text"),
         (b"one\ntwo\nd\xe9j\xe0 vu", "utf-8", r"byte 9 \(line 3\); .*cp1252 reads 'one two d\u00e9j\u00e0 vu'"),
         (b"text", "utf-9", "unknown encoding 'utf-9'; did you mean 'utf-8'"),
         (b"text", "hex", "unknown encoding"),
@@ -115,3 +118,22 @@ def test_ascii_is_not_read_as_letters_of_another_script(tmp_path: Path, encoding
 def test_what_is_binary_is_given_no_advice_that_cannot_fail(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(UserError, match=r"is binary, not text \(a zero byte at [\d,]+\), or damaged$"):
         read_text(write(tmp_path / "f", data))
+
+
+def test_what_is_packed_is_refused_by_what_its_name_says(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unpack it, or give it to mmrec train or mmrec prepare as it is"):
+        read_text(write(tmp_path / "f.txt.gz", gzip.compress(b"text")))
+    with pytest.raises(UserError, match=r"is a document \(docx\), not plain text"):
+        read_text(write(tmp_path / "f.docx", b"PK\3\4" + bytes(26)))
+
+
+@pytest.mark.parametrize("encoding", ["cp1254", "cp857"])
+def test_the_samples_of_two_encodings_differ(tmp_path: Path, encoding: str) -> None:
+    """Turkish begins with letters that Western European has, too, at the same places."""
+    text = "\u00c7ok g\u00fczel bir g\u00fcn, de\u011fil mi? \u015e\u00f6yle bir a\u011fa\u00e7 alt\u0131nda.\n" * 100
+    with pytest.raises(UserError) as caught:
+        read_text(write(tmp_path / "f", text.encode(encoding)))
+    samples = re.findall(r"(\S+) reads '([^']*)'", str(caught.value))
+    right = dict(samples)[encoding]
+    assert right in text
+    assert [name for name, sample in samples if sample == right] == [encoding]

@@ -20,6 +20,16 @@ PACKED = {
 }
 """How packed files begin, and by what."""
 AS_IT_IS = ", or give it to mmrec train or mmrec prepare as it is, without --input_file"
+ENDS = {"gzip": "gz", "bzip2": "bz2", "xz": "xz", "zstd": "zst"}
+"""How the names of packed files end that are read as they are."""
+DOCUMENTS = {
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "rich text",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a document of an office program",
+}
+"""How documents begin that are no plain text, and what they are."""
+PACKED_DOCUMENTS = ("docx", "odt", "epub", "pptx", "xlsx", "ods", "pages")
+"""How the names of documents end that are packed by zip."""
 
 
 def files_below(
@@ -102,8 +112,16 @@ def decode_text(data: bytes, path: Path, encoding: str) -> str:
     if not data:
         raise UserError(f"{path}: is empty")
     packer = next((name for begin, name in PACKED.items() if data.startswith(begin)), None)
+    suffix = path.suffix.lower().removeprefix(".")
+    document = next((name for begin, name in DOCUMENTS.items() if data.startswith(begin)), None)
+    if document is not None or (packer == "zip" and suffix in PACKED_DOCUMENTS):
+        what = document or f"a document ({suffix})"
+        raise UserError(f"{path}: is {what}, not plain text; save it as plain text in the program that shows it")
     if packer is not None:
-        raise UserError(f"{path}: is packed by {packer}; unpack it{AS_IT_IS if packer != 'zip' else ''}")
+        end = ENDS.get(packer)
+        # By the name it is told how a file is read.
+        advice = "" if end is None else AS_IT_IS if suffix == end else f", or let its name end in .{end}"
+        raise UserError(f"{path}: is packed by {packer}; unpack it{advice}")
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig") and b"\0" in data:
         where = data.index(b"\0")
         proposed = _proposed(data, where)
