@@ -21,6 +21,7 @@ from layouts import split_at_separator, texts, write_parquet
 from mmrec.core.errors import UserError
 from mmrec.core.urls import filesystem, only_https
 from mmrec.data.pipeline import download as module
+from mmrec.data.pipeline import sources
 from mmrec.data.pipeline.download import download
 from mmrec.data.store import open_tokens
 
@@ -192,8 +193,9 @@ def test_too_little_room_is_said_before(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_no_server(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be reached"):
-        download(["http://127.0.0.1:9/file.bin"], tmp_path)
+    with pytest.raises(UserError, match=r"cannot be reached: .*(Connect call failed|refused)"):
+        download(["http://127.0.0.1:9/file.bin"], tmp_path / "in")
+    assert not (tmp_path / "in").exists()
 
 
 HUB = """
@@ -274,3 +276,33 @@ def test_a_set_of_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     tokens = open_tokens(tmp_path / "data" / "n")
     assert sorted(split_at_separator(tokens, "train") + split_at_separator(tokens, "val")) == sorted(pieces)
+
+
+def test_no_file_is_made_of_two_versions(tmp_path: Path) -> None:
+    """The server has another by the time that the download goes on."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/bucket/c.bin", CONTENT)
+    (tmp_path / "c.bin.part").write_bytes(b"x" * 1000)
+    (tmp_path / "c.bin.part.version").write_text("size 5000")
+    download(["memory://bucket/c.bin"], tmp_path)
+    assert (tmp_path / "c.bin").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["c.bin"]
+
+
+def test_the_version_is_noted_while_a_file_is_not_whole(server: Server, tmp_path: Path) -> None:
+    server.most = 100
+    with pytest.raises(UserError, match="try again later"):
+        download([url(server)], tmp_path)
+    assert (tmp_path / "file.bin.part.version").read_text() == f"size {len(CONTENT)}"
+
+
+def test_an_empty_file_arrives(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/empty.bin", b"")
+    download(["memory://bucket/empty.bin"], tmp_path)
+    assert (tmp_path / "empty.bin").read_bytes() == b""
+
+
+def test_a_folder_of_a_web_server_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose file system gives whole URLs, unlike the others."""
+    monkeypatch.setattr(sources, "_remote", lambda path, ask: ["http://host/a.txt"])
+    assert sources._files_below("http://host/") == ["http://host/a.txt"]

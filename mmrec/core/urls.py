@@ -70,9 +70,16 @@ def translate_errors(url: str) -> Iterator[None]:
 
 
 def why(error: Exception) -> str:
-    """Return what an error of a file system says, in a line."""
+    """Return what an error of a file system says, in a line.
+
+    That of a web server's answer has no more in it than the URL; what it is for has the reason.
+    """
     if isinstance(error.__cause__, UserError):  # ours, in one that the file system made of it
         error = error.__cause__
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and str(error).startswith("http"):
+        status = getattr(cause, "status", None)
+        return f"the server answers {status} {getattr(cause, 'message', '')}".rstrip() if status else why(cause)
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -20,6 +20,8 @@ from mmrec.core.urls import filesystem, translate_errors, why
 BLOCK = 1 << 20
 ATTEMPTS = 5
 """Times that a file is tried without a single new byte, before it is given up."""
+VERSIONS = ("ETag", "Last-Modified", "LastModified", "etag", "updated", "blob_id")
+"""What the file systems of fsspec call the marks of a version: of web servers, object storage, Hugging Face."""
 PATIENCE = 1.0
 """Seconds before the second attempt; each later one waits twice as long."""
 
@@ -28,7 +30,8 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     """Fetch files that are not there yet, and return their local paths.
 
     A file arrives as NAME.part, which a later call goes on with from its last byte (from its first, where the server
-    sends nothing but the whole). It gets its name once its size, and its sha256, where the server tells it, is right.
+    sends nothing but the whole), unless the server has another file by then. It gets its name once its size, and its
+    sha256, where the server tells it, is right.
 
     Args:
         urls: of any file system that fsspec knows: https, hf, s3, gs.
@@ -38,18 +41,19 @@ def download(urls: Sequence[str], folder: Path, base: str = "") -> list[str]:
     Raises:
         UserError: a server cannot be reached or sends something else, or the disk has too little room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = []
     for url in urls:
         fs, name = filesystem(url)
         with translate_errors(url):
             info = fs.info(name)
         if info.get("size") is None:
+            folder.mkdir(parents=True, exist_ok=True)
             raise UserError(f"{url}: the server does not say how long the file is; fetch it by hand into {folder}")
         inside = url.removeprefix(base).lstrip("/") if base and url.startswith(base) else url.rpartition("/")[2]
         if ".." in inside.split("/"):
             raise UserError(f"{url}: a file outside of its folder is not fetched")
         wanted.append((url, fs, name, info, folder / inside))
+    folder.mkdir(parents=True, exist_ok=True)
     left = [item for item in wanted if not item[4].exists() or item[4].stat().st_size != item[3]["size"]]
     size = sum(info["size"] for _, _, _, info, _ in left)
     there = sum(part.stat().st_size for *_, path in left if (part := _part(path)).exists())
@@ -75,16 +79,26 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
+def _version(info: dict[str, Any]) -> str:
+    """Return what a server says by which one version of a file differs from another."""
+    return "\n".join(f"{name} {info[name]}" for name in ("size", *VERSIONS) if info.get(name) is not None)
+
+
 def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: tqdm[Any]) -> None:
     part, attempt = _part(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    noted, version = part.with_name(f"{part.name}.version"), _version(info)
+    if noted.exists() and noted.read_text(encoding="utf-8") != version:
+        part.unlink(missing_ok=True)
+    noted.write_text(version, encoding="utf-8")
+    part.touch()
     by_ranges = bool(info.get("partial", True))
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = part.stat().st_size
         if before == info["size"]:
             break
         if before > info["size"]:
-            part.unlink()
+            os.truncate(part, 0)
             continue
         done = before if by_ranges else 0
         bar.update(done - before)
@@ -119,10 +133,12 @@ def _fetch(url: str, fs: Any, name: str, info: dict[str, Any], path: Path, bar: 
         with open(part, "rb") as written:
             if hashlib.file_digest(written, "sha256").hexdigest() != expected:
                 part.unlink()
+                noted.unlink()
                 raise UserError(
                     f"{url}: what arrived has another sha256 than the server says; it was deleted, try again"
                 )
     os.replace(part, path)
+    noted.unlink()
 
 
 def _opened(fs: Any, name: str, info: dict[str, Any], by_ranges: bool) -> Any:

@@ -105,7 +105,7 @@ def _files_below(path: str, skipped: Provenance | None = None) -> list[str]:
     if is_url(path):
         scheme = path.partition("://")[0]
         found = _remote(path, lambda fs, inner: fs.find(inner))
-        return sorted(f"{scheme}://{name}" for name in found)
+        return sorted(name if is_url(name) else f"{scheme}://{name}" for name in found)
     noted = Provenance() if skipped is None else skipped
     found = files_below(path, lambda file, reason: noted.skip(str(file), reason), written_by_prepare)
     return sorted(map(str, found))
