@@ -150,6 +150,18 @@ def test_the_same_again_changes_nothing(source: Path, tmp_path: Path, capsys: py
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
+def test_the_same_text_by_another_path_changes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    source.rename(folder / "a.txt")
+    prepare(PrepareOptions(input_dir=folder, output_dir=tmp_path / "out"))
+    monkeypatch.chdir(folder)
+    prepare(PrepareOptions(input_dir=Path(), output_dir=tmp_path / "out"))
+    assert "already prepared" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", [{"val_split": 0.3}, {"tokenizer": "characters"}])
 def test_another_request_needs_force(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     out = tmp_path / "out"

@@ -104,13 +104,19 @@ def _verified(folder: Path) -> TokenFolder:
 
 
 def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:
-    """Whether a folder holds what is described; why its split was chosen makes no difference."""
+    """Whether a folder holds what is described.
+
+    Why its split was chosen, and what the texts are called, make no difference: a folder is called ``.``, too.
+    """
 
     def essence(manifest: dict[str, Any]) -> object:
         split = manifest.get("split")
         if isinstance(split, dict):
             split = {key: value for key, value in split.items() if key != "reason"}
-        return manifest.get("corpus"), manifest.get("request"), split
+        corpus = manifest.get("corpus")
+        if isinstance(corpus, dict):
+            corpus = {key: value for key, value in corpus.items() if key != "title"}
+        return corpus, manifest.get("request"), split
 
     return essence(earlier) == essence(description)
 
