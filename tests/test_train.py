@@ -99,6 +99,25 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, nov
     assert record()["finished"]
 
 
+def test_what_came_of_a_training_is_said_after_a_stop_while_it_was_worked_out(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.planning import command
+
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "report", stopped)
+        assert mmrec("train", novel, *SMALL, "--trainer.max_steps=4") == 130
+    capsys.readouterr()
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=4") == 0
+    said = capsys.readouterr().out
+    assert "resumed     " in said
+    assert "It writes:" in said
+    assert last("novel")["global_step"] == 4
+
+
 @pytest.mark.parametrize(("power", "run"), [(0.0, "novel-bpe"), (9.0, "novel")])
 def test_of_two_tokenizers_the_one_of_which_more_is_expected_is_trained_with(
     mmrec: Command,

@@ -83,7 +83,11 @@ def train(args: Sequence[str]) -> None:
         return
     record = replace(_fit(record, where, run, forwarded), finished=True)
     record.write(where)
-    print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
+    try:
+        print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
+    except KeyboardInterrupt:
+        replace(record, finished=False).write(where)  # the same line says what came of it, instead of training on
+        raise
 
 
 def _deadline(options: TrainOptions) -> float:
