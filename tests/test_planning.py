@@ -280,6 +280,29 @@ def test_a_text_that_may_be_read_both_ways_is_prepared_both_ways(
     assert [(each.folder, each.tokenizer.name) for each in begun] == [(both[1], "bpe")]
 
 
+def test_both_ways_are_prepared_after_a_stop_between_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C: what is there by then is not taken for what was asked for."""
+    from mmrec.data.prepare import prepare
+    from mmrec.planning import source
+
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text("One sentence of many words, " * 200 + "\nand another one.\n" * 200)
+    monkeypatch.setattr(source, "FEW_WORDS", 10)
+
+    def stopped(options: PrepareOptions) -> object:
+        if Path("data").exists():
+            raise KeyboardInterrupt
+        return prepare(options)
+
+    monkeypatch.setattr(source, "prepare", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_texts(["novel.txt"], None)
+    assert len([*Path("data").iterdir()]) == 1
+    monkeypatch.setattr(source, "prepare", prepare)
+    both = [Path("data/novel"), Path("data/novel-bpe")]
+    assert [each.folder for each in prepare_texts(["novel.txt"], None)] == both
+
+
 def test_a_corpus_with_a_name_is_read_by_words_beside_its_own_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

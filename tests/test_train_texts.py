@@ -57,7 +57,8 @@ def proxy(text: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            content = text[:6000].encode()
+            page = f"\n<!DOCTYPE html><html>{text}</html>"
+            content = (page if "page" in self.path else text[:6000]).encode()
             self.send_response(404 if "missing" in self.path else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -92,7 +93,24 @@ def test_the_text_of_a_url_is_fetched_once_through_the_proxy_of_the_environment(
     assert mmrec("train", "http://books.invalid/missing.txt", *SMALL) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
-    assert "http://books.invalid/missing.txt: cannot be reached" in said[0]
+    assert "http://books.invalid/missing.txt: cannot be reached: the server answers 404" in said[0]
+    assert not Path("data/missing.download").exists()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("proxy")
+def test_the_text_of_a_url_with_a_query_is_read_and_a_page_is_refused(
+    mmrec: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", "http://books.invalid/novel.txt?raw=1#begin", *SMALL) == 0
+    assert last("novel")["global_step"] == 2
+    for _ in range(2):
+        capsys.readouterr()
+        assert mmrec("train", "http://books.invalid/page.txt", *SMALL) == 2
+        assert "page.txt: the server sends a web page, not a plain text" in capsys.readouterr().err
+    assert not Path("data/page").exists()
+    assert mmrec("prepare", "file", "http://books.invalid/novel.txt") == 2
+    assert "http://books.invalid/novel.txt: is a URL" in capsys.readouterr().err
 
 
 def test_a_glob_says_which_files_of_a_folder_count(

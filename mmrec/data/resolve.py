@@ -64,6 +64,10 @@ def resolve_source(options: PrepareOptions) -> ResolvedSource:
     name = name or implied or ""
     if paths and name != "file":
         raise UserError(f"{paths[0]}: the corpus {name!r} takes no files of yours")
+    if elsewhere := next(filter(is_url, paths), None):
+        raise UserError(
+            f"{elsewhere}: is a URL; the corpus 'file' reads files that are here, mmrec train fetches one"
+        )
     if options.input_file is not None:
         paths = (str(options.input_file), *paths)
     return _small(options, ResolvedSource(name, paths, options.input_dir, Path("data", name), False))

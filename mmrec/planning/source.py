@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,21 +76,32 @@ def prepare_texts(
         elif tokenizer == "bpe":
             vocabulary = choose_tokenizers(source, encoding, glob)[-1][1] or VOCABULARY
         wanted = [(source.output_dir, tokenizer, vocabulary)]
-    return [
+    prepared = [
         _prepared(replace(options, output_dir=folder, tokenizer=name, vocab_size=size))
-        for folder, name, size in wanted
+        for folder, name, size in reversed(wanted)
     ]
+    return prepared[::-1]
 
 
 def _fetched(text: str) -> str:
     """Return ``text``, or its file where it is the URL of a plain text: that is fetched once, and kept."""
+    if not is_url(text):
+        return text
     name = text.rpartition("/")[2]
-    is_plain = ".txt." in name or reader_of(name) == "text"
-    if not is_url(text) or not is_plain or is_packed(name):
+    named = re.split("[?#]", text)[0].rpartition("/")[2] if text.startswith("http") else name  # without a query
+    if is_packed(named) or not (".txt." in named or reader_of(named) == "text"):
         return text
     # Two URLs may end alike.
-    folder = Path("data", f"{name.partition('.')[0]}.download", hashlib.sha256(text.encode()).hexdigest()[:8])
-    return str(folder / name) if (folder / name).exists() else download([text], folder)[0]
+    folder = Path("data", f"{named.partition('.')[0]}.download", hashlib.sha256(text.encode()).hexdigest()[:8])
+    file = folder / name
+    if not file.exists() or not file.stat().st_size:
+        download([text], folder)
+    with file.open("rb") as content:
+        begins = content.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if begins.startswith((b"<!doctype html", b"<html")):
+        file.unlink()
+        raise UserError(f"{text}: the server sends a web page, not a plain text; give the URL of the text itself")
+    return str(file)
 
 
 def _prepared(options: PrepareOptions) -> TokenFolder:
@@ -106,13 +119,14 @@ def _suitable(
 ) -> list[tuple[Path, str, int | None]]:
     """Return the token folders that may suit a text, each with its tokenizer and the size of its vocabulary.
 
-    What was prepared keeps its tokenizer, and a training that has begun its token folder.
+    What was prepared keeps its tokenizer, and a training that has begun its token folder. Of two that are to be
+    compared the last, by words, is prepared first: where it is alone, the command was stopped before the other was.
     """
     plain = source.output_dir
     by_words = plain.with_name(f"{plain.name}{BY_WORDS}")
     asked = {folder: before for folder in (plain, by_words) if (before := _asked_before(folder)) is not None}
-    if asked:
-        begun = [folder for folder in asked if is_begun(folder)][:1]
+    begun = [folder for folder in asked if is_begun(folder)][:1]
+    if asked and (begun or has_name or plain in asked):
         chosen = begun or ([by_words] if has_name and by_words in asked else [*asked])
         return [(folder, *asked[folder]) for folder in chosen]
     choices = choose_tokenizers(source, options.encoding, options.glob)
