@@ -330,16 +330,34 @@ def test_lines_to_type_next_are_right_for_any_name(
     assert run_option("my novel") == "--run 'my novel'"
 
 
+def damage(name: str) -> None:
+    path = Path("lightning_logs/novel/checkpoints", name)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_it_is_trained_for_longer_from_the_last_checkpoint_where_the_stable_one_is_damaged(
+    mmrec: Command, novel: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=8") == 0
+    Path("lightning_logs/novel/checkpoints/stable.ckpt").write_bytes(
+        Path("lightning_logs/novel/checkpoints/last.ckpt").read_bytes()
+    )
+    damage("stable.ckpt")
+    capfd.readouterr()
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=12") == 0
+    assert capfd.readouterr().err.count("taking last.ckpt instead") == 1
+    assert last("novel")["global_step"] == 12
+
+
 def test_it_goes_on_from_the_previous_checkpoint_where_the_last_is_damaged(
     mmrec: Command, novel: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     Path("lightning_logs/novel/plan.json").write_text(json.dumps(record() | {"finished": False}))
-    path = Path("lightning_logs/novel/checkpoints/last.ckpt")
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
+    damage("last.ckpt")
     capfd.readouterr()
     assert mmrec(*line, "--trainer.max_steps=12") == 0
     assert capfd.readouterr().err.count("previous.ckpt instead") == 1

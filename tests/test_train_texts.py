@@ -121,6 +121,8 @@ def test_a_glob_says_which_files_of_a_folder_count(
         Path("source", name).write_text(text[number * 3000 : (number + 1) * 3000], encoding="utf-8")
     assert mmrec("train", "source", *SMALL) == 2
     assert "no text in files named *.txt" in capsys.readouterr().err
+    assert mmrec("train", "source", "--glob=**/*.py", *SMALL) == 2
+    assert "it is for names of files, in all subfolders" in capsys.readouterr().err
     assert mmrec("train", "source", "--glob=*.py", *SMALL) == 0
     manifest = read_manifest(Path("data/source"))
     assert manifest is not None

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mmrec.checkpoints import runs
+from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
@@ -170,7 +171,7 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     if not before.finished:
         return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options)
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
-    start = stable if stable.exists() else runs.find_checkpoint(Path(), where.name, runs.LAST)
+    start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
     minutes = options.minutes_or_default
     done = seconds_trained(start)
     more = _seconds_left(_deadline(options) - STARTING - comparison_seconds(minutes))
@@ -182,6 +183,18 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None)
     return replace(changed, minutes=(done + more) / 60, asked=minutes)
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    """Whether training can begin from ``checkpoint``; where it is there and damaged, that is said."""
+    if not checkpoint.exists():
+        return False
+    try:
+        read_checkpoint(checkpoint, mmap=True)
+    except UserError as error:
+        print(f"{error}; taking {runs.LAST}.ckpt instead", file=sys.stderr)
+        return False
+    return True
 
 
 def _move(record: Record, on: str | None) -> Record:

@@ -31,6 +31,8 @@ class Directory(Corpus):
 
     def documents(self) -> Iterator[Document]:
         check_encoding(self.encoding)
+        if self.glob is not None and ("/" in self.glob or not self.glob):
+            raise UserError(f"--glob is {self.glob!r}; it is for names of files, in all subfolders: as '*.html'")
         if not self.folder.exists():
             raise UserError(f"{self.folder}: no such folder")
         if not self.folder.is_dir():
