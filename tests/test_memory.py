@@ -205,7 +205,7 @@ def test_a_byte_order_mark_is_not_read(mmrec: Command, trained: str, capsys: pyt
         (["score", "one.txt"], "a single token, which nothing predicts"),
         (["generate", "--memory", "nothing.mem"], "nothing.mem: no such file"),
         (["generate", "--memory", "one.txt"], "one.txt: is not a readable memory"),
-        (["generate", "--memory", "other.mem"], "other.mem: is the memory of another model"),
+        (["generate", "--memory", "other.mem"], "other.mem: is the memory of another model than lightning_logs/"),
         (["generate", "--prompt", ""], "--prompt is ''; it must not be empty"),
     ],
 )

@@ -142,6 +142,10 @@ def check_memory_target(path: Path) -> None:
             raise UserError(f"{path}: holds something else than a memory; choose another name for it") from None
 
 
+class OtherModelError(UserError):
+    """A memory is of another model than the one that is to go on from it."""
+
+
 def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = None) -> SavedState:
     """Read a memory that ``net``, whose hash is ``model``, has saved on whatever device, onto the device of ``net``.
 
@@ -152,12 +156,14 @@ def load_memory(path: Path, net: RecurrentLM, model: str, data: bytes | None = N
         data: the content of the file, where it is in memory; ``path`` then only names it.
 
     Raises:
-        UserError: the file is missing or damaged, or is of another model, or was learned from or counted in parts of
-            another length.
+        OtherModelError: the file is of another model.
+        UserError: it is missing or damaged, or was learned from or counted in parts of another length.
     """
     tensors, metadata = read_checksummed(path, FORMAT, data)
     if metadata.get("model") != model:
-        raise UserError(f"{path}: is the memory of another model; name that one, or read the text with this one")
+        raise OtherModelError(
+            f"{path}: is the memory of another model; name that one, or read the text with this one"
+        )
     if not has_parts_of_this_length(metadata):
         raise UserError(f"{path}: was not made in parts of {PART} tokens, as this program reads; {FORMAT.remedy}")
     try:

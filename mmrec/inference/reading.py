@@ -14,7 +14,7 @@ from mmrec.checkpoints.cached import CachedNgrams
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
 from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
-from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash
+from mmrec.checkpoints.state_file import OtherModelError, SavedState, load_memory, model_hash
 from mmrec.core.errors import UserError
 from mmrec.inference.cached_reading import CachedGenerating, CachedReading, HeldBack, with_counted
 from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
@@ -77,8 +77,15 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     """Return a model, its hash, and what it has read: the memory in the file ``memory``, or an empty one if None."""
     trained = load_chosen(checkpoint)
     digest = model_hash(trained.net, trained.tokenizer)
-    empty = SavedState.empty(trained.net)
-    return trained, digest, empty if memory is None else load_memory(memory, trained.net, digest)
+    if memory is None:
+        return trained, digest, SavedState.empty(trained.net)
+    try:
+        return trained, digest, load_memory(memory, trained.net, digest)
+    except OtherModelError:
+        raise UserError(
+            f"{memory}: is the memory of another model than {checkpoint.path()}; name that one by --run or --ckpt, "
+            f"or read the text with this one"
+        ) from None
 
 
 @torch.inference_mode()
