@@ -28,7 +28,7 @@ from torch import Tensor
 from mmrec.baselines.learning import RandomWindows, train_step
 from mmrec.baselines.models import GPT
 from mmrec.baselines.training import HYPERPARAMETERS, Hyperparameters, TrainingLoop
-from mmrec.core.runtime import FULL, native_precision
+from mmrec.core.runtime import FULL, configure, native_precision
 from mmrec.core.threads import use_threads
 from mmrec.data.store import TokenFolder, open_tokens
 from mmrec.inference.metrics import token_nll
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--plans", type=Path, default=Path("docs/planning_search.csv"))
     options = parser.parse_args()
+    configure()  # each computes as ours does
     for folder in options.data_dirs:
         for seed in options.seeds:
             for name in options.models:
