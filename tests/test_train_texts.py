@@ -42,7 +42,7 @@ def test_several_files_are_trained_on_together(mmrec: Command, text: str, capsys
     assert last("0")["global_step"] == last("0-and-3-more")["global_step"] == 2
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "code.PY", "notes.rst", "letter", ".diary"])
+@pytest.mark.parametrize("name", ["thesis.tex", "code.PY", "notes.rst", "letter", "gz", ".diary"])
 def test_a_file_that_is_named_is_read_as_text(mmrec: Command, text: str, name: str) -> None:
     Path(name).write_text(text[:6000], encoding="utf-8")
     assert mmrec("train", name, "--run=it", *SMALL) == 0

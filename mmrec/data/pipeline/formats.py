@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mmrec.core.text_files import ENDS
 from mmrec.data.pipeline.records import suffixes
 
 FORMATS = {
@@ -22,7 +23,7 @@ FORMATS = {
     "xml": "mediawiki",
 }
 """Reader by the end of a file's name, in any case, before that of its compression."""
-COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+COMPRESSIONS = (*ENDS.values(),)
 
 
 def reader_of(path: str) -> str | None:
@@ -45,7 +46,7 @@ def reader_of(path: str) -> str | None:
 
 def is_packed(path: str) -> bool:
     """Whether a file is compressed, by its name."""
-    return path.rpartition(".")[2].lower() in COMPRESSIONS
+    return any(part in COMPRESSIONS for part in suffixes(path)[-1:])
 
 
 def is_hidden(path: str) -> bool:
