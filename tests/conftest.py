@@ -195,4 +195,4 @@ def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmrec.planning import command
     from mmrec.planning.plan import SHAPES, Rate
 
-    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 10.0)])
+    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 0.01)])

@@ -26,6 +26,8 @@ from mmrec.planning.plan import (
     SHAPES,
     VALIDATION_SECONDS,
     VALIDATION_SHARE,
+    Batches,
+    Candidate,
     Rate,
     Text,
     TrainingPlan,
@@ -163,8 +165,9 @@ def test_a_trial_changes_no_random_numbers_and_gives_a_time() -> None:
     before = torch.random.get_rng_state()
     assert 0 < seconds_per_update(SHAPES[0], text, "cpu", 0.01) < math.inf
     assert torch.equal(before, torch.random.get_rng_state())
-    rates = measure_rates(text, 2.0, "cpu", SHAPES[:1])
-    assert [rate.config for rate in rates] == [SHAPES[0]]
+    batches = Batches(4, 16, 1)
+    rates = measure_rates(text, [Candidate(SHAPES[0], batches)], 2.0, "cpu")
+    assert [(rate.config, rate.batches) for rate in rates] == [(SHAPES[0], batches)]
     assert rates[0].tokens > 0
 
 
@@ -187,7 +190,7 @@ def test_each_process_tries_its_share_of_the_rows() -> None:
     from mmrec.planning import machine
 
     text = dataclasses.replace(TEXT, train_tokens=600)
-    found = machine._try_together(SHAPES[0], text, "cpu", 0.01, 2)
+    found = machine._try_together(Candidate(SHAPES[0], Batches(8, 16, 1)), text, "cpu", 0.01, 2)
     assert 0 < found.pace < math.inf
     assert found.waited > 0
     plan = make_plan(TEXT, [Rate(SHAPES[1], 10_000.0, 2)], 60)

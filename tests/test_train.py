@@ -134,7 +134,7 @@ def test_of_two_tokenizers_the_one_of_which_more_is_expected_is_trained_with(
     rates = [Rate(replace(plan.SHAPES[0], count_half_lives=halves), 3000.0) for halves in ((), plan.HALF_LIVES)]
     monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
     monkeypatch.setattr(command, "measure_rates", lambda text, *_: [rates[plan.has_words(text.vocab_size)]])
-    monkeypatch.setattr(command, "make_plan", lambda text, rates, seconds: plan.make_plan(text, rates, seconds, law))
+    monkeypatch.setattr(command, "make_plan", lambda *given, **_: plan.make_plan(given[0], given[1], given[2], law))
     line = ["train", novel, *SMALL, "--trainer.val_check_interval=2"]
     assert mmrec(*line, "--plan") == 0
     first, second = ("bpe", "bytes")[:: 1 if power == 0 else -1]

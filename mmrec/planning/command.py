@@ -19,6 +19,7 @@ from mmrec.core.files import write_file
 from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
+from mmrec.planning.by_hand import PROCESSES, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
@@ -34,15 +35,6 @@ from mmrec.training.cli import run_lightning
 
 STARTING = 3.0
 """Seconds that a training takes to start, and to end, beyond its updates and its validations."""
-PROCESSES = ("--trainer.devices", "--trainer.strategy")
-CHANGES_PACE = (
-    "--model.config",
-    "--data.batch_size",
-    "--data.seq_len",
-    "--trainer.accumulate_grad_batches",
-    *PROCESSES,
-)
-"""Options by which an update takes another time than the trial found."""
 ACCELERATOR, MOST_STEPS = "--trainer.accelerator=", "--trainer.max_steps="
 LEAST = 2.0
 """Seconds of training, however little time there is."""
@@ -64,6 +56,7 @@ def train(args: Sequence[str]) -> None:
         runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
+    by_hand = ByHand(forwarded)
     folders = prepare_texts(
         options.texts,
         options.tokenizer,
@@ -77,7 +70,7 @@ def train(args: Sequence[str]) -> None:
         folder, before = begun[0]
         record = _move(_go_on(before, _place(options, folder.folder), options), options.on)
     else:
-        folder, record = _begin(options, folders)
+        folder, record = _begin(options, folders, by_hand)
     where = _place(options, folder.folder)
     run = where.name
     if options.plan:
@@ -129,7 +122,7 @@ def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
     return record
 
 
-def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[TokenFolder, Record]:
+def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHand) -> tuple[TokenFolder, Record]:
     """Plan a training from nothing on the one of ``folders`` of which most is expected, and say so."""
     start, deadline = time.monotonic(), _deadline(options)
     accelerator = options.on or "auto"
@@ -143,26 +136,30 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder]) -> tuple[Token
             )
         text = describe_text(each, xz)
         xz = text.xz  # of the same text, whatever its tokens
-        rates = measure_rates(text, _seconds_left(deadline), accelerator)
-        plans.append((make_plan(text, rates, _seconds_left(deadline)), each))
+        candidates = by_hand.candidates(text)
+        rates = measure_rates(text, candidates, _seconds_left(deadline), accelerator, by_hand.processes)
+        plans.append((make_plan(text, rates, _seconds_left(deadline), most=by_hand.most_steps), each))
     plans.sort(key=lambda found: found[0].expected)
     plan, folder = plans[0]
     if len(plans) > 1:
         others = ", ".join(f"{other.expected:.2f} by {each.tokenizer.name}" for other, each in plans[1:])
         print(f"tokens      by {folder.tokenizer.name}: {plan.expected:.2f} bits/byte are expected, {others}")
-    rate = Rate(plan.config, plan.rate, plan.processes)
-    rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
+    rate = Rate(plan.config, plan.rate, plan.processes, plan.batches)
+    if by_hand.processes is None:
+        rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
     # What comes after the training: the final score, by one process, and what stands beside it.
     ending = min(plan.text.val_tokens, MOST_SCORED) * FORWARD_SHARE * rate.processes / rate.tokens + STARTING
     ending += comparison_seconds(options.minutes_or_default)
     seconds = _seconds_left(deadline - ending)
-    plan = make_plan(plan.text, [rate], seconds)
+    plan = make_plan(plan.text, [rate], seconds, most=by_hand.most_steps)
     planning = time.monotonic() - start
     print(plan.describe(seconds, planning + ending))
     chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
     data_dir = str(folder.folder)  # the project may be moved
+    # All that there is time for: the trainer has the limit that was given, and may get another one later.
+    steps = make_plan(plan.text, [rate], seconds).steps if by_hand.is_tried else None
     return folder, Record(
-        data_dir, seconds / 60, plan.steps, chosen, plan.text.xz, plan.expected, asked=options.minutes_or_default
+        data_dir, seconds / 60, steps, chosen, plan.text.xz, plan.expected, asked=options.minutes_or_default
     )
 
 
@@ -242,9 +239,8 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Rec
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
     options += _processes_for_rows(record.options, forwarded)
     options.append(f"--time_limit.minutes={record.minutes:.4f}")
-    holds = record.steps is not None and not any(option.startswith(CHANGES_PACE) for option in forwarded)
     # Said in either case: the config of the run that is resumed may have a number.
-    options.append(f"--time_limit.planned_steps={record.steps if holds else 'null'}")
+    options.append(f"--time_limit.planned_steps={'null' if record.steps is None else record.steps}")
     if run in runs.runs(Path()):
         options.append(f"--ckpt_path={runs.LAST}")
     line = HalfWayLine(record, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from mmrec.model import Hidden, ModelConfig, RecurrentLM, State, layer_parameter
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import Batches, Rate, Text, choose_batches, has_second_token, shapes_for
+from mmrec.planning.plan import Batches, Candidate, Rate, Text, choose_batches, has_second_token
 from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
@@ -106,7 +107,12 @@ def seconds_per_update(
 
 
 def measure_rates(
-    text: Text, seconds: float, accelerator: str, shapes: Sequence[ModelConfig] | None = None, law: Law = LAW
+    text: Text,
+    candidates: Sequence[Candidate],
+    seconds: float,
+    accelerator: str,
+    given: int | None = None,
+    law: Law = LAW,
 ) -> list[Rate]:
     """Return how fast models train here.
 
@@ -115,9 +121,10 @@ def measure_rates(
 
     Args:
         text: that is to be trained on.
+        candidates: the models with their batches, the smallest first.
         seconds: of the training that is planned.
         accelerator: Lightning's name of the device.
-        shapes: the models; None for those of a plan.
+        given: processes that share out the rows of an update; None for as many as pay.
         law: what is expected of them.
     """
     # What other programs take of the processor differs from one moment to the next: models are compared by the time
@@ -128,13 +135,15 @@ def measure_rates(
     own: list[Rate] = []
     waited = worked = 0.0
     best = float("inf")
-    for config in shapes or shapes_for(text):
-        batches = choose_batches(config, text.train_tokens)
+    for candidate in candidates:
+        config, batches = candidate.config, candidate.batches
         processes = processes_for(config, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
-        trial = _try_together(config, text, accelerator, seconds, processes)
+        if given is not None:
+            processes = math.gcd(given, batches.rows)
+        trial = _try_together(candidate, text, accelerator, seconds, processes)
         waited += trial.waited
         worked += trial.worked
-        own.append(Rate(config, batches.tokens / trial.pace, processes))
+        own.append(Rate(config, batches.tokens / trial.pace, processes, batches))
         slower = _slowed_down(waited, worked)
         expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1].tokens / slower * seconds)
         if expected > best:
@@ -150,17 +159,17 @@ def with_processes_that_pay(rate: Rate, text: Text, seconds: float, accelerator:
     """
     if rate.processes == 1:
         return rate
-    alone = _try_together(rate.config, text, accelerator, seconds, 1)
+    batches = rate.batches or choose_batches(rate.config, text.train_tokens)
+    alone = _try_together(Candidate(rate.config, batches), text, accelerator, seconds, 1)
     slower = _slowed_down(alone.waited, alone.worked)
-    tokens = choose_batches(rate.config, text.train_tokens).tokens / alone.pace / slower
-    return rate if rate.tokens > WORTH_SEVERAL * tokens else Rate(rate.config, tokens)
+    tokens = batches.tokens / alone.pace / slower
+    return rate if rate.tokens > WORTH_SEVERAL * tokens else replace(rate, tokens=tokens, processes=1)
 
 
-def _try_together(config: ModelConfig, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
+def _try_together(candidate: Candidate, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
     """Return what the slowest of several processes finds that share out batches, for a training of ``seconds``."""
     length = min(2.0, max(0.3, seconds / 200))
-    batches = choose_batches(config, text.train_tokens).share(processes)
-    trial = partial(_try, config, text, accelerator, length, batches, processes)
+    trial = partial(_try, candidate.config, text, accelerator, length, candidate.batches.share(processes), processes)
     # In copies of this process: it must not compute gradients itself, or it could not be copied for the training.
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
     trials = call_in_copies(lambda _: trial(), processes) if is_cpu and can_fork() else [trial()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mmrec.model import ModelConfig, layer_parameters
@@ -166,6 +166,19 @@ def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """What a plan may choose.
+
+    Attributes:
+        config: of the model.
+        batches: of its updates.
+    """
+
+    config: ModelConfig
+    batches: Batches
+
+
+@dataclass(frozen=True)
 class Rate:
     """How fast a model trains.
 
@@ -173,11 +186,13 @@ class Rate:
         config: of the model.
         tokens: a second.
         processes: that share out the rows of an update.
+        batches: of an update; None for those of :func:`choose_batches`.
     """
 
     config: ModelConfig
     tokens: float
     processes: int = 1
+    batches: Batches | None = None
 
 
 def expected_loss(config: ModelConfig, text: Text, tokens: float, law: Law = LAW) -> float:
@@ -192,7 +207,13 @@ def most_steps(batches: Batches, text: Text) -> int:
     return max(1, MOST_EPOCHS * text.train_tokens // batches.tokens)
 
 
-def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW) -> TrainingPlan:
+def make_plan(
+    text: Text,
+    rates: Sequence[Rate],
+    seconds: float,
+    law: Law = LAW,
+    most: Callable[[Batches, Text], int | None] = lambda batches, text: None,
+) -> TrainingPlan:
     """Return the plan with the least expected loss.
 
     Args:
@@ -200,13 +221,14 @@ def make_plan(text: Text, rates: Sequence[Rate], seconds: float, law: Law = LAW)
         rates: of the models.
         seconds: of training, with its validations.
         law: what is expected of the models.
+        most: updates of such batches that were given as a limit beside the time; None for none.
     """
     plans = []
     for rate in rates:
         config = rate.config
-        batches = choose_batches(config, text.train_tokens)
+        batches = rate.batches or choose_batches(config, text.train_tokens)
         steps = max(1, int(rate.tokens * seconds * (1 - VALIDATION_SHARE) / batches.tokens))
-        steps = min(steps, most_steps(batches, text))
+        steps = min(steps, most(batches, text) or most_steps(batches, text))
         expected = expected_loss(config, text, steps * batches.tokens, law)
         plans.append(TrainingPlan(config, batches, steps, text, expected, law.spread, rate.processes, rate.tokens))
     return min(plans, key=lambda plan: plan.expected)

@@ -1,0 +1,136 @@
+"""Options of mmrec fit that are given to mmrec train: the plan is made for what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from helpers import last
+
+from mmrec.core.errors import UserError
+from mmrec.model import layer_parameters
+from mmrec.planning.by_hand import ByHand
+from mmrec.planning.options import value_of
+from mmrec.planning.plan import SHAPES, Batches, Candidate, Text, choose_batches, shapes_for
+
+TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
+WORDS = replace(TEXT, vocab_size=1024)
+
+
+def test_without_options_of_the_model_a_plan_chooses_from_all_shapes() -> None:
+    for text in (TEXT, WORDS):
+        planned = [Candidate(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)]
+        assert ByHand().candidates(text) == planned
+        assert ByHand(["--model.dropout=0.3"]).candidates(text) == planned
+
+
+def test_a_width_given_by_hand_holds_for_every_shape_that_can_have_it() -> None:
+    found = [each.config for each in ByHand(["--model.config.dim", "100"]).candidates(WORDS)]
+    assert {config.dim for config in found} == {100}
+    assert {config.heads for config in found} == {2, 4}  # 100 is no multiple of the others
+    assert [layer_parameters(config) for config in found] == sorted(layer_parameters(config) for config in found)
+    assert {config.count_half_lives for config in found} == {shapes_for(WORDS)[0].count_half_lives}
+
+
+def test_a_model_given_as_a_whole_is_the_only_one() -> None:
+    config = replace(SHAPES[-1], dim=512, heads=8)
+    fields = {"dim": 512, "layers": 12, "layer_types": ["short", "long"], "heads": 8, "ffn_dim": 2048}
+    whole = ByHand([f"--model.config={json.dumps(fields)}"])
+    one_by_one = ByHand([f"--model.config.{name}={json.dumps(value)}" for name, value in fields.items()])
+    for given in (whole, one_by_one):
+        assert given.candidates(TEXT) == [Candidate(config, choose_batches(config, TEXT.train_tokens))]
+
+
+def test_a_model_that_no_shape_can_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"is not a multiple of model\.config\.heads 7"):
+        ByHand(["--model.config.heads=7"]).candidates(TEXT)
+
+
+def test_batches_given_by_hand_take_the_place_of_the_plans() -> None:
+    planned = choose_batches(SHAPES[0], TEXT.train_tokens)
+    found = ByHand(["--data.batch_size", "3", "--data.seq_len=77"]).candidates(TEXT)
+    assert found[0].batches == Batches(3, 77, planned.interleave)
+    assert ByHand(["--data.interleave=2"]).candidates(TEXT)[0].batches == replace(planned, interleave=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ([], None),
+        (["--trainer.max_steps=40"], 40),
+        (["--trainer.max_steps", "-1"], None),
+        (["--trainer.max_epochs=2"], 2000),
+        (["--trainer.max_epochs=2", "--trainer.max_steps=40"], 40),
+        (["--trainer.max_epochs=-1"], None),
+    ],
+)
+def test_a_limit_given_by_hand_is_one_of_the_plan(options: list[str], most: int | None) -> None:
+    assert ByHand(options).most_steps(Batches(10, 100, 1), TEXT) == most
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "is_tried"),
+    [
+        ([], None, True),
+        (["--trainer.devices=1"], 1, True),
+        (["--trainer.devices", "2", "--trainer.strategy=cores"], 2, True),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], None, False),
+        (["--trainer.devices=auto"], None, False),
+        (["--trainer.accumulate_grad_batches=4"], None, False),
+    ],
+)
+def test_what_a_trial_cannot_know_is_left_to_the_first_updates(
+    options: list[str], processes: int | None, is_tried: bool
+) -> None:
+    given = ByHand(options)
+    assert (given.processes, given.is_tried) == (processes, is_tried)
+
+
+@pytest.fixture
+def novel(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "novel.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_plan_that_is_said_is_the_one_that_is_trained(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real trial, of the one model that is left to it."""
+    shape = {"dim": 24, "layers": 2, "heads": 3, "ffn_dim": 32}
+    line = ["train", novel, *(f"--model.config.{name}={value}" for name, value in shape.items())]
+    line += ["--data.batch_size=2", "--data.seq_len=32", "--trainer.max_steps=6", "--minutes=1"]
+    line += ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.devices=1"]
+    assert mmrec(*line, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "2 layers of 24" in said
+    assert "6 updates of 2 x 32 tokens" in said
+    assert mmrec(*line) == 0
+    assert "6 updates of 2 x 32 tokens" in capsys.readouterr().out
+    record: dict[str, Any] = json.loads(Path("lightning_logs/novel/plan.json").read_text(encoding="utf-8"))
+    assert record["steps"] > 6  # there is time for more, and the trainer holds the limit
+    assert last("novel")["global_step"] == 6
+    assert value_of(record["options"], "--model.warmup_steps") == "1"
+    assert json.loads(str(value_of(record["options"], "--model.config")))["dim"] == 24
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ("--model.dropuot=0.1", "did you mean 'model.dropout'?"),
+        ("--trainer.max_steps=few", "must be a whole number"),
+        ("--data.batch_size=0", "data.batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_an_option_that_is_wrong_is_refused_before_the_text_is_prepared(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str], option: str, word: str
+) -> None:
+    assert mmrec("train", novel, option) == 2
+    told = capsys.readouterr().err
+    assert word in told
+    assert len(told.strip().splitlines()) == 1
+    assert not Path("data").exists()
