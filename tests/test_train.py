@@ -305,17 +305,29 @@ def test_a_text_of_a_few_characters_is_refused_before_anything_is_planned(
     assert not Path("lightning_logs").exists()
 
 
-def test_a_text_that_has_changed_is_refused_with_what_can_be_done(
+def test_a_text_that_has_changed_is_trained_on_by_a_run_of_its_own(
     mmrec: Command, novel: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mmrec("train", novel, "--plan") == 0
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=1") == 0
     novel.write_text(f"{text} and more", encoding="utf-8")
     capsys.readouterr()
     assert mmrec("train", novel, "--plan") == 2
     assert capsys.readouterr().err.strip() == (
         "mmrec: error: data/novel: already holds another corpus, split or tokenizer; "
-        "give the text another name, or move that folder away"
+        "give another --run to train beside it, or move that folder away"
     )
+    second = ["train", novel, *SMALL, "--run=second"]
+    assert mmrec(*second, "--trainer.max_steps=1") == 0
+    assert mmrec(*second, "--trainer.max_steps=2") == 0
+    assert "longer      " in capsys.readouterr().out
+    assert [last(run)["global_step"] for run in ("novel", "second")] == [1, 2]
+    Path("data/novel").rename("data/old")
+    assert mmrec(*second, "--trainer.max_steps=3") == 0  # also where the folder of its name is free now
+    assert last("second")["global_step"] == 3
+    novel.write_text(text, encoding="utf-8")
+    capsys.readouterr()
+    assert mmrec(*second) == 2
+    assert "'second' was trained on data/second; choose another --run" in capsys.readouterr().err
 
 
 def test_lines_to_type_next_are_right_for_any_name(

@@ -64,6 +64,7 @@ def train(args: Sequence[str]) -> None:
         options.encoding,
         options.glob,
         lambda path: _record_of(options, path) is not None,
+        options.run,
     )
     begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]
     if begun:

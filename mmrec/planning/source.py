@@ -47,6 +47,7 @@ def prepare_texts(
     encoding: str = "utf-8",
     glob: str | None = None,
     is_begun: Callable[[Path], bool] = lambda _: False,
+    run: str | None = None,
 ) -> list[TokenFolder]:
     """Prepare what ``texts`` name, by ``tokenizer`` or by those that may suit it, and return the token folders.
 
@@ -57,24 +58,46 @@ def prepare_texts(
         encoding: of your own files.
         glob: names of the files that count in a folder; those of text files if None.
         is_begun: whether a training has begun on the token folder of that path: then it is the only one.
+        run: names the token folder where that of the text's own name holds another text.
 
     Raises:
-        UserError: they name nothing that can be read, or so much that the time would be over; or the folder that
-            ``mmrec prepare`` would take holds something else.
+        UserError: they name nothing that can be read, or so much that the time would be over; or the folders that
+            they would be prepared into hold something else.
     """
     texts = [*map(_fetched, texts)]
     options = _options(texts, encoding, glob)
+    places = [options.output_dir]
+    if run is not None:
+        beside = Path("data", run)
+        begun = is_begun(beside) or is_begun(beside.with_name(f"{run}{BY_WORDS}"))
+        places.insert(0 if begun else 1, beside)
+    for place in places:
+        try:
+            return _prepare_as(replace(options, output_dir=place), texts[0] in CORPORA, tokenizer, minutes, is_begun)
+        except FolderTakenError as error:
+            taken = f"{error.folder}: {error.what}"
+    raise UserError(f"{taken}; give another --run to train beside it, or move that folder away")
+
+
+def _prepare_as(
+    options: PrepareOptions,
+    has_name: bool,
+    tokenizer: str | None,
+    minutes: float | None,
+    is_begun: Callable[[Path], bool],
+) -> list[TokenFolder]:
+    """Prepare what ``options`` mean; FolderTakenError where the token folder is that of another text."""
     source = resolve_source(options)
     if minutes is not None:
         _check_time(source, minutes)
     if tokenizer is None:
-        wanted = _suitable(source, texts[0] in CORPORA, options, is_begun)
+        wanted = _suitable(source, has_name, options, is_begun)
     else:
         before, vocabulary = _asked_before(source.output_dir), None
         if before is not None and tokenizer == before[0]:
             vocabulary = before[1]
         elif tokenizer == "bpe":
-            vocabulary = choose_tokenizers(source, encoding, glob)[-1][1] or VOCABULARY
+            vocabulary = choose_tokenizers(source, options.encoding, options.glob)[-1][1] or VOCABULARY
         wanted = [(source.output_dir, tokenizer, vocabulary)]
     prepared = [
         _prepared(replace(options, output_dir=folder, tokenizer=name, vocab_size=size))
@@ -105,11 +128,7 @@ def _fetched(text: str) -> str:
 
 
 def _prepared(options: PrepareOptions) -> TokenFolder:
-    try:
-        folder = prepare(options)
-    except FolderTakenError as error:
-        what = f"{error.folder}: {error.what}"
-        raise UserError(f"{what}; give the text another name, or move that folder away") from None
+    folder = prepare(options)
     assert folder is not None  # Slurm alone returns none
     return folder
 
