@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, Command
+from helpers import fit
 
 from mmrec import MemoryLM
 from mmrec.checkpoints.loading import load_model
@@ -223,6 +224,25 @@ def test_bad_requests(
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not Path("x.mem").exists()
+
+
+def test_a_memory_is_read_on_by_its_own_model_where_another_was_trained_since(
+    mmrec: Command, trained: str, prepared: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("start.txt").write_text(text[:300], encoding="utf-8")
+    assert mmrec("read", "start.txt", "--save", "start.mem") == 0
+    asked = ["generate", "--memory", "start.mem", "--length", "20", "--temperature", "0"]
+    assert mmrec(*asked) == 0
+    written = capsys.readouterr().out.splitlines()[1:]
+    assert mmrec(*fit(prepared, "--run=since", "--seed_everything=1", "--trainer.max_steps=2")) == 0
+    capsys.readouterr()
+    assert mmrec(*asked) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == written
+    assert err.count("start.mem: is the memory of lightning_logs/") == 1
+    assert "since" not in err
+    assert mmrec(*asked, "--run=since") == 2
+    assert "another model than lightning_logs/since/" in capsys.readouterr().err
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:

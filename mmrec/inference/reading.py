@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrec.checkpoints import runs
 from mmrec.checkpoints.cached import CachedNgrams
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
 from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
-from mmrec.checkpoints.state_file import OtherModelError, SavedState, load_memory, model_hash
+from mmrec.checkpoints.state_file import OtherModelError, SavedState, load_memory, memory_header, model_hash
 from mmrec.core.errors import UserError
 from mmrec.inference.cached_reading import CachedGenerating, CachedReading, HeldBack, with_counted
 from mmrec.inference.decoders import CachedDecoder, MixedDecoder, TokenDecoder, make_decoder
@@ -74,7 +76,13 @@ class CacheOptions:
 
 
 def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[LoadedModel, str, SavedState]:
-    """Return a model, its hash, and what it has read: the memory in the file ``memory``, or an empty one if None."""
+    """Return a model, its hash, and what it has read: the memory in the file ``memory``, or an empty one if None.
+
+    Where no model is named it is that of the latest run, or of the latest whose model the memory is of.
+
+    Raises:
+        UserError: there is no such model, or the memory is of another, or it cannot be read.
+    """
     trained = load_chosen(checkpoint)
     digest = model_hash(trained.net, trained.tokenizer)
     if memory is None:
@@ -82,10 +90,29 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     try:
         return trained, digest, load_memory(memory, trained.net, digest)
     except OtherModelError:
+        if (checkpoint.ckpt, checkpoint.run) == (runs.BEST, None):
+            found = _model_of_memory(checkpoint, memory)
+            if found is not None:
+                return found
         raise UserError(
             f"{memory}: is the memory of another model than {checkpoint.path()}; name that one by --run or --ckpt, "
             f"or read the text with this one"
         ) from None
+
+
+def _model_of_memory(checkpoint: CheckpointOptions, memory: Path) -> tuple[LoadedModel, str, SavedState] | None:
+    """Return what :func:`load_model_and_state` does, of the latest run whose model ``memory`` is of; None if none."""
+    wanted = memory_header(memory).model
+    for run in runs.runs(checkpoint.root)[-2::-1]:  # the latest has been tried
+        of_run = replace(checkpoint, run=run)
+        try:
+            trained = load_chosen(of_run)
+        except UserError:  # without a best checkpoint, damaged, or of a layer that is not known here
+            continue
+        if model_hash(trained.net, trained.tokenizer) == wanted:
+            print(f"{memory}: is the memory of {of_run.path()}, which is taken", file=sys.stderr)
+            return trained, wanted, load_memory(memory, trained.net, wanted)
+    return None
 
 
 @torch.inference_mode()
