@@ -265,6 +265,10 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
         (["--data.data_dir=data/other"], "--data.data_dir is for mmrec fit"),
         (["--trainer.default_root_dir", "other"], "--trainer.default_root_dir is for mmrec fit"),
         (["--trainer.fast_dev_run=2"], "--trainer.fast_dev_run is for mmrec fit"),
+        (["-c", "small"], "-c is for mmrec fit; mmrec train makes a config of its own"),
+        (["--config=small"], "--config is for mmrec fit; mmrec train makes a config of its own"),
+        (["--ckpt_path=last"], "goes on from its last checkpoint where it is typed again"),
+        (["--init_from", "hf:owner/name"], "by mmrec prepare --tokenizer"),
         (["--tokenizer=letters"], "characters, bytes, bpe"),
         (["--on=moon"], "moon"),
         pytest.param(

@@ -10,13 +10,19 @@ from mmrec.core.errors import UserError
 from mmrec.training.cli import SECTIONS
 
 HAS = "mmrec train has its text, and its runs in ./lightning_logs"
+MAKES = "mmrec train makes a config of its own; give the options themselves, as --model.config.dim 256"
 REFUSED = {
     "--data.data_dir": HAS,
     "--data.corpus": HAS,
     "--trainer.default_root_dir": HAS,
     "--trainer.fast_dev_run": "it saves nothing that mmrec train could score",
+    "--config": MAKES,
+    "-c": MAKES,
+    "--ckpt_path": "mmrec train goes on from its last checkpoint where it is typed again",
+    "--init_from": "the text has to be prepared by the tokenizer of that model before, by mmrec prepare --tokenizer",
 }
-"""Options of ``mmrec fit`` that would train on another text than is scored, or leave no run to score, and why not."""
+"""Options of ``mmrec fit`` that are not of ``mmrec train``, and why not: they would train on another text than is
+scored, or leave no run to score, or decide what the command decides."""
 FORWARDED = tuple(f"--{section}." for section in SECTIONS)
 """Beginnings of the options of ``mmrec fit``, which win over the plan's."""
 
