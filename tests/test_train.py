@@ -88,12 +88,18 @@ def test_one_line_trains_and_says_what_came_of_it(
     assert all(weights[name].equal(again[name]) for name in weights)
 
 
-def test_typed_again_it_trains_for_longer_and_keeps_its_best(mmrec: Command, novel: Path) -> None:
+def test_typed_again_it_trains_for_longer_and_keeps_its_best(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     best = Path("lightning_logs/novel/checkpoints/best.ckpt")
     assert load(best)["global_step"] == 8
+    assert "first training" not in capsys.readouterr().out
     assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=9", "--model.min_lr_ratio=1") == 0
+    said = capsys.readouterr().out
+    assert "8 updates; it was the best before, too" in said
+    assert "were expected of the first training" in said
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]

@@ -24,7 +24,7 @@ from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
-from mmrec.planning.outcome import report
+from mmrec.planning.outcome import best_checkpoint, report
 from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, Rate, TrainingPlan, fit_options, make_plan
 from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
@@ -179,7 +179,8 @@ def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
         write_file(stable.with_name(f"{runs.LAST}.ckpt"), stable.read_bytes())
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
-    changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None)
+    reached = int(read_checkpoint(best_checkpoint(Path(), where.name), mmap=True, verify=False)["global_step"])
+    changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
     return replace(changed, minutes=(done + more) / 60, asked=minutes)
 
 

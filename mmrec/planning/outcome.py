@@ -52,7 +52,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
             f"validation  {score:.3f} bits/byte{part}, with the state carried; {_expected(record)}",
             *([] if beside is None else _with_memory(beside, len(nll))),
             f"beside it   {record.xz:.3f} bits/byte by xz{_ppmd(beside, len(nll))}, after the training text",
-            f"model       {checkpoint}, {trained.step:,} updates",
+            f"model       {checkpoint}, {trained.step:,} updates{_longer(record, trained.step)}",
             "",
             "It writes:",
             "",
@@ -70,8 +70,17 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
 
 def _expected(record: Record) -> str:
     """Return what was expected, at first and half-way."""
-    half_way = "" if record.half_way is None else f" at first, {record.half_way:.3f} half-way"
-    return f"{record.expected:.3f} were expected{half_way}"
+    first, now = ("", "") if record.reached is None else (" of the first training", " of this one")
+    told = f"{record.expected:.3f} were expected{first}"
+    if record.half_way is None:
+        return told
+    return f"{told}{'' if first else ' at first'}, {record.half_way:.3f} half-way{now}"
+
+
+def _longer(record: Record, step: int) -> str:
+    """Return what is said where a longer training has not come to a better checkpoint."""
+    longer_is_best = record.reached is None or step > record.reached
+    return "" if longer_is_best else "; it was the best before, too: training for longer has not made a better one"
 
 
 def _with_memory(beside: Comparison, scored: int) -> list[str]:
