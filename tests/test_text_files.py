@@ -89,12 +89,15 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         ("The river is quiet.", "utf-16-le", "utf-16-le"),
         ("The river is quiet.", "utf-16-be", "utf-16-be"),
         ("The river is quiet.", "utf-16", "utf-16"),
+        ("The river is quiet.", "utf-32-le", "utf-32-le"),
+        ("\u6cb3\u8fb9\u6709\u4e00\u5757\u77f3\u5934\u3002", "utf-32-be", "utf-32-be"),
+        ("The river is quiet.", "utf-32", "utf-32"),
     ],
 )
 def test_likely_encodings_are_proposed_with_what_they_read(
     tmp_path: Path, text: str, encoding: str, proposed: str
 ) -> None:
-    path = write(tmp_path / "f", f"{text}\n".encode(encoding) * (1 if encoding == "utf-16" else 20))
+    path = write(tmp_path / "f", f"{text}\n".encode(encoding) * (1 if encoding in ("utf-16", "utf-32") else 20))
     with pytest.raises(UserError) as error:
         read_text(path)
     message = str(error.value)

@@ -471,6 +471,16 @@ def test_what_is_expected_half_way_is_said_of_trainings_that_were_looked_at(
         assert read_record(tmp_path) == line.record
 
 
+def test_a_file_whose_name_begins_with_a_dash_can_be_named(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("-a.txt").write_text(text, encoding="utf-8")
+    assert mmrec("train", "-a.txt", "--plan") == 2
+    told = "-a.txt: is read as an option, as all that begins with a dash; write ./-a.txt"
+    assert capsys.readouterr().err == f"mmrec: error: {told}\n"
+    assert mmrec("train", "./-a.txt", "--plan") == 0
+
+
 def test_a_text_in_another_encoding_trains_where_that_is_named(
     mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,12 +65,12 @@ def _telling(data: bytes, place: int, names: Sequence[str]) -> int:
 
 def _candidates(data: bytes, place: int) -> list[str]:
     """Return names of encodings, the likeliest first."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as that of UTF-16
+        return ["utf-32"]
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return ["utf-16"]
-    if b"\0" in data:  # of text, only UTF-16 holds zeros: those of letters below U+0100 at one of two places
-        head = data[: 2 * NEARBY]
-        zeros = [head[start::2].count(0) / max(1, len(head) // 2) for start in (0, 1)]
-        return [name for name, share in zip(("utf-16-be", "utf-16-le"), zeros, strict=True) if share > 0.3]
+    if b"\0" in data:  # of text, only these hold zeros
+        return _wide(data[: 2 * NEARBY])
     from charset_normalizer import from_bytes
 
     start = data.rfind(b"\n", 0, max(0, place - NEARBY)) + 1
@@ -80,3 +80,15 @@ def _candidates(data: bytes, place: int) -> list[str]:
     ]
     # The detector cannot tell some of them apart by the text; what is usual goes first.
     return sorted(found[: 2 * MOST], key=lambda name: (name not in USUAL, found.index(name)))
+
+
+def _wide(data: bytes) -> list[str]:
+    """Return which of UTF-16 and UTF-32, without a byte order mark, the begin of a text may be in."""
+    zeros = [data[place::4].count(0) / max(1, len(data) // 4) for place in range(4)]
+    if min(zeros[:2]) > 0.9:  # nearly all characters are below U+10000
+        return ["utf-32-be"]
+    if min(zeros[2:]) > 0.9:
+        return ["utf-32-le"]
+    # Those of letters below U+0100 are at one of two places.
+    shares = {"utf-16-be": zeros[0] + zeros[2], "utf-16-le": zeros[1] + zeros[3]}
+    return [name for name, share in shares.items() if share > 0.6]
