@@ -14,6 +14,7 @@ from helpers import last
 from mmrec.core.errors import UserError
 from mmrec.model import layer_parameters
 from mmrec.planning.by_hand import ByHand
+from mmrec.planning.machine import measure_rates
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import SHAPES, Batches, Candidate, Text, choose_batches, shapes_for
 
@@ -66,6 +67,7 @@ def test_batches_given_by_hand_take_the_place_of_the_plans() -> None:
         (["--trainer.max_epochs=2"], 2000),
         (["--trainer.max_epochs=2", "--trainer.max_steps=40"], 40),
         (["--trainer.max_epochs=-1"], None),
+        (["--trainer.max_epochs=1", "--trainer.max_steps=-1"], 1000),
     ],
 )
 def test_a_limit_given_by_hand_is_one_of_the_plan(options: list[str], most: int | None) -> None:
@@ -80,7 +82,8 @@ def test_a_limit_given_by_hand_is_one_of_the_plan(options: list[str], most: int 
         (["--trainer.devices", "2", "--trainer.strategy=cores"], 2, True),
         (["--trainer.devices=2", "--trainer.strategy=ddp"], None, False),
         (["--trainer.devices=auto"], None, False),
-        (["--trainer.accumulate_grad_batches=4"], None, False),
+        (["--trainer.devices=2", "--trainer.strategy=auto"], None, False),
+        (["--trainer.devices=1", "--trainer.strategy=auto"], 1, True),
     ],
 )
 def test_what_a_trial_cannot_know_is_left_to_the_first_updates(
@@ -88,6 +91,24 @@ def test_what_a_trial_cannot_know_is_left_to_the_first_updates(
 ) -> None:
     given = ByHand(options)
     assert (given.processes, given.is_tried) == (processes, is_tried)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--data.seq_len=1000000"], "--data.seq_len is 1000000; it must be less than the 1,000,000 tokens"),
+        (["--data.batch_size=3", "--trainer.devices=2"], "cannot share out the 3 rows of an update evenly"),
+    ],
+)
+def test_batches_that_a_text_or_processes_have_no_room_for_are_refused(options: list[str], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        ByHand(options).candidates(TEXT)
+
+
+def test_a_model_that_there_is_no_memory_for_is_refused() -> None:
+    config = replace(SHAPES[0], dim=2**20, heads=1, ffn_dim=2**22)
+    with pytest.raises(UserError, match="too little memory for 3 layers of 1048576 and 1 x 16 tokens an update"):
+        measure_rates(TEXT, [Candidate(config, Batches(1, 16, 1))], 1.0, "cpu", 1)
 
 
 @pytest.fixture
@@ -119,11 +140,35 @@ def test_the_plan_that_is_said_is_the_one_that_is_trained(
 
 
 @pytest.mark.parametrize(
+    ("limit", "steps"),
+    [("--trainer.max_epochs=60", 120), ("--trainer.max_steps=100", 100), ("--trainer.max_epochs=2", 4)],
+)
+def test_a_limit_beyond_that_of_a_plan_is_reached(
+    mmrec: Command, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str], limit: str, steps: int
+) -> None:
+    """A plan by itself reads a text 30 times at most, which are 56 updates here."""
+    path = tmp_path / "short.txt"
+    path.write_text(text[:600], encoding="utf-8")
+    shape = {"dim": 24, "layers": 1, "heads": 1, "ffn_dim": 24}
+    line = ["train", path, "--minutes=5", *(f"--model.config.{name}={value}" for name, value in shape.items()), limit]
+    line += ["--data.batch_size=8", "--data.seq_len=32", "--trainer.logger=false", "--trainer.devices=1"]
+    assert mmrec(*line, "--trainer.enable_progress_bar=false") == 0
+    assert f"{steps} updates of 8 x 32 tokens" in capsys.readouterr().out
+    assert last("short")["global_step"] == steps
+
+
+@pytest.mark.parametrize(
     ("option", "word"),
     [
         ("--model.dropuot=0.1", "did you mean 'model.dropout'?"),
         ("--trainer.max_steps=few", "must be a whole number"),
         ("--data.batch_size=0", "data.batch_size is 0; it must be at least 1"),
+        ("--data.batch_size=", "--data.batch_size is empty; it must be a whole number"),
+        ("--model.dropout=5", "model.dropout is 5"),
+        ("--trainer.max_steps=0", "--trainer.max_steps is 0; it must be at least 1, or -1 for no limit"),
+        ("--trainer.max_epochs=0", "--trainer.max_epochs is 0; it must be at least 1"),
+        ("--trainer.devices=0", "--trainer.devices is 0; it must be from 1"),
+        ("--trainer.devices=99999999999", "--trainer.devices is 99999999999; it must be from 1"),
     ],
 )
 def test_an_option_that_is_wrong_is_refused_before_the_text_is_prepared(

@@ -243,6 +243,16 @@ def test_a_memory_is_read_on_by_its_own_model_where_another_was_trained_since(
     assert "since" not in err
     assert mmrec(*asked, "--run=since") == 2
     assert "another model than lightning_logs/since/" in capsys.readouterr().err
+    Path("lightning_logs/since/checkpoints/best.ckpt").unlink()  # as of a run that was stopped early
+    assert mmrec(*asked) == 0
+    assert capsys.readouterr().out.splitlines() == written
+    shutil.rmtree("lightning_logs/a")
+    assert mmrec(*fit(prepared, "--run=third", "--trainer.max_steps=1")) == 0
+    capsys.readouterr()
+    assert mmrec(*asked) == 2
+    assert (
+        "none of the best checkpoints of the 2 runs in lightning_logs; name its model by" in capsys.readouterr().err
+    )
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:

@@ -105,6 +105,36 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(
     assert record()["finished"]
 
 
+def test_a_longer_training_that_is_refused_leaves_all_checkpoints(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    files = [Path(f"lightning_logs/novel/checkpoints/{name}.ckpt") for name in ("best", "last", "stable")]
+    before = [file.read_bytes() for file in files]
+    assert mmrec(*line, "--model.config.dim=32") == 2
+    assert [file.read_bytes() for file in files] == before
+    capsys.readouterr()
+    damage("best.ckpt")
+    before = [file.read_bytes() for file in files]
+    assert mmrec(*line) == 2
+    assert "move that file away to go on without it" in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_longer_training_that_ends_sooner_may_be_better(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It starts before the rate of the first one fell."""
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=0.000001") == 0
+    capsys.readouterr()
+    assert mmrec(*line, "--trainer.max_steps=15", "--model.learning_rate=0.02") == 0
+    said = capsys.readouterr().out
+    assert "--trainer.max_steps 15 leaves no more updates than were made" in said
+    assert "15 updates\n" in said
+
+
 def test_what_came_of_a_training_is_said_after_a_stop_while_it_was_worked_out(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,8 +289,8 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
     assert mmrec("train", novel, "--data.batch_size", rows) == 0
     assert value_of(given[0], "--trainer.devices") == processes
     assert value_of(given[0], "--trainer.strategy") == ("cores" if processes != "1" else "auto")
-    assert mmrec("train", novel, "--run=b", f"--data.batch_size={rows}", "--trainer.devices=3") == 0
-    assert value_of(given[1], "--trainer.devices") == "3"  # what is said by hand wins
+    assert mmrec("train", novel, "--run=b", f"--data.batch_size={rows}", "--trainer.devices=1") == 0
+    assert value_of(given[1], "--trainer.devices") == "1"  # what is said by hand wins
 
 
 @pytest.mark.parametrize(
@@ -273,6 +303,8 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
         (["--trainer.fast_dev_run=2"], "--trainer.fast_dev_run is for mmrec fit"),
         (["-c", "small"], "-c is for mmrec fit; mmrec train makes a config of its own"),
         (["--config=small"], "--config is for mmrec fit; mmrec train makes a config of its own"),
+        (["--trainer.accumulate_grad_batches=4"], "as many rows as --data.batch_size says"),
+        (["--run="], "--run is ''; it must be a name"),
         (["--ckpt_path=last"], "goes on from its last checkpoint where it is typed again"),
         (["--init_from", "hf:owner/name"], "by mmrec prepare --tokenizer"),
         (["--tokenizer=letters"], "characters, bytes, bpe"),
@@ -337,7 +369,13 @@ def test_a_text_that_has_changed_is_trained_on_by_a_run_of_its_own(
     novel.write_text(text, encoding="utf-8")
     capsys.readouterr()
     assert mmrec(*second) == 2
-    assert "'second' was trained on data/second; choose another --run" in capsys.readouterr().err
+    assert "data/second: already holds another corpus" in capsys.readouterr().err
+    assert mmrec("train", novel, "--plan") == 0
+    novel.write_text(f"{text} and more and more", encoding="utf-8")
+    capsys.readouterr()
+    assert mmrec("train", novel, *SMALL, "--run=novel") == 2  # a run of another text is no place for it
+    assert "data/novel: already holds another corpus" in capsys.readouterr().err
+    assert not Path("data/third").exists()
 
 
 def test_lines_to_type_next_are_right_for_any_name(

@@ -18,7 +18,7 @@ LISTING = re.compile(
     r"(?P<errors>.*?) Given value type: .*? Given value: (?P<value>.*)"
 )
 """How it lists, in one line, the errors of each type of an option that has several."""
-ONE_TYPE = re.compile(r"Parser key \"(?P<option>[\w.]+)\": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)")
+ONE_TYPE = re.compile(r"Parser key \"(?P<option>[\w.]+)\": Expected a (?P<kind>.+?)\. Got value: ?(?P<value>.*)")
 NOT_OF_COMMAND = re.compile(r"Subcommand '(?P<command>\w+)' does not accept option '(?P<option>[\w.]+)'")
 UNSAVED = re.compile(r"\('cannot represent an object', <?(.+?)>?\)")
 NOT_SAVED = r"the default of an argument, \1, cannot be saved in a config; give that argument, too"
@@ -115,7 +115,7 @@ def _sentence(option: str, errors: str, value: str) -> str | None:
 
 
 def _must_be(option: str, value: str, kinds: list[str]) -> str:
-    return f"--{option} is {'null' if value == 'None' else value}; it must be {' or '.join(kinds)}"
+    return f"--{option} is {'null' if value == 'None' else value or 'empty'}; it must be {' or '.join(kinds)}"
 
 
 def _kinds(errors: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,6 +83,9 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     Raises:
         UserError: there is no such model, or the memory is of another, or it cannot be read.
     """
+    known = runs.runs(checkpoint.root)
+    if memory is not None and (checkpoint.ckpt, checkpoint.run) == (runs.BEST, None) and len(known) > 1:
+        return _model_of_memory(checkpoint, memory, known[::-1])
     trained = load_chosen(checkpoint)
     digest = model_hash(trained.net, trained.tokenizer)
     if memory is None:
@@ -90,29 +93,31 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     try:
         return trained, digest, load_memory(memory, trained.net, digest)
     except OtherModelError:
-        if (checkpoint.ckpt, checkpoint.run) == (runs.BEST, None):
-            found = _model_of_memory(checkpoint, memory)
-            if found is not None:
-                return found
         raise UserError(
             f"{memory}: is the memory of another model than {checkpoint.path()}; name that one by --run or --ckpt, "
             f"or read the text with this one"
         ) from None
 
 
-def _model_of_memory(checkpoint: CheckpointOptions, memory: Path) -> tuple[LoadedModel, str, SavedState] | None:
-    """Return what :func:`load_model_and_state` does, of the latest run whose model ``memory`` is of; None if none."""
+def _model_of_memory(
+    checkpoint: CheckpointOptions, memory: Path, known: Sequence[str]
+) -> tuple[LoadedModel, str, SavedState]:
+    """Return what :func:`load_model_and_state` does, of the first of the runs ``known`` whose model it is."""
     wanted = memory_header(memory).model
-    for run in runs.runs(checkpoint.root)[-2::-1]:  # the latest has been tried
+    for run in known:
         of_run = replace(checkpoint, run=run)
         try:
             trained = load_chosen(of_run)
         except UserError:  # without a best checkpoint, damaged, or of a layer that is not known here
             continue
         if model_hash(trained.net, trained.tokenizer) == wanted:
-            print(f"{memory}: is the memory of {of_run.path()}, which is taken", file=sys.stderr)
+            if run != known[0]:
+                print(f"{memory}: is the memory of {of_run.path()}, which is taken", file=sys.stderr)
             return trained, wanted, load_memory(memory, trained.net, wanted)
-    return None
+    raise UserError(
+        f"{memory}: is the memory of none of the best checkpoints of the {len(known)} runs in "
+        f"{checkpoint.root / runs.LOGS}; name its model by --ckpt, or read the text with one of these"
+    )
 
 
 @torch.inference_mode()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from mmrec.core.errors import UserError
 from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import Batches, Candidate, Text, choose_batches, shapes_for
+from mmrec.training.compat import most_processes
 from mmrec.training.fit_config import fit_config
-from mmrec.training.options import DataOptions
+from mmrec.training.options import DataOptions, TrainingOptions
 
 MODEL, ROWS, SEQ_LEN, INTERLEAVE = "--model.config", "--data.batch_size", "--data.seq_len", "--data.interleave"
 STEPS, EPOCHS = "--trainer.max_steps", "--trainer.max_epochs"
 PROCESSES = DEVICES, STRATEGY = "--trainer.devices", "--trainer.strategy"
-ACCUMULATED = "--trainer.accumulate_grad_batches"
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,24 @@ class ByHand:
     options: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.options:
-            DataOptions(**vars(fit_config(self.options).data))
+        if not self.options:
+            return
+        given = self._config
+        DataOptions(**vars(given.data))
+        TrainingOptions(**{field.name: given.model[field.name] for field in fields(TrainingOptions)})
+        for name, value in ((STEPS, given.trainer.max_steps), (EPOCHS, given.trainer.max_epochs)):
+            if value is not None and value < 1 and value != -1:
+                raise UserError(f"{name} is {value}; it must be at least 1, or -1 for no limit")
+        if self.processes is not None and not 1 <= self.processes <= most_processes():
+            raise UserError(
+                f"{DEVICES} is {self.processes}; it must be from 1 to {most_processes()}, as there are CPU cores"
+            )
 
     def candidates(self, text: Text) -> list[Candidate]:
         """Return the models that a plan for ``text`` chooses from, the smallest first, with the batches of each.
 
         Raises:
-            UserError: no shape can be what was given of the model.
+            UserError: no shape can be what was given of the model, or no batch what was given of it.
         """
         configs = [*shapes_for(text)]
         if self._has(MODEL):
@@ -52,24 +63,36 @@ class ByHand:
         """Return the updates that were given as the most, or those of the epochs; None where neither was."""
         if not self._has(STEPS, EPOCHS):
             return None
-        given, limits = fit_config(self.options).trainer, []
-        if self._has(STEPS) and given.max_steps >= 0:
-            limits.append(given.max_steps)
-        if self._has(EPOCHS) and (given.max_epochs or -1) >= 0:
-            limits.append(given.max_epochs * text.train_tokens // batches.tokens)
-        return max(1, min(limits)) if limits else None
+        limits = [] if self.max_steps is None else [self.max_steps]
+        epochs = self._config.trainer.max_epochs or -1
+        if self._has(EPOCHS) and epochs > 0:
+            limits.append(epochs * -(-text.train_tokens // batches.tokens))  # the last batch of each may be smaller
+        return min(limits, default=None)
+
+    @property
+    def max_steps(self) -> int | None:
+        """The most updates, where they were given."""
+        return self._config.trainer.max_steps if self._has(STEPS) and self._config.trainer.max_steps > 0 else None
 
     @property
     def processes(self) -> int | None:
-        """The processes that share out the rows of an update, where they were given; None leaves them to a plan."""
+        """The processes that share out the rows of an update, where they were given; None where they were not.
+
+        With another strategy than ``cores`` each of several has all the rows, which a plan does not know of.
+        """
         devices, strategy = (value_of(self.options, name) for name in PROCESSES)
-        given = devices is not None and devices.isdecimal() and strategy in (None, "auto", "cores")
-        return max(1, int(devices or 1)) if given else None
+        if devices is None or not devices.isdecimal() or (int(devices) > 1 and strategy not in (None, "cores")):
+            return None
+        return int(devices)
 
     @property
     def is_tried(self) -> bool:
         """Whether an update is what a trial of the machine makes."""
-        return not self._has(ACCUMULATED) and (self.processes is not None or not self._has(*PROCESSES))
+        return self.processes is not None or not self._has(*PROCESSES)
+
+    @cached_property
+    def _config(self) -> Any:
+        return fit_config(self.options)
 
     def _has(self, *names: str) -> bool:
         return any(option.startswith(names) for option in self.options)
@@ -79,9 +102,9 @@ class ByHand:
         changed: list[ModelConfig] = []
         refused: UserError | None = None
         for config in configs:
-            fields: dict[str, Any] = fit_config([f"{MODEL}={json.dumps(asdict(config))}", *self.options]).model.config
+            given: Any = fit_config([f"{MODEL}={json.dumps(asdict(config))}", *self.options]).model.config
             try:
-                made = ModelConfig(**{name: _fixed(value) for name, value in vars(fields).items()})
+                made = ModelConfig(**{name: _fixed(value) for name, value in vars(given).items()})
             except UserError as error:
                 refused = error
                 continue
@@ -93,12 +116,18 @@ class ByHand:
         return sorted(changed, key=layer_parameters)
 
     def _batches(self, config: ModelConfig, text: Text) -> Batches:
-        planned = choose_batches(config, text.train_tokens)
-        if not self._has(ROWS, SEQ_LEN, INTERLEAVE):
-            return planned
-        values = {ROWS: planned.rows, SEQ_LEN: planned.seq_len, INTERLEAVE: planned.interleave}
-        data = fit_config([*(f"{name}={value}" for name, value in values.items()), *self.options]).data
-        return replace(planned, rows=data.batch_size, seq_len=data.seq_len, interleave=data.interleave)
+        batches = choose_batches(config, text.train_tokens)
+        names = {ROWS: "rows", SEQ_LEN: "seq_len", INTERLEAVE: "interleave"}
+        given = {field: self._config.data[name.partition(".")[2]] for name, field in names.items() if self._has(name)}
+        batches = replace(batches, **given)
+        if batches.seq_len >= text.train_tokens:
+            raise UserError(f"{SEQ_LEN} is {batches.seq_len}; it must be less than the {text.train_tokens:,} tokens")
+        if self.processes is not None and batches.rows % self.processes:
+            raise UserError(
+                f"{DEVICES} is {self.processes}, which cannot share out the {batches.rows} rows of an update evenly; "
+                f"give a divisor of them, or another {ROWS}"
+            )
+        return batches
 
 
 def _fixed(value: Any) -> Any:

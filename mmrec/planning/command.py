@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from mmrec.checkpoints import runs
@@ -19,15 +18,23 @@ from mmrec.core.files import write_file
 from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
-from mmrec.planning.by_hand import PROCESSES, ByHand
+from mmrec.planning.by_hand import PROCESSES, STEPS, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import best_checkpoint, report
-from mmrec.planning.plan import FORWARD_SHARE, SHORTEST_ROW, Rate, TrainingPlan, fit_options, make_plan
+from mmrec.planning.plan import (
+    FORWARD_SHARE,
+    MOST_EXPECTED,
+    SHORTEST_ROW,
+    Rate,
+    TrainingPlan,
+    fit_options,
+    make_plan,
+)
 from mmrec.planning.record import Record, read_record, seconds_trained
-from mmrec.planning.source import check_tokenizer, prepare_texts
+from mmrec.planning.source import BY_WORDS, check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.beginning import Beginning
 from mmrec.training.callbacks.half_way import HalfWay
@@ -64,19 +71,20 @@ def train(args: Sequence[str]) -> None:
         options.encoding,
         options.glob,
         lambda path: _record_of(options, path) is not None,
-        options.run,
+        options.run if options.run not in runs.runs(Path()) or _has_own_folder(options) else None,
     )
     begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]
     if begun:
         folder, before = begun[0]
-        record = _move(_go_on(before, _place(options, folder.folder), options), options.on)
+        record, start = _go_on(before, _place(options, folder.folder), options, by_hand)
+        record = _move(record, options.on)
     else:
-        folder, record = _begin(options, folders, by_hand)
+        (folder, record), start = _begin(options, folders, by_hand), None
     where = _place(options, folder.folder)
     run = where.name
     if options.plan:
         return
-    record = replace(_fit(record, where, run, forwarded), finished=True)
+    record = replace(_fit(record, where, run, forwarded, start), finished=True)
     record.write(where)
     try:
         print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
@@ -108,6 +116,12 @@ def _record_of(options: TrainOptions, folder: Path) -> Record | None:
     where = _place(options, folder)
     record = read_record(where) if where.name in runs.runs(Path()) else None
     return record if record is not None and Path(record.data_dir).resolve() == folder.resolve() else None
+
+
+def _has_own_folder(options: TrainOptions) -> bool:
+    """Whether the run that was named trains on a token folder of its name."""
+    folders = (Path("data", f"{options.run}{end}") for end in ("", BY_WORDS))
+    return any(_record_of(options, folder) is not None for folder in folders)
 
 
 def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
@@ -154,34 +168,46 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
     seconds = _seconds_left(deadline - ending)
     plan = make_plan(plan.text, [rate], seconds, most=by_hand.most_steps)
     planning = time.monotonic() - start
-    print(plan.describe(seconds, planning + ending))
+    whose = "" if by_hand.is_tried else " for each of the processes that were given"
+    print(plan.describe(seconds, planning + ending, whose))
     chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
+    in_time = plan
+    if by_hand.most_steps(plan.batches, plan.text) is not None:
+        # The trainer has that limit, and may get another one later: beside it the time is the only one.
+        chosen.append(f"{MOST_STEPS}-1")
+        in_time = make_plan(plan.text, [rate], seconds, most=lambda *_: sys.maxsize)
     data_dir = str(folder.folder)  # the project may be moved
-    # All that there is time for: the trainer has the limit that was given, and may get another one later.
-    steps = make_plan(plan.text, [rate], seconds).steps if by_hand.is_tried else None
+    steps, expected = in_time.steps if by_hand.is_tried else None, min(MOST_EXPECTED, plan.expected)
     return folder, Record(
-        data_dir, seconds / 60, steps, chosen, plan.text.xz, plan.expected, asked=options.minutes_or_default
+        data_dir, seconds / 60, steps, chosen, plan.text.xz, expected, asked=options.minutes_or_default
     )
 
 
-def _go_on(before: Record, where: Path, options: TrainOptions) -> Record:
-    """Return what is left of a training that was stopped, or a longer one where it has ended."""
+def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) -> tuple[Record, Path | None]:
+    """Return what is left of a training that was stopped, or a longer one where it has ended, and its checkpoint.
+
+    That is None where it is the last one.
+    """
     if not before.finished:
-        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options)
+        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options), None
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
     start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
     minutes = options.minutes_or_default
     done = seconds_trained(start)
     more = _seconds_left(_deadline(options) - STARTING - comparison_seconds(minutes))
-    print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}")
-    if start == stable and not options.plan:
-        # What was reached since is in the best checkpoint.
-        write_file(stable.with_name(f"{runs.LAST}.ckpt"), stable.read_bytes())
+    best = best_checkpoint(Path(), where.name)
+    try:
+        reached = seconds_trained(best)
+    except UserError as error:
+        raise UserError(f"{error}; move that file away to go on without it") from None
+    last = read_checkpoint(runs.find_checkpoint(Path(), where.name, runs.LAST), mmap=True, verify=False)
+    none_left = by_hand.max_steps is not None and by_hand.max_steps <= last["global_step"]
+    told = f"; {STEPS} {by_hand.max_steps} leaves no more updates than were made" if none_left else ""
+    print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
-    reached = int(read_checkpoint(best_checkpoint(Path(), where.name), mmap=True, verify=False)["global_step"])
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
-    return replace(changed, minutes=(done + more) / 60, asked=minutes)
+    return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
 
 
 def _is_intact(checkpoint: Path) -> bool:
@@ -236,16 +262,22 @@ def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
     return record
 
 
-def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str]) -> Record:
-    """Train as ``record`` says, and return it with what was expected half-way."""
+def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str], start: Path | None) -> Record:
+    """Train as ``record`` says, from ``start`` or the last checkpoint; return it with what was expected half-way."""
+
+    def begin() -> None:
+        record.write(where)
+        if start is not None:  # what was reached since is in the best checkpoint
+            write_file(start.with_name(f"{runs.LAST}.ckpt"), start.read_bytes())
+
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
     options += _processes_for_rows(record.options, forwarded)
     options.append(f"--time_limit.minutes={record.minutes:.4f}")
     # Said in either case: the config of the run that is resumed may have a number.
     options.append(f"--time_limit.planned_steps={'null' if record.steps is None else record.steps}")
     if run in runs.runs(Path()):
-        options.append(f"--ckpt_path={runs.LAST}")
+        options.append(f"--ckpt_path={start or runs.LAST}")
     line = HalfWayLine(record, where)
-    added = [Beginning(partial(record.write, where)), *([HalfWay(line)] if record.half_way is None else [])]
+    added = [Beginning(begin), *([HalfWay(line)] if record.half_way is None else [])]
     run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}", added)
     return line.record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -138,12 +137,10 @@ def measure_rates(
     for candidate in candidates:
         config, batches = candidate.config, candidate.batches
         processes = processes_for(config, batches.rows, batches.seq_len, spare=0) if is_cpu else 1
-        if given is not None:
-            processes = math.gcd(given, batches.rows)
-        trial = _try_together(candidate, text, accelerator, seconds, processes)
+        trial = _try_together(candidate, text, accelerator, seconds, given or processes)
         waited += trial.waited
         worked += trial.worked
-        own.append(Rate(config, batches.tokens / trial.pace, processes, batches))
+        own.append(Rate(config, batches.tokens / trial.pace, given or processes, batches))
         slower = _slowed_down(waited, worked)
         expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1].tokens / slower * seconds)
         if expected > best:
@@ -201,6 +198,14 @@ def _try(
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
     clock = time.process_time if is_cpu else time.perf_counter
     begin, begin_own = time.perf_counter(), clock()
-    pace = seconds_per_update(config, text, accelerator, seconds, batches, clock, processes)
+    try:
+        pace = seconds_per_update(config, text, accelerator, seconds, batches, clock, processes)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise UserError(
+                f"there is too little memory for {config.layers} layers of {config.dim} and {batches.rows} x "
+                f"{batches.seq_len} tokens an update; make the model or the batches smaller"
+            ) from None
+        raise
     threads = torch.get_num_threads() if is_cpu else 1
     return _Trial(pace / threads, time.perf_counter() - begin, (clock() - begin_own) / threads)

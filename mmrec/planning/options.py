@@ -18,11 +18,12 @@ REFUSED = {
     "--trainer.fast_dev_run": "it saves nothing that mmrec train could score",
     "--config": MAKES,
     "-c": MAKES,
+    "--trainer.accumulate_grad_batches": "mmrec train plans updates of as many rows as --data.batch_size says",
     "--ckpt_path": "mmrec train goes on from its last checkpoint where it is typed again",
     "--init_from": "the text has to be prepared by the tokenizer of that model before, by mmrec prepare --tokenizer",
 }
 """Options of ``mmrec fit`` that are not of ``mmrec train``, and why not: they would train on another text than is
-scored, or leave no run to score, or decide what the command decides."""
+scored, or leave no run to score, or make another training of what the command decides."""
 FORWARDED = tuple(f"--{section}." for section in SECTIONS)
 """Beginnings of the options of ``mmrec fit``, which win over the plan's."""
 
@@ -56,6 +57,8 @@ class TrainOptions:
     on: Literal["auto", "cpu", "gpu"] | None = None
 
     def __post_init__(self) -> None:
+        if self.run == "":
+            raise UserError("--run is ''; it must be a name, or be left out")
         if self.minutes is not None and not 0.1 <= self.minutes <= MOST_MINUTES:
             raise UserError(
                 f"--minutes is {self.minutes:g}; it must be at least 0.1, and at most {MOST_MINUTES:,}, a year"

@@ -13,7 +13,7 @@ from mmrec.inference.api import MemoryLM
 from mmrec.inference.generate import default_prompt
 from mmrec.inference.reading import READ_CHUNK
 from mmrec.planning.comparison import MOST_SCORED, Comparison, bits_per_byte, carried_nll, compare
-from mmrec.planning.record import Record
+from mmrec.planning.record import Record, seconds_trained
 
 SAMPLE = 300
 """Tokens of the sample."""
@@ -52,7 +52,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
             f"validation  {score:.3f} bits/byte{part}, with the state carried; {_expected(record)}",
             *([] if beside is None else _with_memory(beside, len(nll))),
             f"beside it   {record.xz:.3f} bits/byte by xz{_ppmd(beside, len(nll))}, after the training text",
-            f"model       {checkpoint}, {trained.step:,} updates{_longer(record, trained.step)}",
+            f"model       {checkpoint}, {trained.step:,} updates{_longer(record, checkpoint)}",
             "",
             "It writes:",
             "",
@@ -77,10 +77,10 @@ def _expected(record: Record) -> str:
     return f"{told}{'' if first else ' at first'}, {record.half_way:.3f} half-way{now}"
 
 
-def _longer(record: Record, step: int) -> str:
+def _longer(record: Record, best: Path) -> str:
     """Return what is said where a longer training has not come to a better checkpoint."""
-    longer_is_best = record.reached is None or step > record.reached
-    return "" if longer_is_best else "; it was the best before, too: training for longer has not made a better one"
+    is_old = record.reached is not None and seconds_trained(best) == record.reached
+    return "; it was the best before, too: training for longer has not made a better one" if is_old else ""
 
 
 def _with_memory(beside: Comparison, scored: int) -> list[str]:

@@ -36,6 +36,8 @@ DROPOUT_OF_WORDS = ((0.05, 5.0), (0.1, 10.0), (0.2, 40.0), (0.3, 70.0))
 MOST_EPOCHS = 30
 """A text is not read more often, however much time there is: it was learned by heart by then
 (docs/planning-study.md)."""
+MOST_EXPECTED = 8.0
+"""Bits per byte: nobody needs more, and what a law says of a few updates may be beyond."""
 SHORTEST_ROW = 16
 """Tokens of a row of a short text."""
 MOST_VALIDATIONS = 20
@@ -120,25 +122,27 @@ class TrainingPlan:
         """How often the training text is read."""
         return self.tokens / self.text.train_tokens
 
-    def describe(self, seconds: float, rest: float) -> str:
+    def describe(self, seconds: float, rest: float, whose: str = "") -> str:
         """Return the plan for a person.
 
         Args:
             seconds: of training, with its validations, at most.
             rest: seconds before and after it.
+            whose: whose the rows of an update are, where that is not the training as a whole.
         """
         if self.rate:
             seconds = min(seconds, self.tokens / self.rate / (1 - VALIDATION_SHARE))
         parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
-        # Nobody needs more than eight: what a law says of a few updates may be beyond.
-        expected, low, high = (min(8.0, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1))
+        expected, low, high = (
+            min(MOST_EXPECTED, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1)
+        )
         shared = f", by {self.processes} processes" if self.processes > 1 else ""
         enough = "; to read it more often would not help" if self.steps == most_steps(self.batches, self.text) else ""
         return "\n".join(
             [
                 f"model       about {parameters / 1e6:.2f} M parameters: "
                 f"{self.config.layers} layers of {self.config.dim}",
-                f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens: "
+                f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens{whose}: "
                 f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}{enough}",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
                 f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "

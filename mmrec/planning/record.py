@@ -28,7 +28,7 @@ class Record:
         finished: whether its time was used to the end.
         asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
         half_way: bits per byte that were expected half-way; None before, and where nothing can be said.
-        reached: updates before the best checkpoint when the training was made longer; None where it was not.
+        reached: seconds of training before the best checkpoint when it was made longer; None where it was not.
     """
 
     data_dir: str
@@ -40,7 +40,7 @@ class Record:
     finished: bool = False
     asked: float | None = None
     half_way: float | None = None
-    reached: int | None = None
+    reached: float | None = None
 
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""

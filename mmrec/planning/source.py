@@ -70,13 +70,15 @@ def prepare_texts(
     if run is not None:
         beside = Path("data", run)
         begun = is_begun(beside) or is_begun(beside.with_name(f"{run}{BY_WORDS}"))
-        places.insert(0 if begun else 1, beside)
+        places = [beside] if begun else [*places, beside]
+    taken: FolderTakenError | None = None
     for place in places:
         try:
             return _prepare_as(replace(options, output_dir=place), texts[0] in CORPORA, tokenizer, minutes, is_begun)
         except FolderTakenError as error:
-            taken = f"{error.folder}: {error.what}"
-    raise UserError(f"{taken}; give another --run to train beside it, or move that folder away")
+            taken = taken or error
+    assert taken is not None
+    raise UserError(f"{taken.folder}: {taken.what}; give another --run to train beside it, or move that folder away")
 
 
 def _prepare_as(

@@ -169,11 +169,6 @@ class TimeLimit(Callback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, steps: int) -> None:
         assert isinstance(pl_module, RecurrentLMModule)
-        if self._told is None:
-            self._told = steps
-        elif abs(steps - self._told) > WORTH_TELLING * self._told:
-            rank_zero_info(f"Planned {steps:,} updates instead of {self._told:,}: the machine's pace changed")
-            self._told = steps
         step, options = trainer.global_step, pl_module.options
         if self._fall is None:
             self._fall = decay_start(options, steps), steps
@@ -182,6 +177,15 @@ class TimeLimit(Callback):
         self.planned_steps = steps
         self.decisions.append((step, self.seconds, steps))
         pl_module.plan_steps(steps, self._fall[0])
+        self._tell(pl_module.planned_steps or steps)  # fewer where the options end the run before
+
+    def _tell(self, steps: int) -> None:
+        """Say it where a plan differs much from the one that was told."""
+        if self._told is None:
+            self._told = steps
+        elif abs(steps - self._told) > WORTH_TELLING * self._told:
+            rank_zero_info(f"Planned {steps:,} updates instead of {self._told:,}: the machine's pace changed")
+            self._told = steps
 
     def state_dict(self) -> dict[str, Any]:
         if self.minutes is None:
