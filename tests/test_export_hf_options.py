@@ -229,7 +229,7 @@ def test_a_cache_of_other_rows_is_refused_and_can_be_repeated(model: Any, fast: 
         model(more, past_key_values=cache)
     cache.batch_repeat_interleave(3)
     logits = model(more, past_key_values=cache).logits
-    assert torch.equal(logits[0], logits[2])
+    close(logits[0], logits[2])
     close(logits[1, 0], model(torch.cat([ids, more[1:2]], dim=1)).logits[0, -1])
     cache.batch_select_indices(torch.tensor([1]))
     assert cache.rows == 1

@@ -84,7 +84,7 @@ def test_parts_are_the_whole(parts: list[int], has_resets: bool) -> None:
     resets = torch.rand(3, 130) < 0.04 if has_resets else None
     with torch.no_grad():
         (whole, after), (found, state) = (read(net, tokens, resets, each) for each in ([130], parts))
-    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found, whole, atol=5e-5, rtol=1e-5)  # products of other sizes round differently
     for a, b in zip(state[-1], after[-1], strict=True):
         assert torch.equal(a, b)  # to the bit: what was counted does not depend on where a text was cut
 
