@@ -93,6 +93,12 @@ def test_what_a_trial_cannot_know_is_left_to_the_first_updates(
     assert (given.processes, given.is_tried) == (processes, is_tried)
 
 
+def test_several_gpus_are_no_processes_that_share_out_rows() -> None:
+    several, one = (ByHand([f"--trainer.devices={count}"], is_cpu=False) for count in (4, 1))
+    assert (several.processes, several.is_tried) == (None, False)
+    assert (one.processes, one.is_tried) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

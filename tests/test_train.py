@@ -100,6 +100,9 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(
     said = capsys.readouterr().out
     assert "8 updates; it was the best before, too" in said
     assert "were expected of the first training" in said
+    config = "lightning_logs/novel/config.yaml"
+    assert mmrec("fit", "--config", config, "--run=other", "--trainer.max_steps=2", *SMALL) == 0
+    assert last("other")["global_step"] == 2  # from the begin, as what has not been trained for longer
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]

@@ -27,12 +27,14 @@ class ByHand:
 
     Args:
         options: as they were typed.
+        is_cpu: whether it is trained on a CPU; of several GPUs each has all the rows of an update.
 
     Raises:
         UserError: one is none of ``mmrec fit``, or has a value that it cannot have.
     """
 
     options: Sequence[str] = ()
+    is_cpu: bool = True
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -81,9 +83,10 @@ class ByHand:
         With another strategy than ``cores`` each of several has all the rows, which a plan does not know of.
         """
         devices, strategy = (value_of(self.options, name) for name in PROCESSES)
-        if devices is None or not devices.isdecimal() or (int(devices) > 1 and strategy not in (None, "cores")):
+        if devices is None or not devices.isdecimal():
             return None
-        return int(devices)
+        share_rows = self.is_cpu and strategy in (None, "cores")
+        return int(devices) if share_rows or int(devices) == 1 else None
 
     @property
     def is_tried(self) -> bool:

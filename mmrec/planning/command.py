@@ -63,7 +63,7 @@ def train(args: Sequence[str]) -> None:
         runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
-    by_hand = ByHand(forwarded)
+    by_hand = ByHand(forwarded, device_of_accelerator(options.on or "auto").type == "cpu")
     folders = prepare_texts(
         options.texts,
         options.tokenizer,

@@ -30,6 +30,8 @@ class SaveRunConfig(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        config = self.config.clone()
+        config.ckpt_path = None  # by this config another run trains from the begin, also where this one was resumed
         # Whole or not at all, as the run is resumed by what stands there.
         with staged_file(self.folder / runs.CONFIG, parents=True) as file:
-            self.parser.save(self.config, file.name, skip_none=False, overwrite=True)
+            self.parser.save(config, file.name, skip_none=False, overwrite=True)
