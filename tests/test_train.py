@@ -378,6 +378,11 @@ def test_a_text_that_has_changed_is_trained_on_by_a_run_of_its_own(
     capsys.readouterr()
     assert mmrec("train", novel, *SMALL, "--run=novel") == 2  # a run of another text is no place for it
     assert "data/novel: already holds another corpus" in capsys.readouterr().err
+    Path("other.txt").write_text(text[:6000], encoding="utf-8")
+    assert mmrec("train", "other.txt", *SMALL, "--run=third", "--trainer.max_steps=1") == 0
+    capsys.readouterr()
+    assert mmrec("train", novel, *SMALL, "--run=third") == 2
+    assert "data/novel: already holds another corpus" in capsys.readouterr().err
     assert not Path("data/third").exists()
 
 

@@ -43,10 +43,10 @@ def parse_error(parser: ArgumentParser, message: str) -> UserError:
         command, option = of_command["command"], of_command["option"]
         hint = _nearest_option(option, parser._subcommands_action.choices[command])
         return UserError(f"{option} is none of the options of mmrec {command}{hint}")
-    # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     dashed = re.fullmatch(r"Unrecognized arguments: (-.+)", message)
     if dashed is not None and Path(dashed[1]).exists():
         return UserError(f"{dashed[1]}: is read as an option, as all that begins with a dash; write ./{dashed[1]}")
+    # jsonargparse ends some messages with a listing of the type's options; the first sentence says what is wrong.
     unknown = re.search(r"(?:[Uu]nrecogni[sz]ed arguments?|Key|option)[^-\w]*'?(?:--)?([\w.\-]+)", message)
     return UserError(message + (_nearest_option(unknown[1].split("=")[0], parser) if unknown else ""))
 

@@ -18,7 +18,7 @@ from mmrec.core.files import write_file
 from mmrec.core.options import Parser
 from mmrec.core.runtime import command_start
 from mmrec.data.store import TokenFolder
-from mmrec.planning.by_hand import PROCESSES, STEPS, ByHand
+from mmrec.planning.by_hand import PROCESSES, ROWS, STEPS, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
@@ -34,7 +34,7 @@ from mmrec.planning.plan import (
     make_plan,
 )
 from mmrec.planning.record import Record, read_record, seconds_trained
-from mmrec.planning.source import BY_WORDS, check_tokenizer, prepare_texts
+from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.beginning import Beginning
 from mmrec.training.callbacks.half_way import HalfWay
@@ -42,7 +42,7 @@ from mmrec.training.cli import run_lightning
 
 STARTING = 3.0
 """Seconds that a training takes to start, and to end, beyond its updates and its validations."""
-ACCELERATOR, MOST_STEPS = "--trainer.accelerator=", "--trainer.max_steps="
+ACCELERATOR, MOST_STEPS = "--trainer.accelerator=", f"{STEPS}="
 LEAST = 2.0
 """Seconds of training, however little time there is."""
 
@@ -71,7 +71,8 @@ def train(args: Sequence[str]) -> None:
         options.encoding,
         options.glob,
         lambda path: _record_of(options, path) is not None,
-        options.run if options.run not in runs.runs(Path()) or _has_own_folder(options) else None,
+        options.run,
+        options.run not in runs.runs(Path()),
     )
     begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]
     if begun:
@@ -116,12 +117,6 @@ def _record_of(options: TrainOptions, folder: Path) -> Record | None:
     where = _place(options, folder)
     record = read_record(where) if where.name in runs.runs(Path()) else None
     return record if record is not None and Path(record.data_dir).resolve() == folder.resolve() else None
-
-
-def _has_own_folder(options: TrainOptions) -> bool:
-    """Whether the run that was named trains on a token folder of its name."""
-    folders = (Path("data", f"{options.run}{end}") for end in ("", BY_WORDS))
-    return any(_record_of(options, folder) is not None for folder in folders)
 
 
 def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
@@ -200,9 +195,11 @@ def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) 
         reached = seconds_trained(best)
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
-    last = read_checkpoint(runs.find_checkpoint(Path(), where.name, runs.LAST), mmap=True, verify=False)
-    none_left = by_hand.max_steps is not None and by_hand.max_steps <= last["global_step"]
-    told = f"; {STEPS} {by_hand.max_steps} leaves no more updates than were made" if none_left else ""
+    told = ""
+    if by_hand.max_steps is not None:
+        last = read_checkpoint(runs.find_checkpoint(Path(), where.name, runs.LAST), mmap=True, verify=False)
+        if by_hand.max_steps <= last["global_step"]:
+            told = f"; {STEPS} {by_hand.max_steps} leaves no more updates than were made"
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
@@ -242,7 +239,7 @@ def _processes(count: int) -> list[str]:
 
 def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> list[str]:
     """Return options of fewer processes than ``planned`` where those cannot share out the rows given by hand."""
-    devices, rows = value_of(planned, PROCESSES[0]), value_of(forwarded, "--data.batch_size")
+    devices, rows = value_of(planned, PROCESSES[0]), value_of(forwarded, ROWS)
     if devices is None or rows is None or not rows.isdecimal() or int(rows) % int(devices) == 0:
         return []
     return _processes(math.gcd(int(devices), int(rows)))

@@ -48,6 +48,7 @@ def prepare_texts(
     glob: str | None = None,
     is_begun: Callable[[Path], bool] = lambda _: False,
     run: str | None = None,
+    is_new: bool = True,
 ) -> list[TokenFolder]:
     """Prepare what ``texts`` name, by ``tokenizer`` or by those that may suit it, and return the token folders.
 
@@ -59,6 +60,7 @@ def prepare_texts(
         glob: names of the files that count in a folder; those of text files if None.
         is_begun: whether a training has begun on the token folder of that path: then it is the only one.
         run: names the token folder where that of the text's own name holds another text.
+        is_new: whether there is no run of that name yet; another text's is no place for this one.
 
     Raises:
         UserError: they name nothing that can be read, or so much that the time would be over; or the folders that
@@ -70,7 +72,7 @@ def prepare_texts(
     if run is not None:
         beside = Path("data", run)
         begun = is_begun(beside) or is_begun(beside.with_name(f"{run}{BY_WORDS}"))
-        places = [beside] if begun else [*places, beside]
+        places = [beside] if begun else [*places, beside] if is_new else places
     taken: FolderTakenError | None = None
     for place in places:
         try:
