@@ -39,6 +39,7 @@ from mmrec.planning.law import LAW
 from mmrec.planning.machine import seconds_per_update
 from mmrec.planning.plan import (
     Batches,
+    Candidate,
     Rate,
     Text,
     TrainingPlan,
@@ -184,13 +185,13 @@ def search(
 
 def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
     """Return the tokens that a second of the processor trains on."""
-    return batches.tokens / seconds_per_update(config, text, "cpu", 3.0, batches, time.process_time)
+    return batches.tokens / seconds_per_update(Candidate(config, batches), text, "cpu", 3.0, time.process_time)
 
 
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
-    batches = [(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)[:5]]
-    return make_plan(text, [Rate(config, rate(config, text, each)) for config, each in batches], seconds)
+    candidates = [Candidate.of(config, text) for config in shapes_for(text)[:5]]
+    return make_plan(text, [Rate(each, rate(each.config, text, each.batches)) for each in candidates], seconds)
 
 
 def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:

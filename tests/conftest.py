@@ -193,6 +193,9 @@ def client(small_model: LoadedModel, memories: Path) -> Iterator[Client]:
 def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the machine by mmrec train gives two models without being made; it has tests of its own."""
     from mmrec.planning import command
-    from mmrec.planning.plan import SHAPES, Rate
+    from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
 
-    monkeypatch.setattr(command, "measure_rates", lambda *_: [Rate(SHAPES[0], 3000.0), Rate(SHAPES[1], 0.01)])
+    def measure(text: Text, *_: object) -> list[Rate]:
+        return [Rate(Candidate.of(SHAPES[0], text), 3000.0), Rate(Candidate.of(SHAPES[1], text), 0.01)]
+
+    monkeypatch.setattr(command, "measure_rates", measure)

@@ -16,7 +16,17 @@ from mmrec.model import layer_parameters
 from mmrec.planning.by_hand import ByHand
 from mmrec.planning.machine import measure_rates
 from mmrec.planning.options import value_of
-from mmrec.planning.plan import SHAPES, Batches, Candidate, Text, choose_batches, shapes_for
+from mmrec.planning.plan import (
+    SHAPES,
+    Batches,
+    Candidate,
+    Rate,
+    Text,
+    choose_batches,
+    fit_options,
+    make_plan,
+    shapes_for,
+)
 
 TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
 WORDS = replace(TEXT, vocab_size=1024)
@@ -24,7 +34,7 @@ WORDS = replace(TEXT, vocab_size=1024)
 
 def test_without_options_of_the_model_a_plan_chooses_from_all_shapes() -> None:
     for text in (TEXT, WORDS):
-        planned = [Candidate(config, choose_batches(config, text.train_tokens)) for config in shapes_for(text)]
+        planned = [Candidate.of(config, text) for config in shapes_for(text)]
         assert ByHand().candidates(text) == planned
         assert ByHand(["--model.dropout=0.3"]).candidates(text) == planned
 
@@ -43,7 +53,7 @@ def test_a_model_given_as_a_whole_is_the_only_one() -> None:
     whole = ByHand([f"--model.config={json.dumps(fields)}"])
     one_by_one = ByHand([f"--model.config.{name}={json.dumps(value)}" for name, value in fields.items()])
     for given in (whole, one_by_one):
-        assert given.candidates(TEXT) == [Candidate(config, choose_batches(config, TEXT.train_tokens))]
+        assert given.candidates(TEXT) == [Candidate.of(config, TEXT)]
 
 
 def test_a_model_that_no_shape_can_be_is_refused() -> None:
@@ -75,28 +85,62 @@ def test_a_limit_given_by_hand_is_one_of_the_plan(options: list[str], most: int 
 
 
 @pytest.mark.parametrize(
-    ("options", "processes", "is_tried"),
+    ("options", "processes", "copies"),
     [
-        ([], None, True),
-        (["--trainer.devices=1"], 1, True),
-        (["--trainer.devices", "2", "--trainer.strategy=cores"], 2, True),
-        (["--trainer.devices=2", "--trainer.strategy=ddp"], None, False),
-        (["--trainer.devices=auto"], None, False),
-        (["--trainer.devices=2", "--trainer.strategy=auto"], None, False),
-        (["--trainer.devices=1", "--trainer.strategy=auto"], 1, True),
+        ([], None, 1),
+        (["--trainer.devices=1"], 1, 1),
+        (["--trainer.devices", "2"], 2, 1),
+        (["--trainer.devices", "2", "--trainer.strategy=cores"], 2, 1),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], 1, 2),
+        (["--trainer.devices=2", "--trainer.strategy=auto"], 1, 2),
+        (["--trainer.devices=1", "--trainer.strategy=auto"], 1, 1),
+        (["--trainer.devices=auto"], 1, 1),
+        (["--trainer.strategy=ddp"], 1, 1),
+        (["--trainer.strategy=cores"], None, 1),
     ],
 )
-def test_what_a_trial_cannot_know_is_left_to_the_first_updates(
-    options: list[str], processes: int | None, is_tried: bool
+def test_processes_share_out_the_rows_or_have_copies_of_their_own(
+    options: list[str], processes: int | None, copies: int
 ) -> None:
     given = ByHand(options)
-    assert (given.processes, given.is_tried) == (processes, is_tried)
+    assert (given.processes, given.copies) == (processes, copies)
+    assert {each.batches.copies for each in given.candidates(TEXT)} == {copies}
 
 
-def test_several_gpus_are_no_processes_that_share_out_rows() -> None:
-    several, one = (ByHand([f"--trainer.devices={count}"], is_cpu=False) for count in (4, 1))
-    assert (several.processes, several.is_tried) == (None, False)
-    assert (one.processes, one.is_tried) == (1, True)
+@pytest.mark.parametrize(("devices", "copies"), [("1", 1), ("4", 4), ("-1", 4), ("auto", 4), ("[1,3]", 2)])
+def test_several_gpus_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch, devices: str, copies: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    given = ByHand([f"--trainer.devices={devices}"], "cuda")
+    assert (given.processes, given.copies) == (1, copies)
+
+
+@pytest.mark.parametrize("devices", ["2", "0", "0,1", "two", "auto"])
+def test_gpus_that_are_not_there_are_refused(devices: str) -> None:
+    with pytest.raises(UserError, match=f"^--trainer.devices is {devices}"):
+        ByHand([f"--trainer.devices={devices}"], "cuda")
+
+
+def test_a_plan_counts_the_tokens_of_all_copies() -> None:
+    alone = Candidate.of(SHAPES[1], TEXT)
+    both = ByHand(["--trainer.devices=2", "--trainer.strategy=ddp"]).candidates(TEXT)[1]
+    assert both.batches == replace(alone.batches, copies=2)
+    one = make_plan(TEXT, [Rate(alone, 10_000.0)], 60)
+    two = make_plan(TEXT, [Rate(both, 20_000.0)], 60)
+    assert two.steps == one.steps
+    assert two.epochs == 2 * one.epochs
+    assert two.expected < one.expected
+    assert "updates of 8 x 128 tokens, for each of 2 processes: " in two.describe(60, 1)
+    # Each copy scores the whole validation text: as much as one alone, which has as many updates.
+    for name in ("--trainer.val_check_interval", "--trainer.limit_val_batches", "--data.batch_size"):
+        assert value_of(fit_options(two), name) == value_of(fit_options(one), name)
+    longest = [make_plan(TEXT, [Rate(each, 1e9)], 3600) for each in (alone, both)]
+    assert [round(plan.epochs) for plan in longest] == [30, 30]
+
+
+def test_the_copies_of_a_text_leave_room_for_several_updates() -> None:
+    short = replace(TEXT, train_tokens=4_000)
+    found = ByHand(["--trainer.devices=2", "--trainer.strategy=ddp"]).candidates(short)
+    assert all(each.batches.tokens * 2 <= short.train_tokens for each in found)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +217,10 @@ def test_a_limit_beyond_that_of_a_plan_is_reached(
         ("--model.dropout=5", "model.dropout is 5"),
         ("--trainer.max_steps=0", "--trainer.max_steps is 0; it must be at least 1, or -1 for no limit"),
         ("--trainer.max_epochs=0", "--trainer.max_epochs is 0; it must be at least 1"),
-        ("--trainer.devices=0", "--trainer.devices is 0; it must be from 1"),
+        (
+            "--trainer.devices=0",
+            "--trainer.devices is 0: `devices` selected with `CPUAccelerator` should be an int > 0",
+        ),
         ("--trainer.devices=99999999999", "--trainer.devices is 99999999999; it must be from 1"),
     ],
 )

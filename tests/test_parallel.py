@@ -40,7 +40,8 @@ def test_two_processes_learn_what_one_does(
     assert mmrec(*fit(prepared, *options, "--data.batch_size=4", "--run=one")) == 0
     one = trained("one", tmp_path)
     for way, strategy in ways.items():
-        run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"), ranks=2)
+        said = run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"), ranks=2)
+        assert "deprecated" not in said
         two = trained(way, tmp_path)
         assert one.keys() == two.keys()
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6

@@ -45,6 +45,11 @@ from mmrec.training.callbacks.half_way import BEGIN, LATEST
 TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
 
 
+def rate_of(shape: int, tokens: float, processes: int = 1) -> Rate:
+    """Return the rate of one of the shapes, with its batches for ``TEXT``."""
+    return Rate(Candidate.of(SHAPES[shape], TEXT), tokens, processes)
+
+
 def test_tokens_that_are_read_again_count_for_less() -> None:
     once = LAW.effective_tokens(1e6, 1e6)
     assert once == 1e6
@@ -83,7 +88,11 @@ def test_parameters_are_about_those_of_the_model(config: ModelConfig) -> None:
 
 
 def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
-    rates = [Rate(SHAPES[0], 30_000.0), Rate(SHAPES[1], 10_000.0), Rate(SHAPES[2], 4_000.0)]
+    rates = [
+        rate_of(0, 30_000.0),
+        rate_of(1, 10_000.0),
+        rate_of(2, 4_000.0),
+    ]
     for seconds in (5, 60, 3600):
         chosen = make_plan(TEXT, rates, seconds)
         each = [make_plan(TEXT, [rate], seconds) for rate in rates]
@@ -93,10 +102,11 @@ def test_a_plan_takes_the_model_of_the_least_expected_loss() -> None:
 
 
 def test_a_text_is_not_read_without_end() -> None:
-    plan = make_plan(dataclasses.replace(TEXT, train_tokens=10_000), [Rate(SHAPES[0], 30_000.0)], 3600)
+    short = dataclasses.replace(TEXT, train_tokens=10_000)
+    plan = make_plan(short, [Rate(Candidate.of(SHAPES[0], short), 30_000.0)], 3600)
     assert MOST_EPOCHS - 2 < plan.epochs <= MOST_EPOCHS
     assert "would not help" in plan.describe(60 * 60, 1)
-    assert "would not help" not in make_plan(TEXT, [Rate(SHAPES[1], 10_000.0)], 60).describe(60, 1)
+    assert "would not help" not in make_plan(TEXT, [rate_of(1, 10_000.0)], 60).describe(60, 1)
 
 
 @pytest.mark.parametrize("tokens", [40, 300, 5_000, 10**6])
@@ -132,7 +142,7 @@ def test_a_model_with_little_room_beside_its_text_is_regularized_less() -> None:
 
 
 def test_validations_take_a_small_share_of_the_time() -> None:
-    plan = make_plan(dataclasses.replace(TEXT, val_tokens=50_000_000), [Rate(SHAPES[1], 10_000.0)], 60)
+    plan = make_plan(dataclasses.replace(TEXT, val_tokens=50_000_000), [rate_of(1, 10_000.0)], 60)
     options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
     batches, every = int(options["trainer.limit_val_batches"]), int(options["trainer.val_check_interval"])
     scored = batches * plan.batches.tokens * (plan.steps // every)
@@ -142,7 +152,7 @@ def test_validations_take_a_small_share_of_the_time() -> None:
 @pytest.mark.parametrize("val_tokens", [1_000, 10_000, 100_000])
 def test_what_a_validation_takes_beside_its_tokens_counts_too(val_tokens: int) -> None:
     rate = 10_000.0
-    plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [Rate(SHAPES[1], rate)], 120)
+    plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [rate_of(1, rate)], 120)
     options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
     times = -(-plan.steps // int(options["trainer.val_check_interval"]))
     scored = min(val_tokens, int(options.get("trainer.limit_val_batches", 10**6)) * plan.batches.tokens)
@@ -163,11 +173,11 @@ def test_a_trial_changes_no_random_numbers_and_gives_a_time() -> None:
 
     text = dataclasses.replace(TEXT, train_tokens=600)
     before = torch.random.get_rng_state()
-    assert 0 < seconds_per_update(SHAPES[0], text, "cpu", 0.01) < math.inf
+    assert 0 < seconds_per_update(Candidate.of(SHAPES[0], text), text, "cpu", 0.01) < math.inf
     assert torch.equal(before, torch.random.get_rng_state())
     batches = Batches(4, 16, 1)
     rates = measure_rates(text, [Candidate(SHAPES[0], batches)], 2.0, "cpu")
-    assert [(rate.config, rate.batches) for rate in rates] == [(SHAPES[0], batches)]
+    assert [rate.candidate for rate in rates] == [Candidate(SHAPES[0], batches)]
     assert rates[0].tokens > 0
 
 
@@ -179,11 +189,11 @@ def test_several_processes_train_only_where_they_are_faster(
     from mmrec.planning import machine
 
     monkeypatch.setattr(machine, "_try_together", lambda *_: machine._Trial(pace, waited, 1.0))
-    two = Rate(SHAPES[1], 1024 / 0.1, 2)
+    two = rate_of(1, 1024 / 0.1, 2)
     found = with_processes_that_pay(two, TEXT, 60.0, "cpu")
     assert found.processes == count
     assert found.tokens == pytest.approx(two.tokens if count == 2 else 1024 / pace / waited)
-    assert with_processes_that_pay(Rate(SHAPES[1], 1.0), TEXT, 60.0, "cpu") == Rate(SHAPES[1], 1.0)
+    assert with_processes_that_pay(alone := rate_of(1, 1.0), TEXT, 60.0, "cpu") == alone
 
 
 def test_each_process_tries_its_share_of_the_rows() -> None:
@@ -193,8 +203,8 @@ def test_each_process_tries_its_share_of_the_rows() -> None:
     found = machine._try_together(Candidate(SHAPES[0], Batches(8, 16, 1)), text, "cpu", 0.01, 2)
     assert 0 < found.pace < math.inf
     assert found.waited > 0
-    plan = make_plan(TEXT, [Rate(SHAPES[1], 10_000.0, 2)], 60)
-    alone = make_plan(TEXT, [Rate(SHAPES[1], 10_000.0)], 60)
+    plan = make_plan(TEXT, [rate_of(1, 10_000.0, 2)], 60)
+    alone = make_plan(TEXT, [rate_of(1, 10_000.0)], 60)
     assert "by 2 processes" in plan.describe(60, 1)
     assert "processes" not in alone.describe(60, 1)
     # At a pace that is the same for both they have the same validations: two share out that text, too.
@@ -330,7 +340,7 @@ def test_models_of_words_count_them_and_others_do_not() -> None:
     assert {config.count_half_lives for config in shapes_for(words)} == {HALF_LIVES}
     plain, counting = (expected_loss(shapes[1], words, 1e6) for shapes in (SHAPES, shapes_for(words)))
     assert counting == plain * LAW.counting
-    plan = make_plan(words, [Rate(shapes_for(words)[1], 10_000.0)], 60)
+    plan = make_plan(words, [Rate(Candidate.of(shapes_for(words)[1], words), 10_000.0)], 60)
     (config,) = [option for option in fit_options(plan) if "model.config" in option]
     assert json.loads(config.partition("=")[2])["count_half_lives"] == list(HALF_LIVES)
 
@@ -358,7 +368,7 @@ def test_interpolation_is_as_witten_and_bell_say() -> None:
 @pytest.mark.parametrize("val_tokens", [1_000, 9_000, 40_000, 100_000])
 def test_one_validation_is_half_way(val_tokens: int) -> None:
     for seconds in (60, 90, 150, 300):
-        plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [Rate(SHAPES[1], 10_000.0)], seconds)
+        plan = make_plan(dataclasses.replace(TEXT, val_tokens=val_tokens), [rate_of(1, 10_000.0)], seconds)
         options = dict(option.removeprefix("--").split("=", 1) for option in fit_options(plan))
         every = int(options["trainer.val_check_interval"])
         assert any(BEGIN <= step / plan.steps <= LATEST for step in range(every, plan.steps, every))

@@ -22,7 +22,7 @@ from mmrec.planning import half_way
 from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
 from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
-from mmrec.planning.plan import SHAPES, Rate
+from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
 from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -170,9 +170,12 @@ def test_of_two_tokenizers_the_one_of_which_more_is_expected_is_trained_with(
     from mmrec.planning import command, plan
 
     law = replace(LAW, counting=0.5, counting_power=power)
-    rates = [Rate(replace(plan.SHAPES[0], count_half_lives=halves), 3000.0) for halves in ((), plan.HALF_LIVES)]
+
+    def measure(text: plan.Text, *_: object) -> list[Rate]:
+        return [Rate(Candidate.of(plan.shapes_for(text)[0], text), 3000.0)]
+
     monkeypatch.setattr("mmrec.planning.source.FEW_WORDS", 10)
-    monkeypatch.setattr(command, "measure_rates", lambda text, *_: [rates[plan.has_words(text.vocab_size)]])
+    monkeypatch.setattr(command, "measure_rates", measure)
     monkeypatch.setattr(command, "make_plan", lambda *given, **_: plan.make_plan(given[0], given[1], given[2], law))
     line = ["train", novel, *SMALL, "--trainer.val_check_interval=2"]
     assert mmrec(*line, "--plan") == 0
@@ -451,10 +454,10 @@ def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
 
     first, held = Record("elsewhere", 1.0, 7, [], 1.0, 1.0), []
 
-    def measure(*_: object) -> list[Rate]:
+    def measure(text: Text, *_: object) -> list[Rate]:
         held.append(lock_run(Path(), "novel"))  # as another process that begins to train while this one plans
         first.write(Path("lightning_logs/novel"))
-        return [Rate(SHAPES[0], 3000.0)]
+        return [Rate(Candidate.of(SHAPES[0], text), 3000.0)]
 
     monkeypatch.setattr(command, "measure_rates", measure)
     assert mmrec("train", novel, *SMALL) == 2

@@ -13,7 +13,7 @@ from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import Batches, Candidate, Text, choose_batches, shapes_for
 from mmrec.training.compat import most_processes
-from mmrec.training.fit_config import fit_config
+from mmrec.training.fit_config import count_devices, fit_config
 from mmrec.training.options import DataOptions, TrainingOptions
 
 MODEL, ROWS, SEQ_LEN, INTERLEAVE = "--model.config", "--data.batch_size", "--data.seq_len", "--data.interleave"
@@ -27,14 +27,14 @@ class ByHand:
 
     Args:
         options: as they were typed.
-        is_cpu: whether it is trained on a CPU; of several GPUs each has all the rows of an update.
+        device: type of what it is trained on, as torch names it.
 
     Raises:
         UserError: one is none of ``mmrec fit``, or has a value that it cannot have.
     """
 
     options: Sequence[str] = ()
-    is_cpu: bool = True
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -45,9 +45,10 @@ class ByHand:
         for name, value in ((STEPS, given.trainer.max_steps), (EPOCHS, given.trainer.max_epochs)):
             if value is not None and value < 1 and value != -1:
                 raise UserError(f"{name} is {value}; it must be at least 1, or -1 for no limit")
-        if self.processes is not None and not 1 <= self.processes <= most_processes():
+        devices = self._devices or 1
+        if self.device == "cpu" and devices > most_processes():
             raise UserError(
-                f"{DEVICES} is {self.processes}; it must be from 1 to {most_processes()}, as there are CPU cores"
+                f"{DEVICES} is {devices}; it must be from 1 to {most_processes()}, as there are CPU cores"
             )
 
     def candidates(self, text: Text) -> list[Candidate]:
@@ -78,20 +79,22 @@ class ByHand:
 
     @property
     def processes(self) -> int | None:
-        """The processes that share out the rows of an update, where they were given; None where they were not.
-
-        With another strategy than ``cores`` each of several has all the rows, which a plan does not know of.
-        """
-        devices, strategy = (value_of(self.options, name) for name in PROCESSES)
-        if devices is None or not devices.isdecimal():
-            return None
-        share_rows = self.is_cpu and strategy in (None, "cores")
-        return int(devices) if share_rows or int(devices) == 1 else None
+        """The processes that share out the rows of an update, where they were given; None where they were not."""
+        return self._devices if self._shares_rows else 1
 
     @property
-    def is_tried(self) -> bool:
-        """Whether an update is what a trial of the machine makes."""
-        return self.processes is not None or not self._has(*PROCESSES)
+    def copies(self) -> int:
+        """The processes that each have all the rows of an update: those of another strategy than ``cores``."""
+        return 1 if self._shares_rows else self._devices or 1
+
+    @property
+    def _shares_rows(self) -> bool:
+        strategy = value_of(self.options, STRATEGY)
+        return strategy == "cores" or (strategy is None and (self.device == "cpu" or self._devices is None))
+
+    @cached_property
+    def _devices(self) -> int | None:
+        return count_devices(self._config.trainer.devices, self.device) if self._has(DEVICES) else None
 
     @cached_property
     def _config(self) -> Any:
@@ -119,7 +122,7 @@ class ByHand:
         return sorted(changed, key=layer_parameters)
 
     def _batches(self, config: ModelConfig, text: Text) -> Batches:
-        batches = choose_batches(config, text.train_tokens)
+        batches = replace(choose_batches(config, text.train_tokens // self.copies), copies=self.copies)
         names = {ROWS: "rows", SEQ_LEN: "seq_len", INTERLEAVE: "interleave"}
         given = {field: self._config.data[name.partition(".")[2]] for name, field in names.items() if self._has(name)}
         batches = replace(batches, **given)

@@ -28,6 +28,7 @@ from mmrec.planning.plan import (
     FORWARD_SHARE,
     MOST_EXPECTED,
     SHORTEST_ROW,
+    Candidate,
     Rate,
     TrainingPlan,
     fit_options,
@@ -63,7 +64,7 @@ def train(args: Sequence[str]) -> None:
         runs.check_name(options.run)
     check_tokenizer(options.tokenizer)
     check_accelerator(options.on)
-    by_hand = ByHand(forwarded, device_of_accelerator(options.on or "auto").type == "cpu")
+    by_hand = ByHand(forwarded, device_of_accelerator(options.on or "auto").type)
     folders = prepare_texts(
         options.texts,
         options.tokenizer,
@@ -154,17 +155,17 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
     if len(plans) > 1:
         others = ", ".join(f"{other.expected:.2f} by {each.tokenizer.name}" for other, each in plans[1:])
         print(f"tokens      by {folder.tokenizer.name}: {plan.expected:.2f} bits/byte are expected, {others}")
-    rate = Rate(plan.config, plan.rate, plan.processes, plan.batches)
+    rate = Rate(Candidate(plan.config, plan.batches), plan.rate, plan.processes)
     if by_hand.processes is None:
         rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
     # What comes after the training: the final score, by one process, and what stands beside it.
-    ending = min(plan.text.val_tokens, MOST_SCORED) * FORWARD_SHARE * rate.processes / rate.tokens + STARTING
+    by_one = rate.tokens / (rate.processes * plan.batches.copies)
+    ending = min(plan.text.val_tokens, MOST_SCORED) * FORWARD_SHARE / by_one + STARTING
     ending += comparison_seconds(options.minutes_or_default)
     seconds = _seconds_left(deadline - ending)
     plan = make_plan(plan.text, [rate], seconds, most=by_hand.most_steps)
     planning = time.monotonic() - start
-    whose = "" if by_hand.is_tried else " for each of the processes that were given"
-    print(plan.describe(seconds, planning + ending, whose))
+    print(plan.describe(seconds, planning + ending))
     chosen = [*fit_options(plan), f"{ACCELERATOR}{accelerator}", *_processes(rate.processes)]
     in_time = plan
     if by_hand.most_steps(plan.batches, plan.text) is not None:
@@ -172,9 +173,9 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
         chosen.append(f"{MOST_STEPS}-1")
         in_time = make_plan(plan.text, [rate], seconds, most=lambda *_: sys.maxsize)
     data_dir = str(folder.folder)  # the project may be moved
-    steps, expected = in_time.steps if by_hand.is_tried else None, min(MOST_EXPECTED, plan.expected)
+    expected = min(MOST_EXPECTED, plan.expected)
     return folder, Record(
-        data_dir, seconds / 60, steps, chosen, plan.text.xz, expected, asked=options.minutes_or_default
+        data_dir, seconds / 60, in_time.steps, chosen, plan.text.xz, expected, asked=options.minutes_or_default
     )
 
 

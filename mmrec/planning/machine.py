@@ -14,11 +14,11 @@ from mmrec.core.errors import UserError
 from mmrec.core.forks import call_in_copies, can_fork
 from mmrec.core.runtime import MIXED, native_precision
 from mmrec.core.threads import use_threads
-from mmrec.model import Hidden, ModelConfig, RecurrentLM, State, layer_parameters
+from mmrec.model import Hidden, RecurrentLM, State, layer_parameters
 from mmrec.model.ops import dispatch
 from mmrec.model.without_autograd.training_pass import hidden_in_training
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import Batches, Candidate, Rate, Text, choose_batches, has_second_token
+from mmrec.planning.plan import Candidate, Rate, Text, has_second_token
 from mmrec.training.cores import processes_for
 from mmrec.training.losses import summed_losses
 from mmrec.training.mtp import MTPHead, mtp_targets
@@ -45,11 +45,10 @@ def check_accelerator(name: str | None) -> None:
 
 
 def seconds_per_update(
-    config: ModelConfig,
+    candidate: Candidate,
     text: Text,
     accelerator: str,
     seconds: float,
-    batches: Batches | None = None,
     clock: Callable[[], float] = time.perf_counter,
     processes: int = 1,
 ) -> float:
@@ -58,15 +57,14 @@ def seconds_per_update(
     The objective is the one that a plan has: with the confidence penalty, and the second token where it has that.
 
     Args:
-        config: of the model.
-        text: gives the size of the vocabulary and of the batches.
+        candidate: the model, and what a process has of its batches.
+        text: gives the size of the vocabulary.
         accelerator: Lightning's name of the device.
         seconds: that the trial may take, beyond the first updates.
-        batches: of an update; None takes those that a plan would.
         clock: of the seconds; that of the processor leaves out what other programs take.
         processes: that compute at once, each on such batches.
     """
-    batches = batches or choose_batches(config, text.train_tokens)
+    config, batches = candidate.config, candidate.batches
     use_threads(config.dim, batches.rows * batches.seq_len, processes)  # as the training will
     device = device_of_accelerator(accelerator)
     random = torch.random.get_rng_state()
@@ -140,7 +138,7 @@ def measure_rates(
         trial = _try_together(candidate, text, accelerator, seconds, given or processes)
         waited += trial.waited
         worked += trial.worked
-        own.append(Rate(config, batches.tokens / trial.pace, given or processes, batches))
+        own.append(Rate(candidate, batches.tokens / trial.pace, given or processes))
         slower = _slowed_down(waited, worked)
         expected = law.relative_loss(layer_parameters(config), text.train_tokens, own[-1].tokens / slower * seconds)
         if expected > best:
@@ -156,17 +154,21 @@ def with_processes_that_pay(rate: Rate, text: Text, seconds: float, accelerator:
     """
     if rate.processes == 1:
         return rate
-    batches = rate.batches or choose_batches(rate.config, text.train_tokens)
-    alone = _try_together(Candidate(rate.config, batches), text, accelerator, seconds, 1)
+    alone = _try_together(rate.candidate, text, accelerator, seconds, 1)
     slower = _slowed_down(alone.waited, alone.worked)
-    tokens = batches.tokens / alone.pace / slower
+    tokens = rate.candidate.batches.tokens / alone.pace / slower
     return rate if rate.tokens > WORTH_SEVERAL * tokens else replace(rate, tokens=tokens, processes=1)
 
 
 def _try_together(candidate: Candidate, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
-    """Return what the slowest of several processes finds that share out batches, for a training of ``seconds``."""
+    """Return what the slowest of several processes finds that share out batches, for a training of ``seconds``.
+
+    On a CPU the copies of batches are tried at once, too; of several GPUs one is tried.
+    """
     length = min(2.0, max(0.3, seconds / 200))
-    trial = partial(_try, candidate.config, text, accelerator, length, candidate.batches.share(processes), processes)
+    share = replace(candidate, batches=candidate.batches.share(processes))
+    processes *= candidate.batches.copies
+    trial = partial(_try, share, text, accelerator, length, processes)
     # In copies of this process: it must not compute gradients itself, or it could not be copied for the training.
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
     trials = call_in_copies(lambda _: trial(), processes) if is_cpu and can_fork() else [trial()]
@@ -191,17 +193,16 @@ class _Trial:
     worked: float
 
 
-def _try(
-    config: ModelConfig, text: Text, accelerator: str, seconds: float, batches: Batches, processes: int
-) -> _Trial:
+def _try(candidate: Candidate, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
     """Train on batches of random tokens for some seconds, beside as many other processes of the same trial."""
     is_cpu = device_of_accelerator(accelerator).type == "cpu"
     clock = time.process_time if is_cpu else time.perf_counter
     begin, begin_own = time.perf_counter(), clock()
     try:
-        pace = seconds_per_update(config, text, accelerator, seconds, batches, clock, processes)
+        pace = seconds_per_update(candidate, text, accelerator, seconds, clock, processes)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            config, batches = candidate.config, candidate.batches
             raise UserError(
                 f"there is too little memory for {config.layers} layers of {config.dim} and {batches.rows} x "
                 f"{batches.seq_len} tokens an update; make the model or the batches smaller"

@@ -72,19 +72,27 @@ class Text:
 
 @dataclass(frozen=True)
 class Batches:
-    """Rows, tokens of a row, and interleaved streams of an update."""
+    """What an update trains on.
+
+    Attributes:
+        rows: sequences.
+        seq_len: tokens of a row.
+        interleave: streams in turn.
+        copies: processes that each have so many rows of their own, as several GPUs do.
+    """
 
     rows: int
     seq_len: int
     interleave: int
+    copies: int = 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of an update."""
-        return self.rows * self.seq_len
+        """Tokens of an update, of all copies."""
+        return self.copies * self.rows * self.seq_len
 
     def share(self, processes: int) -> Batches:
-        """Return what each of ``processes`` has of them."""
+        """Return what each of ``processes`` has of the rows."""
         return replace(self, rows=self.rows // processes)
 
 
@@ -122,13 +130,12 @@ class TrainingPlan:
         """How often the training text is read."""
         return self.tokens / self.text.train_tokens
 
-    def describe(self, seconds: float, rest: float, whose: str = "") -> str:
+    def describe(self, seconds: float, rest: float) -> str:
         """Return the plan for a person.
 
         Args:
             seconds: of training, with its validations, at most.
             rest: seconds before and after it.
-            whose: whose the rows of an update are, where that is not the training as a whole.
         """
         if self.rate:
             seconds = min(seconds, self.tokens / self.rate / (1 - VALIDATION_SHARE))
@@ -137,12 +144,13 @@ class TrainingPlan:
             min(MOST_EXPECTED, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1)
         )
         shared = f", by {self.processes} processes" if self.processes > 1 else ""
+        copies = f", for each of {self.batches.copies} processes" if self.batches.copies > 1 else ""
         enough = "; to read it more often would not help" if self.steps == most_steps(self.batches, self.text) else ""
         return "\n".join(
             [
                 f"model       about {parameters / 1e6:.2f} M parameters: "
                 f"{self.config.layers} layers of {self.config.dim}",
-                f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens{whose}: "
+                f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens{copies}: "
                 f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}{enough}",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
                 f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
@@ -181,22 +189,25 @@ class Candidate:
     config: ModelConfig
     batches: Batches
 
+    @staticmethod
+    def of(config: ModelConfig, text: Text) -> Candidate:
+        """Return a model with the batches that are best for it."""
+        return Candidate(config, choose_batches(config, text.train_tokens))
+
 
 @dataclass(frozen=True)
 class Rate:
     """How fast a model trains.
 
     Attributes:
-        config: of the model.
+        candidate: the model with its batches.
         tokens: a second.
         processes: that share out the rows of an update.
-        batches: of an update; None for those of :func:`choose_batches`.
     """
 
-    config: ModelConfig
+    candidate: Candidate
     tokens: float
     processes: int = 1
-    batches: Batches | None = None
 
 
 def expected_loss(config: ModelConfig, text: Text, tokens: float, law: Law = LAW) -> float:
@@ -229,8 +240,7 @@ def make_plan(
     """
     plans = []
     for rate in rates:
-        config = rate.config
-        batches = rate.batches or choose_batches(config, text.train_tokens)
+        config, batches = rate.candidate.config, rate.candidate.batches
         steps = max(1, int(rate.tokens * seconds * (1 - VALIDATION_SHARE) / batches.tokens))
         steps = min(steps, most(batches, text) or most_steps(batches, text))
         expected = expected_loss(config, text, steps * batches.tokens, law)
@@ -281,7 +291,7 @@ def fit_options(plan: TrainingPlan) -> list[str]:
         "config": json.dumps(asdict(config)),
     }
     # A row goes elsewhere in the text after 16 rows' lengths, or sooner where the text has no room for that.
-    segment = max(batches.seq_len, min(2048, plan.text.train_tokens // (4 * batches.rows)))
+    segment = max(batches.seq_len, min(2048, plan.text.train_tokens // (4 * batches.copies * batches.rows)))
     data = {
         "batch_size": batches.rows,
         "seq_len": batches.seq_len,
@@ -299,13 +309,14 @@ def fit_options(plan: TrainingPlan) -> list[str]:
 
 def _validations(plan: TrainingPlan) -> dict[str, object]:
     """Return how often the validation text is scored, and how much of it: at most a small share of the time."""
-    # In tokens of updates that take as long; all processes share out what is scored.
-    affordable, each = VALIDATION_SHARE * plan.tokens, VALIDATION_SECONDS * plan.rate
+    # In tokens of updates that take as long; processes that share out rows share out what is scored, copies do not.
+    copies = plan.batches.copies
+    affordable, each = VALIDATION_SHARE * plan.tokens / copies, VALIDATION_SECONDS * plan.rate / copies
     whole = plan.text.val_tokens
     times = max(2, min(MOST_VALIDATIONS, int(affordable / (each + FORWARD_SHARE * whole))) // 2 * 2)  # one half-way
     every = -(-plan.steps // times)  # rounded up: the last one is that of the end
     options: dict[str, object] = {"val_check_interval": every}
     scored = max(affordable / times - each, affordable / times / 2) / FORWARD_SHARE
     if whole > scored:
-        options["limit_val_batches"] = max(1, int(scored / plan.batches.tokens))
+        options["limit_val_batches"] = max(1, int(scored / (plan.batches.tokens // copies)))
     return options

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mmrec.core.errors import UserError, one_line
 from mmrec.core.options import resolve_configs
 from mmrec.training.cli import SECTIONS, TrainingCLI
 from mmrec.training.run_plan import read_request
@@ -41,3 +44,24 @@ def fit_config(args: Sequence[str]) -> Any:
     except _Parsed as parsed:
         return parsed.config
     raise AssertionError("the parser has not been asked")
+
+
+def count_devices(given: Any, device: str) -> int:
+    """Return how many devices of a kind the option ``--trainer.devices`` takes.
+
+    Args:
+        given: a number, ``auto``, -1 for all, or which ones they are.
+        device: type of the device, as torch names it.
+
+    Raises:
+        UserError: this machine has not so many, or it is no such number.
+    """
+    accelerator = AcceleratorRegistry[device]["accelerator"]
+    try:
+        devices = accelerator.parse_devices(accelerator.auto_device_count() if given == "auto" else given)
+        count: int = devices if isinstance(devices, int) else len(devices or ())
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"--trainer.devices is {given}: {one_line(error)}") from None
+    if count == 0:
+        raise UserError(f"--trainer.devices is {given}; it must be at least 1")
+    return count
