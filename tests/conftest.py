@@ -190,6 +190,14 @@ def client(small_model: LoadedModel, memories: Path) -> Iterator[Client]:
 
 
 @pytest.fixture
+def novel(tmp_path: Path, text: str) -> Path:
+    """A text of one's own."""
+    path = tmp_path / "novel.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
 def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the machine by mmrec train gives two models without being made; it has tests of its own."""
     from mmrec.planning import command

@@ -161,13 +161,6 @@ def test_a_model_that_there_is_no_memory_for_is_refused() -> None:
         measure_rates(TEXT, [Candidate(config, Batches(1, 16, 1))], 1.0, "cpu", 1)
 
 
-@pytest.fixture
-def novel(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "novel.txt"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 def test_the_plan_that_is_said_is_the_one_that_is_trained(
     mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

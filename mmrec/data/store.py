@@ -48,6 +48,12 @@ class TokenFolder:
     train: np.ndarray
     val: np.ndarray
 
+    @property
+    def digest(self) -> str:
+        """What tells its tokens apart from others: a sha256 of those of both parts."""
+        parts = (self.manifest["files"][f"{part}.bin"]["sha256"] for part in ("train", "val"))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
 
 class HashedFile:
     """A new file whose sha256 is taken while it is written: a large one is not read again for it.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrec.checkpoints import runs
-from mmrec.checkpoints.checkpoint import read_checkpoint
+from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
@@ -75,7 +75,7 @@ def train(args: Sequence[str]) -> None:
         options.run,
         options.run not in runs.runs(Path()),
     )
-    begun = [(each, found) for each in folders if (found := _checked_record(options, each.folder)) is not None]
+    begun = [(each, found) for each in folders if (found := _checked_record(options, each)) is not None]
     if begun:
         folder, before = begun[0]
         record, start = _go_on(before, _place(options, folder.folder), options, by_hand)
@@ -120,8 +120,9 @@ def _record_of(options: TrainOptions, folder: Path) -> Record | None:
     return record if record is not None and Path(record.data_dir).resolve() == folder.resolve() else None
 
 
-def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
+def _checked_record(options: TrainOptions, tokens: TokenFolder) -> Record | None:
     """Return what :func:`_record_of` does, or raise UserError where the run of that name is another one."""
+    folder = tokens.folder
     where = _place(options, folder)
     if where.name not in runs.runs(Path()):
         return None
@@ -130,6 +131,11 @@ def _checked_record(options: TrainOptions, folder: Path) -> Record | None:
         raise UserError(f"the run {where.name!r} was not begun by mmrec train; choose another --run")
     if Path(record.data_dir).resolve() != folder.resolve():
         raise UserError(f"the run {where.name!r} was trained on {record.data_dir}; choose another --run")
+    if record.tokens not in (None, tokens.digest):
+        raise UserError(
+            f"the run {where.name!r} was trained on another text than {record.data_dir} holds now; "
+            f"choose another --run, or move {where} away"
+        )
     return record
 
 
@@ -174,9 +180,9 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
         in_time = make_plan(plan.text, [rate], seconds, most=lambda *_: sys.maxsize)
     data_dir = str(folder.folder)  # the project may be moved
     expected = min(MOST_EXPECTED, plan.expected)
-    return folder, Record(
-        data_dir, seconds / 60, in_time.steps, chosen, plan.text.xz, expected, asked=options.minutes_or_default
-    )
+    asked, tokens = options.minutes_or_default, folder.digest
+    made = Record(data_dir, seconds / 60, in_time.steps, chosen, plan.text.xz, expected, asked=asked, tokens=tokens)
+    return folder, made
 
 
 def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) -> tuple[Record, Path | None]:
@@ -185,7 +191,7 @@ def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) 
     That is None where it is the last one.
     """
     if not before.finished:
-        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options), None
+        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options, by_hand), None
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
     start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
     minutes = options.minutes_or_default
@@ -196,16 +202,21 @@ def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) 
         reached = seconds_trained(best)
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
-    told = ""
-    if by_hand.max_steps is not None:
-        last = read_checkpoint(runs.find_checkpoint(Path(), where.name, runs.LAST), mmap=True, verify=False)
-        if by_hand.max_steps <= last["global_step"]:
-            told = f"; {STEPS} {by_hand.max_steps} leaves no more updates than were made"
+    told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
     return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
+
+
+def _told_of_limit(by_hand: ByHand, last: Path) -> str:
+    """Return what is to be said of a limit of the updates that were made before the checkpoint ``last`` already."""
+    most = by_hand.max_steps
+    if most is None:
+        return ""
+    made = read_checkpoint(find_intact_checkpoint(last, says=False), mmap=True, verify=False)["global_step"]
+    return f"; {STEPS} {most} leaves no more updates than the {made:,} that were made" if most <= made else ""
 
 
 def _is_intact(checkpoint: Path) -> bool:
@@ -246,7 +257,7 @@ def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> lis
     return _processes(math.gcd(int(devices), int(rows)))
 
 
-def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
+def _resume(before: Record, last: Path, options: TrainOptions, by_hand: ByHand) -> Record:
     """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
     done = seconds_trained(last)
     record, changed = before, ""
@@ -256,6 +267,7 @@ def _resume(before: Record, last: Path, options: TrainOptions) -> Record:
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
         record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
+    changed += _told_of_limit(by_hand, last)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record
 

@@ -29,6 +29,7 @@ class Record:
         asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
         half_way: bits per byte that were expected half-way; None before, and where nothing can be said.
         reached: seconds of training before the best checkpoint when it was made longer; None where it was not.
+        tokens: digest of those that it trains on; None in what was written before 0.2.0 was released.
     """
 
     data_dir: str
@@ -41,6 +42,7 @@ class Record:
     asked: float | None = None
     half_way: float | None = None
     reached: float | None = None
+    tokens: str | None = None
 
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""

@@ -80,7 +80,9 @@ def prepare_texts(
         except FolderTakenError as error:
             taken = taken or error
     assert taken is not None
-    raise UserError(f"{taken.folder}: {taken.what}; give another --run to train beside it, or move that folder away")
+    raise UserError(
+        f"{taken.folder}: {taken.what}; give another --run to train beside it, or move that folder and its run away"
+    )
 
 
 def _prepare_as(
