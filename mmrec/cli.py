@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,10 @@ def run() -> None:
     configure_streams()
     if {"-h", "--help"} & {*sys.argv[1:]}:
         put_off_compiler()
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    # Libraries answer Ctrl-C with tracebacks of what is no longer there, once Python takes itself down.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 def main(args: Sequence[str]) -> int:

@@ -205,3 +205,15 @@ def test_print_config_can_be_used_again(
         name: printed[name] for name in ("model", "data", "early_stopping")
     }
     assert last("a")["epoch"] == 0
+
+
+def test_ctrl_c_while_python_ends_leaves_no_traceback(tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, signal, sys; from mmrec import cli; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); sys.argv = ['mmrec', '--version']; cli.run()"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
+    assert ended.stdout.startswith("mmrec ")
+    assert ended.returncode == -signal.SIGINT

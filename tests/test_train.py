@@ -196,6 +196,23 @@ def test_lines_to_type_next_are_right_for_any_name(
     assert run_option("my novel") == "--run 'my novel'"
 
 
+def test_a_run_of_a_name_that_libraries_replace_is_refused(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("$HOME.txt").write_text(text, encoding="utf-8")
+    assert mmrec("train", "$HOME.txt", *SMALL, "--trainer.max_steps=1") == 2
+    assert "the run '$HOME': TensorBoard takes a $" in capsys.readouterr().err
+    assert mmrec("train", "$HOME.txt", *SMALL, "--trainer.max_steps=1", "--run=home") == 0
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_the_standard_input_is_no_text_to_train_on(
+    mmrec: Command, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", name) == 2
+    assert "write the standard input to a file, and name that" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "is_known"),
     [

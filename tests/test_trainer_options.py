@@ -133,6 +133,7 @@ REFUSED = {
         ["--trainer.barebones=true"],
         "error: --trainer.barebones is true, but every run",
     ),
+    "variable": (["--run=$HOME"], "the run '$HOME': TensorBoard takes a $ for that of a variable"),
     "path": (["--run=a/b"], "--run is 'a/b'; it must be the name of a folder"),
     "two best": (["--best.save_top_k=2"], "--best.save_top_k is 2; it must be 1"),
     "parent": (["--run=.."], "--run is '..'"),

@@ -23,6 +23,8 @@ def check_name(run: str) -> None:
     """Raise UserError where ``run`` cannot be the name of a run: its folder would lie elsewhere."""
     if Path(run).name != run or run == "..":
         raise UserError(f"--run is {run!r}; it must be the name of a folder, not a path")
+    if "$" in run:
+        raise UserError(f"the run {run!r}: TensorBoard takes a $ for that of a variable; give another --run")
 
 
 def run_option(run: str) -> str:

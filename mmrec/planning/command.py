@@ -75,6 +75,8 @@ def train(args: Sequence[str]) -> None:
         options.run,
         options.run not in runs.runs(Path()),
     )
+    for each in folders:
+        runs.check_name(_place(options, each.folder).name)
     begun = [(each, found) for each in folders if (found := _checked_record(options, each)) is not None]
     if begun:
         folder, before = begun[0]

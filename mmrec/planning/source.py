@@ -66,6 +66,10 @@ def prepare_texts(
         UserError: they name nothing that can be read, or so much that the time would be over; or the folders that
             they would be prepared into hold something else.
     """
+    if {"-", "/dev/stdin"} & {*texts}:
+        raise UserError(
+            "a text is read more than once in training: write the standard input to a file, and name that"
+        )
     texts = [*map(_fetched, texts)]
     options = _options(texts, encoding, glob)
     places = [options.output_dir]
