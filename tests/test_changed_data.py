@@ -100,6 +100,32 @@ def test_within_an_epoch_what_would_skip_text_is_refused(
     assert "stands within an epoch" in capsys.readouterr().err
 
 
+def test_another_text_in_the_same_folder_is_refused_within_an_epoch_and_told_between_two(
+    mmrec: Command,
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of as many tokens: nothing but their digest tells them apart."""
+    (tmp_path / "reversed.txt").write_text(make_text()[::-1], encoding="utf-8")
+    other = tmp_path / "reversed"
+    prepare(PrepareOptions(input_file=tmp_path / "reversed.txt", output_dir=other, tokenizer="characters"))
+    tokens = open_tokens(prepared), open_tokens(other)
+    assert len(tokens[0].train) == len(tokens[1].train)
+    folder = prepared.rename(tmp_path / "text")
+    assert mmrec(*fit(folder, "--trainer.max_steps=10", "--run=a")) == 0
+    assert mmrec(*fit(folder, "--trainer.max_epochs=1", "--run=b")) == 0
+    folder.rename(tmp_path / "before")
+    other.rename(folder)
+    capsys.readouterr()
+    assert mmrec("fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=12") == 2
+    assert f"(text {tokens[0].digest[:16]} there, {tokens[1].digest[:16]} here; " in capsys.readouterr().err
+    caplog.clear()
+    assert mmrec("fit", "--run=b", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert f"data.text {tokens[0].digest[:16]} -> {tokens[1].digest[:16]}" in caplog.text
+
+
 def test_within_an_epoch_gradients_may_be_accumulated_otherwise(mmrec: Command, prepared: Path) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_steps=10", "--trainer.max_epochs=2", "--run=a")) == 0
     again = ["fit", "--run=a", "--ckpt_path=last", "--trainer.max_steps=-1", "--trainer.max_epochs=2", EVERY_STEP]

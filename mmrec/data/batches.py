@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class SegmentSampler:
         interleave: number of interleaved streams.
         rank: number of this process.
         world_size: number of processes; together they read ``batch_size * world_size`` rows.
+        text: tells the text apart from others, in what is resumed.
     """
 
     tokens: np.ndarray
@@ -71,6 +72,7 @@ class SegmentSampler:
     interleave: int = 1
     rank: int = 0
     world_size: int = 1
+    text: str = ""
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,9 +137,10 @@ class SegmentSampler:
         inputs = torch.from_numpy(window[:, :-1].copy())
         return Batch(inputs, torch.from_numpy(targets), torch.from_numpy(reset_mask), stream)
 
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, Any]:
         """Return what decides which tokens a batch holds: the same on every process, and however many there are."""
         return {
+            "text": self.text,
             "tokens": len(self.tokens),
             "rows": self.rows,
             "seq_len": self.seq_len,
@@ -172,11 +175,11 @@ class TrainLoader:
             self.position += 1  # before the batch leaves: a state taken while it is in use names the next one
             yield self.segments.batch(number % self.repeat if self.repeat else number)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the number of the next batch, and what that number depends on."""
         return {"position": self.position, "epoch_batches": len(self)} | self.segments.identity()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the batch that ``state`` names.
 
         Rows may be shared out over another number of processes. Where anything else has changed, only the end of an
@@ -185,9 +188,10 @@ class TrainLoader:
         Raises:
             UserError: the position is within an epoch that was cut into other segments.
         """
-        state = {"interleave": 1} | state  # which older checkpoints do not know
-        epoch, within = divmod(state["position"], state["epoch_batches"])
         here = self.segments.identity()
+        unknown: dict[str, Any] = {"interleave": 1, "text": self.segments.text}  # to older checkpoints
+        state = unknown | state
+        epoch, within = divmod(state["position"], state["epoch_batches"])
         changed = [f"{name} {state[name]} there, {here[name]} here" for name in here if state[name] != here[name]]
         if changed and within:
             raise UserError(

@@ -50,7 +50,7 @@ class TokenFolder:
 
     @property
     def digest(self) -> str:
-        """What tells its tokens apart from others: a sha256 of those of both parts."""
+        """What tells its tokens apart from others: a sha256 of those of both parts, in hexadecimal."""
         parts = (self.manifest["files"][f"{part}.bin"]["sha256"] for part in ("train", "val"))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 

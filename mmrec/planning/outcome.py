@@ -63,7 +63,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
             f"  mmrec read BOOK.txt {option} --learn --save book.mem",
             f"  mmrec serve {option}",
             f"  mmrec report {shlex.quote(path if run.startswith('-') else run)}",
-            "and the same line again, which trains for longer.",
+            "and the same line again, which trains for longer; a saved memory stays with the model that read it.",
         ]
     )
 

@@ -117,6 +117,7 @@ class TextDataModule(LightningDataModule):
             self.options.interleave,
             rank,
             world,
+            self.tokens.digest[:16],
         )
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -129,12 +130,12 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is compared when a run is resumed."""
-        return asdict(self.options)
+        return asdict(self.options) | {"text": self.tokens.digest[:16]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say what has changed since the checkpoint; the place in the text is the loader's."""
         if self.trainer is not None and self.trainer.training:
-            report_changes("data.", state_dict, asdict(self.options))
+            report_changes("data.", state_dict, self.state_dict())
 
     def batches_per_epoch(self) -> int:
         """Return the number of training batches of an epoch of the trainer, on each process."""
