@@ -14,6 +14,7 @@ from conftest import Command
 from helpers import last
 
 from mmrec.data.store import read_manifest
+from mmrec.planning.source import _options
 
 pytestmark = pytest.mark.usefixtures("quick_trial")
 SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.max_steps=2"]
@@ -172,3 +173,11 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
         assert len(said) == 1
         assert word in said[0]
     assert not Path("data").exists()
+
+
+def test_a_file_and_a_folder_have_a_place_of_their_own(text: str) -> None:
+    Path("in.txt").write_text(text, encoding="utf-8")
+    Path("folder").mkdir()
+    places = {_options(texts, "utf-8", None).output_dir for texts in (["in.txt", "folder"], ["in.txt", "in.txt"])}
+    assert places == {Path("data/in-and-1-more")}
+    assert _options(["in.txt"], "utf-8", None).output_dir != Path("data/in-and-1-more")

@@ -186,10 +186,12 @@ def _options(texts: Sequence[str], encoding: str, glob: str | None) -> PrepareOp
     """Return the options of ``mmrec prepare`` that mean ``texts``: what is small is held in memory."""
     first, *rest = texts
     folder = Path(first)
-    if rest and are_small_texts(texts):
-        name = f"{folder.stem}-and-{len(rest)}-more"
-        return PrepareOptions("file", texts, output_dir=Path("data", name), encoding=encoding, glob=glob)
-    if first in CORPORA or rest or not folder.is_dir():
+    if rest and first not in CORPORA:
+        place = Path("data", f"{folder.stem}-and-{len(rest)}-more")
+        if are_small_texts(texts):
+            return PrepareOptions("file", texts, output_dir=place, encoding=encoding, glob=glob)
+        return PrepareOptions(first, rest, output_dir=place, encoding=encoding, glob=glob)
+    if rest or first in CORPORA or not folder.is_dir():
         return PrepareOptions(first, rest, encoding=encoding, glob=glob)
     if _local_size(first) >= SMALL_BYTES:
         return PrepareOptions(first, encoding=encoding, glob=glob)
