@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_marks import needs_compiler
 from test_learning import FORMS, assert_same, learning_memory, made, read, tiles
 
 from mmrec.checkpoints.learned import PART, Form, LearnedWeights
@@ -21,7 +22,6 @@ from mmrec.model.ops.native import build
 from mmrec.model.ops.native.build import library
 
 __all__ = ["tiles"]
-needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 
 
 @pytest.fixture(autouse=True)

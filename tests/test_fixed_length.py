@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_marks import needs_compiler, needs_tiles
 from torch import Tensor
 
 from mmrec.model import ModelConfig, RecurrentLM, State
 from mmrec.model.layers import FeedForward
 from mmrec.model.ops import dispatch
-from mmrec.model.ops.native.products import has_tiles
 from mmrec.model.without_autograd.fixed_length import FixedLengthPass, has_fixed_length_pass
 
-needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
-needs_tiles = pytest.mark.skipif(not has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
 FORMS = [
     ModelConfig(dim=32, layers=4, layer_types=("short", "long"), heads=2, ffn_dim=40),
     ModelConfig(dim=32, layers=3, layer_types=("portable", "short"), heads=2, ffn_dim=40, tie_embeddings=False),
@@ -74,7 +72,7 @@ def distance(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 @needs_tiles
 @pytest.mark.parametrize("config", FORMS)
-def test_by_tile_units_it_is_as_exact_as_autocast(config: ModelConfig) -> None:
+def test_by_tiles_of_bfloat16_it_is_as_exact_as_autocast(config: ModelConfig) -> None:
     """Outputs, the state, gradients: no further from float32 than what torch computes with products of bfloat16."""
     net = made(config)
     names, learns = zip(*net.named_parameters(), strict=True)

@@ -52,7 +52,7 @@ TOKENIZER = CharacterTokenizer("abcdefgh \n")
 
 @pytest.fixture(autouse=True)
 def float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learn from what is read in float32 on the CPU, too, where a processor has tile units for bfloat16."""
+    """Learn from what is read in float32 on the CPU, too, where a processor multiplies bfloat16."""
     monkeypatch.setattr(fixed_length, "has_tiles", lambda: False)
 
 

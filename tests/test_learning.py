@@ -111,10 +111,10 @@ def plain(net: RecurrentLM, tokens: torch.Tensor, form: Form) -> torch.Tensor:
 
 @pytest.fixture(params=[False, True], ids=["float32", "tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether tile units compute products, as on a processor that has them; or as on one that has none."""
+    """Whether products are of tiles of bfloat16, as on a processor that multiplies them, or of float32."""
     wanted: bool = request.param
     if wanted and not has_tiles():
-        pytest.skip("no compiled kernels, or no tile units for bfloat16")
+        pytest.skip("no compiled kernels, or no products of bfloat16 by this processor")
     monkeypatch.setattr(fixed_length, "has_tiles", lambda: wanted)
     return wanted
 
@@ -148,11 +148,11 @@ def test_a_text_in_parts_is_the_text_at_once_to_the_bit(form: Form, tiles: bool,
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("begun_by_tiles", [True, False])
-def test_a_memory_goes_to_a_machine_without_tile_units_and_back(
+def test_a_memory_goes_to_a_machine_without_bfloat16_and_back(
     form: Form, begun_by_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_tiles():
-        pytest.skip("no compiled kernels, or no tile units for bfloat16")
+        pytest.skip("no compiled kernels, or no products of bfloat16 by this processor")
     net, tokens, path = made(), torch.randint(7, (6 * PART + 9,)), tmp_path / "a.mem"
     tokens[PART : 5 * PART] = tokens[:PART].repeat(4)
     found = []

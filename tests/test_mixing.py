@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from native_marks import needs_compiler
 from torch import Tensor
 
 from mmrec.checkpoints.cached import DAMPING, MODELS, ORDERS, CachedNgrams
@@ -105,9 +106,6 @@ def test_numbers_that_are_not_finite_change_nothing() -> None:
     weights, curvature = updated_weights(state.weights, state.curvature, weighed, sets, targets)
     assert torch.equal(weights, state.weights)
     assert torch.equal(curvature, state.curvature)
-
-
-needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 
 
 def _readings(models: int) -> tuple[CachedReading, CachedReading, Tensor, Tensor]:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import Command
 from helpers import fit, last
+from native_marks import needs_compiler, needs_tiles
 from torch import Tensor
 
 from mmrec.core.threads import available_cores
 from mmrec.model import ModelConfig, RecurrentLM
 from mmrec.model.ops import dispatch
-from mmrec.model.ops.native import build, functions, muon, products
+from mmrec.model.ops.native import build, functions, muon
 from mmrec.training.muon import orthogonalize
 
-needs_compiler = pytest.mark.skipif(not dispatch.choose_native(), reason="no C compiler")
 FORMS = [
     ModelConfig(dim=32, layers=2, layer_types=("short",), heads=2, ffn_dim=40),
     ModelConfig(dim=20, layers=2, layer_types=("short",), heads=2, ffn_dim=13, conv_width=1),
@@ -314,7 +314,7 @@ def test_a_layer_is_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     assert called == forward | {f"{name}_backward" for name in forward}
 
 
-@pytest.mark.skipif(not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
+@needs_tiles
 @pytest.mark.parametrize("shape", [(128, 128), (96, 32), (32, 96), (70, 33), (13, 130), (130, 13), (1, 5), (5, 1)])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nesterov: bool) -> None:
@@ -343,7 +343,29 @@ def test_muon_orthogonalizes_as_exactly_as_torch(shape: tuple[int, int], nestero
     torch.testing.assert_close(weights, tuple(expected))
 
 
-@pytest.mark.skipif(not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16")
+@needs_tiles
+def test_threads_share_out_the_matrices_of_muon_to_the_same_bits() -> None:
+    how, shapes = (
+        muon.Momentum(5, True, 3.4445, -4.7750, 2.0315, 1e-7, 0.95),
+        [(40, 70), (64, 64), (9, 90), (300, 20)],
+    )
+    gradients, starts = [torch.randn(shape) for shape in shapes], [0, 2800, -1, 6896]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            averages, updates = [torch.ones(shape) for shape in shapes], torch.zeros(12896, dtype=torch.bfloat16)
+            muon.orthogonalize(how, gradients, averages, starts, updates)
+            found.append((*averages, updates))
+    finally:
+        torch.set_num_threads(before)
+    for several in found[1:]:
+        assert all(one.equal(other) for one, other in zip(found[0], several, strict=True))
+    assert all(found[0][-1][start : start + 100].any() for start in starts if start >= 0)
+
+
+@needs_tiles
 def test_muon_leaves_zeros_and_says_nothing_of_numbers_that_are_not_finite() -> None:
     how, update = muon.Momentum(5, True, 3.4445, -4.7750, 2.0315, 1e-7, 0.95), torch.ones(24 * 40).bfloat16()
     muon.orthogonalize(how, [torch.zeros(24, 40)], [torch.zeros(24, 40)], [0], update)

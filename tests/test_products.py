@@ -1,4 +1,4 @@
-"""Matrix products by tile units against exact ones, and what follows from gradients: their norm, and clipping."""
+"""Products of tiles of bfloat16 against exact ones, and what follows from gradients: their norm, and clipping."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 
 import pytest
 import torch
+from native_marks import needs_tiles
 from torch import Tensor, nn
 
 from mmrec.model.ops import dispatch
@@ -14,10 +15,7 @@ from mmrec.model.ops.native import gradients, products
 from mmrec.model.without_autograd.buffers import Gradients
 from mmrec.training.optim import clip_to_norm
 
-needs_tiles = pytest.mark.skipif(
-    not products.has_tiles(), reason="no compiled kernels, or no tile units for bfloat16"
-)
-SHAPES = [(1, 1, 1), (5, 3, 7), (33, 65, 20), (100, 424, 128), (127, 80, 33), (64, 64, 64), (300, 48, 96)]
+SHAPES = [(1, 1, 1), (5, 3, 7), (33, 65, 20), (100, 424, 128), (127, 80, 33), (64, 64, 64), (300, 48, 600)]
 
 
 def close(found: Tensor, exact: Tensor) -> None:
@@ -30,7 +28,7 @@ def close(found: Tensor, exact: Tensor) -> None:
 @needs_tiles
 @pytest.mark.parametrize(("places", "outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("beside", [0, 3], ids=["alone", "part of longer rows"])
-def test_tile_units_multiply_as_exactly_as_bfloat16_can(places: int, outputs: int, inputs: int, beside: int) -> None:
+def test_tiles_are_multiplied_as_exactly_as_bfloat16_can(places: int, outputs: int, inputs: int, beside: int) -> None:
     def rows(size: int) -> Tensor:
         return torch.randn(places, size + 2 * beside).bfloat16()[:, beside : beside + size]
 

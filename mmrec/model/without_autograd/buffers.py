@@ -89,7 +89,7 @@ class Room:
         return self._narrow.setdefault(id(parameter), (original.to(dtype), original))[0]
 
     def packed(self, parameter: Tensor) -> PackedWeight:
-        """Return ``parameter`` as tile units read it; :meth:`refresh` brings what has a gradient up to date."""
+        """Return ``parameter`` as products read it; :meth:`refresh` brings what has a gradient up to date."""
         packed = PackedWeight(parameter.detach())
         if self.gradient(parameter) is not None:
             self._packed.append(packed)

@@ -17,7 +17,7 @@ from mmrec.model.without_autograd.buffers import Room
 from mmrec.model.without_autograd.steps import Product
 
 TILE_THREADS = 4
-"""Threads of torch that multiply in float32 as fast as one does by tile units."""
+"""Threads of torch that multiply in float32 as fast as one does tiles of bfloat16."""
 
 
 def has_fixed_length_pass(net: RecurrentLM) -> bool:
@@ -28,8 +28,8 @@ def has_fixed_length_pass(net: RecurrentLM) -> bool:
 def pass_dtype() -> torch.dtype:
     """Return the dtype of matrix products with which a pass over a short row is fastest.
 
-    bfloat16 with the tile units of a processor, which one thread computes with, else float32: the other units for
-    bfloat16 take longer at so few tokens.
+    bfloat16 where there are products of tiles, which one thread computes, else float32: torch's products of bfloat16
+    take longer at so few tokens.
     """
     return torch.bfloat16 if has_tiles() and torch.get_num_threads() < TILE_THREADS else torch.float32
 

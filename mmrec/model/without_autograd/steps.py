@@ -36,7 +36,7 @@ class Product:
 
 
 class TileProduct:
-    """:class:`Product` in bfloat16 by the tile units of a processor; the gradient of its weight is float32."""
+    """:class:`Product` in bfloat16 by products of tiles; the gradient of its weight is float32."""
 
     def __init__(self, room: Room, weight: Tensor, x: Tensor, y: Tensor) -> None:
         self._weight, self._x = room.packed(weight), x
@@ -55,7 +55,7 @@ class TileProduct:
 
 
 def uses_tiles(dtype: torch.dtype) -> bool:
-    """Return whether products of ``dtype`` are computed by tile units: the gradients of weights are float32 then."""
+    """Return whether products of ``dtype`` are those of tiles: the gradients of weights are float32 then."""
     return dtype == torch.bfloat16 and has_tiles()
 
 

@@ -344,6 +344,15 @@ def prepared(name: str, kind: Kind, *arguments: Any) -> Callable[[], None]:
     return call
 
 
+def call_by_threads(calls: Sequence[Callable[[], None]]) -> None:
+    """Make each of ``calls``, by a thread of its own where there are several."""
+    if len(calls) == 1:
+        calls[0]()
+        return
+    for made in [_pool(len(calls)).submit(call) for call in calls]:
+        made.result()
+
+
 def _fixed(argument: Any) -> Any:
     match argument:
         case Whole(tensor):

@@ -1,7 +1,7 @@
 /* Muon's update of a matrix: momentum, the Newton-Schulz iterations, and the step of the weights.
 
-   The iterations need tile units: X <- a X + (b R + c R R) X with R = X X^T, in bfloat16 with sums in float32, each
-   product rounded once. Matrices are padded to whole tiles with zeros, which stay zeros. */
+   The iterations need products of tiles: X <- a X + (b R + c R R) X with R = X X^T, in bfloat16 with sums in float32,
+   each product rounded once. Matrices are padded to whole tiles with zeros, which stay zeros. */
 
 #include "tiles.h"
 
@@ -58,21 +58,29 @@ static void right_of(integer rows, integer columns, const half *x, half *right) 
 }
 
 /* result <- scale left right + share base, in left tiles; base may be NULL.
-   left: rows x inner, right: inner x columns, base and result: rows x columns. */
+   left: rows x inner, right: inner x columns, base and result: rows x columns. Of a `symmetric` result the blocks above
+   the diagonal are computed, to the same bits as those below would be. */
 static void multiply(integer rows, integer inner, integer columns, const half *left, const half *right, float scale,
-                     const half *base, float share, half *result) {
+                     const half *base, float share, int symmetric, half *result) {
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     integer steps = inner / BLOCK, across = columns / SIDE;
     for (integer j = 0; j < across; j += 2)
-        for (integer i = 0; i < rows / SIDE; i += 2) {
+        for (integer i = 0; i < (symmetric ? j + 2 : rows / SIDE); i += 2) {
             sum_block(left + i * steps * TILE, steps * TILE, 64, TILE, right + j * TILE, across * TILE, steps, sums);
             for (int part = 0; part < 4; part++) {
-                integer place = ((i + part / 2) * (across / 2) + j / 2) * TILE + part % 2 * SIDE;
-                for (int n = 0; n < SIDE; n++, place += 32) {
+                integer row = i + part / 2, column = j + part % 2;
+                integer place = (row * (across / 2) + column / 2) * TILE + part % 2 * SIDE;
+                __m512i r[SIDE];
+                for (int n = 0; n < SIDE; n++) {
                     __m512 value = _mm512_mul_ps(_mm512_load_ps(sums[part] + n * SIDE), _mm512_set1_ps(scale));
-                    if (base) value = _mm512_fmadd_ps(_mm512_set1_ps(share), widened(base + place), value);
-                    narrowed(value, result + place);
+                    if (base) value = _mm512_fmadd_ps(_mm512_set1_ps(share), widened(base + place + n * 32), value);
+                    narrowed(value, result + place + n * 32);
+                    r[n] = _mm512_castps_si512(value);
                 }
+                if (!symmetric || i == j) continue;
+                transpose(r);
+                half *mirrored = result + (column * (across / 2) + row / 2) * TILE + part / 2 * SIDE;
+                for (int n = 0; n < SIDE; n++) narrowed(_mm512_castsi512_ps(r[n]), mirrored + n * 32);
             }
         }
 }
@@ -141,15 +149,15 @@ static int orthogonalize(const muon_rule *rule, integer height, integer width, c
     configure_tiles();
     for (integer step = 0; step < rule->steps; step++) {
         right_of_transposed(rows, columns, x, right);
-        multiply(rows, columns, rows, x, right, 1.0f, NULL, 0, r);
+        multiply(rows, columns, rows, x, right, 1.0f, NULL, 0, 1, r);
         right_of_transposed(rows, rows, r, r_right); /* r is its own transpose */
-        multiply(rows, rows, rows, r, r_right, rule->c, r, rule->b, p);
+        multiply(rows, rows, rows, r, r_right, rule->c, r, rule->b, 1, p);
         right_of(rows, columns, x, right);
-        multiply(rows, rows, columns, p, right, 1.0f, x, rule->a, next);
+        multiply(rows, rows, columns, p, right, 1.0f, x, rule->a, 0, next);
         half *last = x;
         x = next, next = last;
     }
-    _tile_release();
+    release_tiles();
     from_tiles(height, width, tall, x, update);
     free(direction);
     free(scratch);

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int64
 
 import torch
 from torch import Tensor
 
-from mmrec.model.ops.native.functions import addresses, addresses_and_sizes, integers, prepared, takes_in_place
+from mmrec.model.ops.native.functions import (
+    addresses,
+    addresses_and_sizes,
+    call_by_threads,
+    integers,
+    prepared,
+    takes_in_place,
+)
 from mmrec.model.ops.native.products import has_tiles
 
 
@@ -35,7 +42,8 @@ def orthogonalize(
 ) -> None:
     """Bring ``averages`` up to date, and write the nearly orthogonal matrices next to the momentum.
 
-    They differ from those of :func:`mmrec.training.muon.orthogonalize` in bfloat16 only in roundings.
+    They differ from those of :func:`mmrec.training.muon.orthogonalize` in bfloat16 only in roundings. The matrices
+    are shared out over as many threads as torch computes with.
 
     Args:
         how: options of Muon.
@@ -44,9 +52,16 @@ def orthogonalize(
         starts: of each matrix: where in ``updates`` it is written; -1 where it is not orthogonalized.
         updates: [numbers], bfloat16; it is written.
     """
-    heights, widths = (integers([each.shape[side] for each in gradients]) for side in (0, 1))
-    given = addresses(gradients), addresses(averages), integers(starts)
-    prepared("muon_orthogonalize", torch.bfloat16, how, len(gradients), heights, widths, *given, updates)()
+    largest_first = sorted(range(len(gradients)), key=lambda n: -min(gradients[n].shape) * gradients[n].numel())
+    threads = min(torch.get_num_threads(), len(gradients))
+
+    def call(some: Sequence[int]) -> Callable[[], None]:
+        grads, means = [gradients[n] for n in some], [averages[n] for n in some]
+        heights, widths = (integers([each.shape[side] for each in grads]) for side in (0, 1))
+        given = addresses(grads), addresses(means), integers([starts[n] for n in some])
+        return prepared("muon_orthogonalize", torch.bfloat16, how, len(some), heights, widths, *given, updates)
+
+    call_by_threads([call(largest_first[first::threads]) for first in range(threads)])
 
 
 def apply(

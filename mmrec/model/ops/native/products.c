@@ -1,4 +1,4 @@
-/* Matrix products by tile units, in bfloat16 with sums in float32: of tokens with a weight, and the weight's gradient.
+/* Matrix products in bfloat16 with sums in float32: of tokens with a weight, and the weight's gradient.
 
    A weight [outputs, inputs] is packed once an update, for the product forwards and for that backwards, so that nothing
    is brought into another order while tokens are read: rows of tokens are tiles as they are. */
@@ -8,14 +8,20 @@
 
 #ifdef HAS_TILES
 
+#ifdef HAS_TILE_UNITS
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #define PANEL 4 /* blocks of rows that are multiplied by the same columns, one after the other */
 #define SPAN 256 /* rows of tokens that a weight's gradient is added up of at a time */
 
 /* Linux gives a process the tile units when it asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA). */
+#ifdef HAS_TILE_UNITS
 EXPORT int tiles_supported(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#else
+EXPORT int tiles_supported(void) { return 1; }
+#endif
 
 static inline __mmask32 mask_of_halves(integer left) {
     return left >= BLOCK ? 0xffffffffu : left <= 0 ? 0 : (1u << left) - 1;
@@ -142,7 +148,7 @@ EXPORT int tile_product(integer rows, integer inner, integer columns, const half
             }
         }
     }
-    _tile_release();
+    release_tiles();
     free(copied);
     return 0;
 }
@@ -174,7 +180,7 @@ EXPORT int tile_weight_gradient(integer rows, integer outputs, integer inputs, c
                 }
             }
     }
-    _tile_release();
+    release_tiles();
     free(left);
     return 0;
 }

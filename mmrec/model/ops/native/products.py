@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16 by the tile units of a processor (Intel's AMX), in buffers made once."""
+"""Matrix products of tiles of bfloat16, by the tile units of a processor or its vectors, in buffers made once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BLOCK = 32
 
 @cache
 def has_tiles() -> bool:
-    """Return whether the kernels are built, and this processor has tile units for bfloat16."""
+    """Return whether the kernels are built, and this processor multiplies bfloat16: by tile units, or by vectors."""
     kernels = library(torch.bfloat16)
     return kernels is not None and bool(kernels.tiles_supported())
 
 
 class PackedWeight:
-    """A weight in the order that the tile units read it in, for products forwards and backwards.
+    """A weight in the order that products read it in, forwards and backwards.
 
     Args:
         weight: [outputs, inputs], float32, contiguous.

@@ -1,14 +1,18 @@
 #pragma once
 
-/* The tile units for bfloat16 of a processor (Intel's AMX), and the vectors around them.
+/* Products of tiles of bfloat16 with sums in float32: by the tile units of a processor (Intel's AMX), or by its vectors
+   (AVX512_BF16, AMD's since Zen 4 among them).
 
    A tile has 16 rows of 64 bytes. What is multiplied from the left lies in tiles of 16 x 32 numbers; what is multiplied
    from the right lies in tiles of 32 x 16, in which pairs of rows are interleaved; the sums are 16 x 16 in float32. */
 
 #include "kernels.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_TILES
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILE_UNITS
+#endif
 
 #include <immintrin.h>
 
@@ -18,18 +22,6 @@
 typedef uint16_t half;
 
 static inline integer padded(integer size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
-
-static inline void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = SIDE;
-    _tile_loadconfig(&config);
-}
 
 /* Transposes 16 x 16 numbers of 32 bits. */
 static inline void transpose(__m512i r[SIDE]) {
@@ -58,6 +50,7 @@ static inline void transpose(__m512i r[SIDE]) {
 /* The sums of 32 rows of `left`, of which the second 16 are `below` numbers further, by 32 columns of `right`, in
    `steps` of 32 numbers. `left` has rows at `stride` bytes; the tiles of the next step are `left_next` and `right_next`
    numbers further. */
+#ifdef HAS_TILE_UNITS
 static inline void sum_block(const half *left, integer below, integer stride, integer left_next, const half *right,
                              integer right_next, integer steps, float sums[4][SIDE * SIDE]) {
     _tile_zero(0);
@@ -79,6 +72,56 @@ static inline void sum_block(const half *left, integer below, integer stride, in
     _tile_stored(2, sums[2], 64);
     _tile_stored(3, sums[3], 64);
 }
+
+static inline void configure_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = SIDE;
+    _tile_loadconfig(&config);
+}
+
+static inline void release_tiles(void) { _tile_release(); }
+#else
+#define CHUNK 8 /* steps whose right tiles the smallest cache holds beside the left ones */
+#define ROWS 8  /* rows whose sums are in registers at once */
+
+static inline void sum_block(const half *left, integer below, integer stride, integer left_next, const half *right,
+                             integer right_next, integer steps, float sums[4][SIDE * SIDE]) {
+    for (integer begin = 0; begin < steps; begin += CHUNK)
+        for (integer row = 0; row < BLOCK; row += ROWS) {
+            integer end = begin + CHUNK < steps ? begin + CHUNK : steps;
+            const half *rows = left + begin * left_next + row / SIDE * below + row % SIDE * stride / 2;
+            const half *columns = right + begin * right_next;
+            float *to = sums[row / SIDE * 2] + row % SIDE * SIDE;
+            __m512 sum[ROWS][2];
+            for (int n = 0; n < ROWS; n++)
+                for (int part = 0; part < 2; part++)
+                    sum[n][part] = begin ? _mm512_load_ps(to + (part * SIDE + n) * SIDE) : _mm512_setzero_ps();
+            for (integer step = begin; step < end; step++, rows += left_next, columns += right_next)
+                for (int pair = 0; pair < SIDE; pair++) {
+                    __m512bh first = (__m512bh)_mm512_loadu_si512(columns + pair * 32);
+                    __m512bh second = (__m512bh)_mm512_loadu_si512(columns + TILE + pair * 32);
+                    for (int n = 0; n < ROWS; n++) {
+                        int32_t two;
+                        memcpy(&two, rows + n * stride / 2 + pair * 2, sizeof two);
+                        __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+                        sum[n][0] = _mm512_dpbf16_ps(sum[n][0], both, first);
+                        sum[n][1] = _mm512_dpbf16_ps(sum[n][1], both, second);
+                    }
+                }
+            for (int n = 0; n < ROWS; n++)
+                for (int part = 0; part < 2; part++) _mm512_store_ps(to + (part * SIDE + n) * SIDE, sum[n][part]);
+        }
+}
+
+static inline void configure_tiles(void) {}
+static inline void release_tiles(void) {}
+#endif
 
 static inline __m512 widened(const half *x) {
     return _mm512_castsi512_ps(
