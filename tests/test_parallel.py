@@ -41,7 +41,7 @@ def test_two_processes_learn_what_one_does(
     one = trained("one", tmp_path)
     for way, strategy in ways.items():
         said = run(tmp_path, *fit(prepared, *options, "--data.batch_size=2", *strategy, f"--run={way}"), ranks=2)
-        assert "deprecated" not in said
+        assert "Warning" not in said
         two = trained(way, tmp_path)
         assert one.keys() == two.keys()
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6

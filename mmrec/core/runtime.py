@@ -28,6 +28,7 @@ QUIET_WARNINGS = (
     r"`?\.fit\(ckpt_path=",  # Lightning looks for one by itself where an OnExceptionCheckpoint is added
     "GPU available but not used",  # by one who asked for the CPU
     "Be aware that when using `ckpt_path`, callbacks",  # those of fit alone
+    "FSDP2-wrapped module .* returned a view tensor",  # a layer's state, which nothing changes in place
 )
 """Warnings of libraries that a user can do nothing about, as regular expressions of how they begin."""
 QUIET_MESSAGES = (
