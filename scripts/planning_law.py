@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mmrec.planning.law import MOST_APART, MOST_COUNTED, Law
+from mmrec.planning.law import MOST_APART, MOST_TOLD_BY_LENGTH, Law
 
 ROUNDS = 200
 PULL = 1e-3
@@ -120,14 +120,14 @@ def _unlikely(squares: torch.Tensor) -> torch.Tensor:
 
 def _errors(values: torch.Tensor, columns: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the errors of all rows, as :meth:`Law.relative_loss` gives them, with gradients."""
-    floor, a, a_power, b, b_power, repetition, overfit, copies, counted, counting, power = values.unbind()
+    floor, a, a_power, b, b_power, repetition, overfit, copies, length, counting, power = values.unbind()
     read, text, parameters = columns["tokens"], columns["train_tokens"], columns["parameters"]
     again = (read / text - 1).clamp(min=0)
     effective = torch.minimum(read, text) + text * repetition * (1 - (-again / repetition).exp())
     crowding = (parameters / text).log1p() * (read / text).clamp(min=1).log()
     relative = floor + a * (parameters / 1e6) ** -a_power + b * (effective / 1e6) ** -b_power + overfit * crowding
     apart = (columns["xz"] / columns["ngram"]).clamp(1 / MOST_APART, MOST_APART)
-    yardstick = columns["ngram"] * apart**copies * (text.clamp(max=MOST_COUNTED) / 1e6) ** counted
+    yardstick = columns["ngram"] * apart**copies * (text.clamp(max=MOST_TOLD_BY_LENGTH) / 1e6) ** length
     gain = (counting * (text / 1e6) ** -power) ** columns["counts"]
     return (columns["bits_per_byte"] / (yardstick * relative * gain)).log()
 

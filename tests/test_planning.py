@@ -15,7 +15,7 @@ from mmrec.data.options import PrepareOptions
 from mmrec.data.resolve import resolve_source
 from mmrec.data.store import open_tokens
 from mmrec.model import ModelConfig, RecurrentLM, layer_parameters
-from mmrec.planning.law import LAW, MOST_APART, MOST_COUNTED
+from mmrec.planning.law import LAW, MOST_APART, MOST_TOLD_BY_LENGTH
 from mmrec.planning.machine import measure_rates, seconds_per_update, with_processes_that_pay
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments, value_of
@@ -39,7 +39,7 @@ from mmrec.planning.plan import (
     shapes_for,
 )
 from mmrec.planning.source import choose_tokenizers, prepare_texts
-from mmrec.planning.text import describe_text, xz_bits_per_byte
+from mmrec.planning.text import describe_text, sample, xz_bits_per_byte
 from mmrec.training.callbacks.half_way import BEGIN, LATEST
 
 TEXT = Text(1_000_000, 100_000, 65, 1.0, 2.5, 2.4)
@@ -67,7 +67,7 @@ def test_more_text_and_more_time_are_expected_to_help() -> None:
 
 
 def test_what_xz_makes_of_a_text_counts_within_bounds() -> None:
-    many = MOST_COUNTED
+    many = 1e6
     assert LAW.yardstick(2.0, 2.0, many) == 2.0
     assert LAW.yardstick(2.0, 1.5, many) < 2.0 < LAW.yardstick(2.0, 2.5, many)
     assert LAW.yardstick(2.0, 0.0, many) == pytest.approx(2.0 * MOST_APART**-LAW.copies)
@@ -76,8 +76,19 @@ def test_what_xz_makes_of_a_text_counts_within_bounds() -> None:
 
 
 def test_ngrams_of_a_short_text_are_a_lower_bar() -> None:
-    short, long, longer = (LAW.yardstick(2.0, 2.0, tokens) for tokens in (50_000, MOST_COUNTED, 10 * MOST_COUNTED))
+    lengths = (50_000, MOST_TOLD_BY_LENGTH, 10 * MOST_TOLD_BY_LENGTH)
+    short, long, longer = (LAW.yardstick(2.0, 2.0, tokens) for tokens in lengths)
     assert short < long == longer
+
+
+def test_ngrams_are_counted_in_parts_from_all_over_a_long_text() -> None:
+    tokens = np.arange(100_000)
+    assert sample(tokens, 100_000) is tokens
+    found = sample(tokens, 50_000)
+    assert len(found) == 50_000
+    assert (found[0], found[-1]) == (0, 99_999)
+    assert np.diff(found).min() == 1
+    assert np.diff(found).max() < 510  # of a hundred parts of 500 each
 
 
 @pytest.mark.parametrize("config", SHAPES[:5], ids=lambda config: f"{config.dim} x {config.layers}")

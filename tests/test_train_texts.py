@@ -175,7 +175,10 @@ def test_texts_that_cannot_be_trained_on_are_refused(mmrec: Command, capsys: pyt
     assert not Path("data").exists()
 
 
-def test_a_file_and_a_folder_have_a_place_of_their_own(text: str) -> None:
+def test_a_file_and_a_folder_have_a_place_of_their_own(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     Path("in.txt").write_text(text, encoding="utf-8")
     Path("folder").mkdir()
     places = {_options(texts, "utf-8", None).output_dir for texts in (["in.txt", "folder"], ["in.txt", "in.txt"])}

@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 
 MOST_COUNTED = 1_000_000
-"""Last tokens of a training text that the n-gram model is counted in, and first ones of the validation text that it
-is tried on, in about three seconds."""
+"""Tokens of a training text that the n-gram model is counted in, and first ones of the validation text that it is
+tried on, in about three seconds."""
+MOST_TOLD_BY_LENGTH = 2_000_000
+"""Tokens of a training text beyond which its length says no more of how n-grams of a part of it do beside a model."""
 MOST_APART = 1.5
 """Of what xz and an n-gram model make of a text, the one over the other."""
 
@@ -24,10 +26,9 @@ class Law:
     The bits per byte of a model are ``text * (floor + parameters_weight / P**parameters_power + tokens_weight /
     D**tokens_power + overfit * ln(1 + P / U) * ln(epochs))``, with P the parameters, D the effective tokens and U the
     tokens of the training text, in millions, and ``text`` the bits per byte that an n-gram model of the training text
-    makes of the validation text, times a power of what xz makes of it over that, and one of the tokens that the
-    n-grams were counted in: what is said again at a length, or far away, is told by xz alone, and of a short text
-    n-grams know less than a model that is trained on it. Of a model that counts its tokens they are
-    :meth:`gain_of_counts` times that.
+    makes of the validation text, times a power of what xz makes of it over that, and one of the length of the text:
+    what is said again at a length, or far away, is told by xz alone, and of a short text n-grams know less than a
+    model that is trained on it. Of a model that counts its tokens they are :meth:`gain_of_counts` times that.
 
     Attributes:
         floor: of a model without limits.
@@ -38,7 +39,7 @@ class Law:
         repetition: epochs after which reading the text again has lost most of its worth, R of the paper.
         overfit: what a parameter too many costs, by the logarithm of parameters over tokens of the text.
         copies: power of what xz makes of the text over what the n-gram model makes.
-        counted: power of the millions of tokens that the n-gram model is counted in.
+        length: power of the millions of tokens of the training text, at most :data:`MOST_TOLD_BY_LENGTH`.
         counting: what a model that counts its tokens makes of a text of a million tokens, over what one that does
             not would of the same tokens.
         counting_power: power of the millions of tokens of the text by which that falls: words need a text to be
@@ -55,7 +56,7 @@ class Law:
     repetition: float
     overfit: float
     copies: float
-    counted: float
+    length: float
     counting: float
     counting_power: float
     spread: float
@@ -69,7 +70,7 @@ class Law:
             text_tokens: of the training text.
         """
         apart = min(MOST_APART, max(1 / MOST_APART, xz / ngram)) if ngram > 0 else 1.0
-        return float(ngram * apart**self.copies * (min(MOST_COUNTED, text_tokens) / 1e6) ** self.counted)
+        return float(ngram * apart**self.copies * (min(MOST_TOLD_BY_LENGTH, text_tokens) / 1e6) ** self.length)
 
     def gain_of_counts(self, text_tokens: float) -> float:
         """Return what a model that counts its tokens makes of a text, over what one that does not would.
@@ -111,5 +112,5 @@ class Law:
         return relative
 
 
-LAW = Law(0.6487, 0.077, 0.4595, 0.1951, 0.5149, 11.9301, 0.0169, 0.2841, 0.0804, 0.9286, 0.024, 0.0529)
+LAW = Law(0.6562, 0.0736, 0.4656, 0.1838, 0.5306, 12.1422, 0.0161, 0.29, 0.0767, 0.9434, 0.018, 0.0429)
 """Fitted to docs/planning.csv by scripts/planning_law.py."""

@@ -11,6 +11,8 @@ from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.plan import Text
 from mmrec.tokenizers import token_lengths
 
+PARTS = 100
+"""Of a text of which n-grams are counted in a part."""
 MOST_COMPRESSED = 4_000_000
 """Bytes of the end of a training text that a compressor reads before the validation text, at about 1 MB a second."""
 
@@ -31,8 +33,22 @@ def describe_text(folder: TokenFolder, xz: float | None = None) -> Text:
         vocab_size=len(lengths),
         bytes_per_token=length,
         xz=xz_bits_per_byte(folder) if xz is None else xz,
-        ngram=ngram_bits_per_token(folder.train[-MOST_COUNTED:], folder.val[:MOST_COUNTED], len(lengths)) / length,
+        ngram=ngram_bits_per_token(sample(folder.train, MOST_COUNTED), folder.val[:MOST_COUNTED], len(lengths))
+        / length,
     )
+
+
+def sample(tokens: np.ndarray, most: int) -> np.ndarray:
+    """Return ``tokens`` [T], or of more than ``most`` :data:`PARTS` parts that are spread evenly over them.
+
+    A training reads from all of a text, so that what its last part alone says of the validation text after it, which
+    may be of the same author or hold the same table, is not what the training learns.
+    """
+    if len(tokens) <= most:
+        return tokens
+    each = most // PARTS
+    begins = np.linspace(0, len(tokens) - each, PARTS).astype(np.int64)
+    return np.concatenate([tokens[begin : begin + each] for begin in begins])
 
 
 def xz_bits_per_byte(folder: TokenFolder) -> float:
