@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHAKESPEARE, Command
+from helpers import fit
 
 from mmrec.core.errors import UserError
 from mmrec.data.corpora.base import Document
@@ -180,6 +182,51 @@ def test_a_changed_source_needs_force(source: Path, tmp_path: Path) -> None:
     source.write_text(source.read_text() + "more")
     with pytest.raises(UserError, match="--force"):
         prepare(PrepareOptions(input_file=source, output_dir=tmp_path / "out"))
+
+
+def test_a_small_folder_whose_tokens_have_changed_is_prepared_again(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = PrepareOptions(input_file=source, output_dir=tmp_path / "out")
+    prepare(options)
+    file = tmp_path / "out" / "val.bin"
+    before = file.read_bytes()
+    file.write_bytes(b"zz" + before[2:])
+    capsys.readouterr()
+    prepare(options)
+    assert file.read_bytes() == before
+    assert "val.bin: its content has changed (wrong sha256); prepare the corpus again: this is done now" in (
+        capsys.readouterr().out
+    )
+    verify_tokens(tmp_path / "out")
+    prepare(options)
+    assert "already prepared, nothing to do" in capsys.readouterr().out
+
+
+def test_tokens_without_a_manifest_are_replaced_where_that_is_asked_for(source: Path, tmp_path: Path) -> None:
+    options = PrepareOptions(input_file=source, output_dir=tmp_path / "out")
+    prepare(options)
+    manifest = tmp_path / "out" / MANIFEST
+    before = manifest.read_bytes()
+    manifest.write_text("{")
+    with pytest.raises(UserError, match=r"holds tokens without a readable manifest\.json; .* replace it by --force"):
+        prepare(options)
+    prepare(dataclasses.replace(options, force=True))
+    assert manifest.read_bytes() == before
+
+
+def test_a_token_that_is_none_ends_a_training_in_one_line(
+    mmrec: Command, prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the processor would go on with what lies behind the embedding's memory."""
+    for part in ("val", "train"):
+        tokens = np.memmap(prepared / f"{part}.bin", dtype="<u2", mode="r+")
+        tokens[: len(tokens) // 2] = 999
+        tokens.flush()
+        assert mmrec(*fit(prepared, "--trainer.max_steps=30", f"--run={part}")) == 2
+        assert "holds token 999 where there are" in capsys.readouterr().err
+        tokens[: len(tokens) // 2] = 0
+        tokens.flush()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -17,6 +17,7 @@ from mmrec.data.split import SEPARATOR, split_documents
 from mmrec.data.store import (
     CHOOSE_OR_FORCE,
     FILES,
+    MANIFEST,
     OTHER_TOKENS,
     FolderTakenError,
     TokenFolder,
@@ -88,8 +89,13 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
     if earlier is not None and not options.force:
         if not _same(earlier, description):
             raise FolderTakenError(folder, OTHER_TOKENS, CHOOSE_OR_FORCE)
-        print(f"{folder}: already prepared, nothing to do")
-        return open_tokens(folder)
+        try:
+            verify_tokens(folder)
+        except UserError as error:
+            print(f"{error}: this is done now")
+        else:
+            print(f"{folder}: already prepared, nothing to do")
+            return open_tokens(folder)
     chosen = given or make_tokenizer(kind, train, val, options.vocab_size)
     tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description, sources)
     lines = [summary(tokens), skipped_line(sources.skipped()), f"written to  {folder}"]
@@ -131,10 +137,12 @@ def _check_target(folder: Path, force: bool) -> dict[str, Any] | None:
             raise UserError(f"{folder}: cannot be written ({parent} is not a writable folder)")
         return None
     earlier = read_manifest(folder)
-    strangers = sorted({entry.name for entry in folder.iterdir()} - {*FILES, "manifest.json"})
-    if earlier is None or strangers:
-        what = strangers[0] if strangers else "files of an unfinished corpus"
-        raise FolderTakenError(folder, f"holds something else ({what})", "choose a new or empty --output_dir")
+    strangers = sorted({entry.name for entry in folder.iterdir()} - {*FILES, MANIFEST})
+    if strangers:
+        instead = "choose a new or empty --output_dir"
+        raise FolderTakenError(folder, f"holds something else ({strangers[0]})", instead)
+    if earlier is None and not force:
+        raise FolderTakenError(folder, f"holds tokens without a readable {MANIFEST}", CHOOSE_OR_FORCE)
     return earlier
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from mmrec.core.errors import UserError
 from mmrec.core.urls import is_url
-from mmrec.data.batches import SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
+from mmrec.data.batches import Batch, SegmentSampler, StatefulEvalLoader, TrainLoader, WindowedEvalLoader
 from mmrec.data.options import PrepareOptions
 from mmrec.data.prepare import prepare
 from mmrec.data.remote_store import open_remote_tokens
@@ -151,6 +151,16 @@ class TextDataModule(LightningDataModule):
                 f"{len(self._sampler())} batches of an epoch; give more"
             )
         self._loader = None
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Raise UserError where a batch holds what is no token; a GPU would end with an error of the device."""
+        most, known = int(max(batch.inputs.max(), batch.targets.max())), self.tokenizer.vocab_size
+        if most >= known:
+            raise UserError(
+                f"{self.data_dir}: holds token {most:,} where there are {known:,}: it is damaged; mmrec prepare "
+                f"--verify says which file, and --force makes it anew"
+            )
+        return batch
 
     def train_dataloader(self) -> TrainLoader:
         """Return the loader of this training.
