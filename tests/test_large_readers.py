@@ -23,7 +23,7 @@ from mmrec.core.errors import UserError
 from mmrec.data.pipeline import mediawiki
 from mmrec.data.pipeline.formats import reader_of
 from mmrec.data.pipeline.mediawiki import split_dump
-from mmrec.data.pipeline.readers import READERS
+from mmrec.data.pipeline.readers import READERS, ZERO_BYTE
 from mmrec.data.pipeline.records import LONGEST, Record, Rejected
 from mmrec.data.pipeline.shards import Shard
 from mmrec.data.pipeline.sources import find_shards
@@ -160,6 +160,14 @@ def test_a_long_line_is_cut_between_characters(tmp_path: Path, monkeypatch: pyte
     assert read(Shard("text", str(path))) == [Rejected("not UTF-8", "byte 0")]
     path.write_bytes(b"a" * 198 + b"\xf0\x9f")
     assert read(Shard("text", str(path))) == ["a" * 198, Rejected("not UTF-8", "byte 198")]
+
+
+def test_a_plain_text_with_zero_bytes_is_rejected(tmp_path: Path) -> None:
+    """All that is in UTF-16 without a byte order mark is UTF-8, too, if it is of ASCII letters."""
+    path = tmp_path / "wide.txt"
+    path.write_bytes("A text of letters.\n".encode("utf-16-le"))
+    assert read(Shard("text", str(path))) == [Rejected(ZERO_BYTE, "byte 0")]
+    assert read(Shard("text", str(path), encoding="utf-16-le")) == ["A text of letters.\n"]
 
 
 def test_json_lines_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from mmrec.data.pipeline.records import (
 )
 from mmrec.data.pipeline.shards import Shard
 
+ZERO_BYTE = "a zero byte: it is binary, or in UTF-16 (--encoding utf-16 reads that)"
+"""Why a plain text is rejected that no text editor has written in UTF-8."""
 PIECE = 1 << 20
 """Bytes of a text file that make one document, where the file is longer."""
 
@@ -47,7 +49,8 @@ def read_text_file(shard: Shard, field: str) -> Iterator[Record]:
                 if len(rest) == LONGEST:
                     end = _whole_characters(data)
                     data, half = data[:end], data[end:]
-            yield decode(data, f"byte {start}")
+            where = f"byte {start}"
+            yield Rejected(ZERO_BYTE, where) if b"\0" in data else decode(data, where)
             start += len(data)
 
 
