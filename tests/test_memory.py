@@ -12,6 +12,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,29 @@ def test_score(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text[:6000].encode())))
     assert mmrec("score", "-") == 0
     assert capsys.readouterr().out.splitlines()[0].removeprefix("-") == lines[0].removeprefix("all.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "word"),
+    [
+        ("the the", {"form": "tiny"}, "the form is 'tiny'; it must be one of full, small"),
+        ("the \ud800", {}, "half a surrogate pair"),
+        (
+            "the \u6625 the",
+            {"learn": True},
+            "the character '\u6625' (in 'the \u6625",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_read_leaves_the_memory_as_it_was(
+    trained: str, text: str, options: dict[str, Any], word: str
+) -> None:
+    model = MemoryLM.load("best")
+    model.read("the ")
+    before = model.memory
+    with pytest.raises(UserError, match=re.escape(word)):
+        model.read(text, **options)
+    assert model.memory is before
 
 
 def test_the_api(trained: str, text: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "UTF-16": ("completions", '{"prompt": "to"}'.encode("utf-16"), 400, "the body is UTF-16"),
     "no number": ("completions", b'{"temperature": NaN}', 400, "temperature: "),
     "other model": ("completions", {"model": "gpt"}, 404, "there is no model 'gpt', but 'a'"),
-    "unknown character": ("completions", {"prompt": "to be Ω"}, 400, "the character 'Ω' (number 7 of the text)"),
+    "unknown character": ("completions", {"prompt": "to be Ω"}, 400, "the character 'Ω' (in 'to be Ω')"),
     "empty prompt": ("completions", {"prompt": ""}, 400, "must not be empty without a memory"),
     "no prompts": ("completions", {"prompt": []}, 400, "prompt is an empty list"),
     "unsupported": ("completions", {"suffix": "to be"}, 400, "suffix: "),

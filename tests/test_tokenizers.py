@@ -92,7 +92,7 @@ def test_a_long_text_has_the_same_tokens_wherever_it_is_cut(text: str, monkeypat
         monkeypatch.setattr(f"mmrec.tokenizers.{module}.PIECE", 100)
     for tokenizer, tokens in zip(tokenizers, whole, strict=True):
         np.testing.assert_array_equal(tokenizer.encode(text), tokens)
-    with pytest.raises(UserError, match=rf"'\u2026' \(number {len(text) + 1} of"):
+    with pytest.raises(UserError, match=r"'\u2026' \(in .{12,60}\u2026'\) is not"):
         tokenizers[1].encode(f"{text}\u2026")
 
 
@@ -119,5 +119,5 @@ def test_a_wrong_state_is_refused(state: dict[str, Any]) -> None:
 
 def test_an_unknown_character_is_named() -> None:
     tokenizer: Tokenizer = CharacterTokenizer("abc")
-    with pytest.raises(UserError, match=r"'\u00e9' \(number 2"):
+    with pytest.raises(UserError, match="'\u00e9' \\(in 'a\u00e9'\\)"):
         tokenizer.encode("a\u00e9")

@@ -13,6 +13,8 @@ from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import SavedState, load_memory, model_hash, save_memory
 from mmrec.core.devices import AUTO
+from mmrec.core.errors import UserError
+from mmrec.core.text_files import is_unicode
 from mmrec.inference.generate import generate_tokens
 from mmrec.inference.reading import CacheOptions, LearnOptions, Reader
 from mmrec.inference.sampling import SamplingOptions
@@ -57,6 +59,8 @@ class MemoryLM:
     def read(self, text: str, learn: bool = False, form: Form | None = None, cache: int | None = None) -> float:
         """Read ``text`` on from the memory, which then includes it; return its mean loss, in nats/token.
 
+        Where it cannot be read to its end, the memory stays as it is.
+
         Args:
             text: of any length.
             learn: change the weights by what is read, each part after it was predicted; the memory keeps the
@@ -66,18 +70,20 @@ class MemoryLM:
                 the model does; a memory that has such a cache counts on without being told.
 
         Raises:
-            UserError: a character is not in the model's alphabet, the memory learns in another form, or has a cache
-                of another size, or the model cannot have one.
+            UserError: a character is not in the model's alphabet or is half a surrogate pair, there is no such form,
+                the memory learns in another one, or has a cache of another size, or the model cannot have one.
         """
+        _check_text(text)
         learning = LearnOptions(learn, form).applied(self._trained.net, self.memory)
-        self.memory = CacheOptions(cache).applied(self._trained.net, learning, self._trained.tokenizer)
-        reader = Reader(self._trained.net, self.memory)
-        total, count, first = 0.0, 0, self.memory.position == 0
+        memory = CacheOptions(cache).applied(self._trained.net, learning, self._trained.tokenizer)
+        reader = Reader(self._trained.net, memory)
+        total, count, first = 0.0, 0, memory.position == 0
         for piece in iter_pieces(io.StringIO(text, newline="")):
             tokens = self._trained.tokenizer.encode(piece)
             for part in reader.read(tokens):
-                self.memory = part.memory
+                memory = part.memory
                 total, count = total + float(part.nll.sum(dtype=torch.float64)), count + len(part.tokens)
+        self.memory = memory
         scored = count - first
         return total / scored if scored > 0 else 0.0
 
@@ -94,9 +100,11 @@ class MemoryLM:
         """Yield a text that continues the memory and ``prompt``, as it is generated. The memory stays as it is.
 
         Raises:
-            UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet.
+            UserError: an option is out of its range, or a character of ``prompt`` is not in the model's alphabet, or
+                half a surrogate pair.
         """
         options = SamplingOptions(length, temperature, top_k, top_p, seed, verbatim)
+        _check_text(prompt)
         tokens = torch.from_numpy(self._trained.tokenizer.encode(prompt).astype("int64"))
         decoder = StreamDecoder(self._trained.tokenizer, b"" if prompt else self.memory.pending)
         for token in generate_tokens(self._trained.net, tokens, options, self.memory):
@@ -114,3 +122,9 @@ class MemoryLM:
     def load_memory(self, path: Path | str) -> None:
         """Go on from a memory that this model has saved; UserError where it is another's, or damaged."""
         self.memory = load_memory(Path(path), self._trained.net, self._hash)
+
+
+def _check_text(text: str) -> None:
+    """Raise UserError where ``text`` holds what no encoding has."""
+    if not is_unicode(text):
+        raise UserError("the text holds half a surrogate pair; decode it with errors='replace', or leave that out")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -44,6 +45,10 @@ class LearnOptions:
 
     learn: bool = False
     form: Form | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in (None, *get_args(Form)):
+            raise UserError(f"the form is {self.form!r}; it must be one of {', '.join(get_args(Form))}")
 
     def applied(self, net: RecurrentLM, memory: SavedState) -> SavedState:
         """Return ``memory`` as one that learns, where that is wanted; UserError where it learns in another form."""

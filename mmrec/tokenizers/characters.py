@@ -10,6 +10,9 @@ from mmrec.core.errors import UserError
 from mmrec.tokenizers.base import Tokenizer
 from mmrec.tokenizers.streaming import PIECE
 
+AROUND = 12
+"""Characters on either side of one that is not known by which it is found in its text."""
+
 
 class CharacterTokenizer(Tokenizer):
     """One token a character of a fixed alphabet, in code-point order, as nanoGPT's character data."""
@@ -29,8 +32,9 @@ class CharacterTokenizer(Tokenizer):
             known = self._points[np.minimum(found, self.vocab_size - 1)] == points
             if not known.all():
                 where = start + int(np.argmin(known))
+                around = text[max(0, where - AROUND) : where + AROUND + 1]
                 raise UserError(
-                    f"the character {text[where]!r} (number {where + 1} of the text) is not in the alphabet of the "
+                    f"the character {text[where]!r} (in {around!r}) is not in the alphabet of the "
                     f"{self.vocab_size} characters that the model was trained on; leave it out, or train with bytes"
                 )
             tokens[start : start + PIECE] = found
