@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ def test_a_learned_memory_is_exported_as_a_model_of_its_own(
     assert API.load("out/model.safetensors").read(text[:2000]) < API.load("best").read(text[:2000])
     with pytest.raises(UserError, match="the memory of another model"):
         API.load("out/model.safetensors").load_memory("book.mem")
+    # A later run, whose best checkpoint is damaged, is not that of the memory.
+    later = Path("lightning_logs/later/checkpoints")
+    later.mkdir(parents=True)
+    (later / "best.ckpt").write_bytes(b"cut")
+    assert mmrec("export", "--format", "safetensors", "--memory", "book.mem", "--output_dir", "again") == 0
+    again = load_model(Path("again/model.safetensors")).net
+    assert all(torch.equal(weight, again.get_parameter(name)) for name, weight in back.net.named_parameters())
+    shutil.rmtree("lightning_logs/later")
     assert mmrec("read", "text.txt", "--save", "plain.mem") == 0
     assert mmrec("export", "--format", "hf", "--memory", "plain.mem", "--output_dir", "hf") == 2
     assert "plain.mem: holds nothing that was learned; read the text with --learn" in capsys.readouterr().err

@@ -11,13 +11,14 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from mmrec.checkpoints.hub import check_repository, push_folder
-from mmrec.checkpoints.loading import LoadedModel, load_chosen
+from mmrec.checkpoints.loading import LoadedModel
 from mmrec.checkpoints.runs import CheckpointOptions
 from mmrec.checkpoints.state_file import load_memory, model_hash
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
 from mmrec.inference.learning import LearningNet
+from mmrec.inference.reading import load_model_of
 
 Format = Literal["hf", "safetensors", "onnx", "mlx", "gguf", "web"]
 Weights = Literal["f32", "f16", "int8", "q8_0"]
@@ -77,7 +78,8 @@ def export(
         checkpoint: of the model.
         share: how it is shared.
         memory: export the model with what it learned from what it read, a file of mmrec read --learn, as a model of
-            its own: its weights, not its state.
+            its own: its weights, not its state. Where no model is named it is that of the latest run whose model
+            the memory is of.
         runtime: of the page, for web: the folder of the npm package onnxruntime-web; node_modules here or above if
             left out.
         force: replace another export that stands at output_dir.
@@ -91,7 +93,7 @@ def export(
         raise UserError(f"--runtime: it is of the page; --format {format} has none")
     _check_share(format, share)
     _check_target(output_dir, force)
-    trained = load_chosen(checkpoint)
+    checkpoint, trained = load_model_of(checkpoint, memory)
     if memory is not None:
         trained = learned_model(trained, memory)
     trained.net.cpu()  # the formats are written from there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -88,10 +88,7 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     Raises:
         UserError: there is no such model, or the memory is of another, or it cannot be read.
     """
-    known = runs.runs(checkpoint.root)
-    if memory is not None and (checkpoint.ckpt, checkpoint.run) == (runs.BEST, None) and len(known) > 1:
-        return _model_of_memory(checkpoint, memory, known[::-1])
-    trained = load_chosen(checkpoint)
+    checkpoint, trained = load_model_of(checkpoint, memory)
     digest = model_hash(trained.net, trained.tokenizer)
     if memory is None:
         return trained, digest, SavedState.empty(trained.net)
@@ -104,10 +101,11 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
         ) from None
 
 
-def _model_of_memory(
-    checkpoint: CheckpointOptions, memory: Path, known: Sequence[str]
-) -> tuple[LoadedModel, str, SavedState]:
-    """Return what :func:`load_model_and_state` does, of the first of the runs ``known`` whose model it is."""
+def load_model_of(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[CheckpointOptions, LoadedModel]:
+    """Return which checkpoint :func:`load_model_and_state` takes, and its model; raises as that."""
+    known = runs.runs(checkpoint.root)[::-1]
+    if memory is None or (checkpoint.ckpt, checkpoint.run) != (runs.BEST, None) or len(known) < 2:
+        return checkpoint, load_chosen(checkpoint)
     wanted = memory_header(memory).model
     for run in known:
         of_run = replace(checkpoint, run=run)
@@ -118,7 +116,7 @@ def _model_of_memory(
         if model_hash(trained.net, trained.tokenizer) == wanted:
             if run != known[0]:
                 print(f"{memory}: is the memory of {of_run.path()}, which is taken", file=sys.stderr)
-            return trained, wanted, load_memory(memory, trained.net, wanted)
+            return of_run, trained
     raise UserError(
         f"{memory}: is the memory of none of the best checkpoints of the {len(known)} runs in "
         f"{checkpoint.root / runs.LOGS}; name its model by --ckpt, or read the text with one of these"
