@@ -55,6 +55,8 @@ def test_fit_validate_and_generate(
     of_part = torch.nn.functional.cross_entropy(logits[0, : math.prod(BATCH)], tokens[0, 1 : 1 + math.prod(BATCH)])
     said = capsys.readouterr().out.partition(f"validation {begin}")[2]
     assert float(said.split()[0]) == pytest.approx(float(of_part), abs=1e-4)
+    assert "; --trainer.limit_val_batches=1.0 scores all\n" in said
+    assert "scores all" not in line
 
     assert mmrec("generate", "--prompt", "to be", "--length", "50", "--seed", "3") == 0
     written = capsys.readouterr().out

@@ -316,13 +316,13 @@ class TrainingCLI(SubcommandCLI):
         if not self.trainer.callback_metrics:
             raise UserError("nothing was scored: --trainer.limit_val_batches or limit_test_batches is 0")
         if not self.trainer.is_global_zero:
-            return  # every process has read the whole text
+            return
         part = self.evaluation.part(int(self.model.score.tokens), len(self.datamodule.tokens.val))
         score = {k.removeprefix(f"{prefix}/"): float(v) for k, v in self.trainer.callback_metrics.items()}
         print(
             f"{name} ({self.evaluation}, {part}{self.datamodule.data_dir}): {score['loss']:.4f} nats/token, "
             f"{score['nats_per_char']:.4f} nats/char, {score['bits_per_byte']:.4f} bits/byte, "
-            f"perplexity {score['perplexity']:.3f}"
+            f"perplexity {score['perplexity']:.3f}{part and f'; --trainer.limit_{prefix}_batches=1.0 scores all'}"
         )
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
