@@ -100,7 +100,7 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
     for step in (-1, 1):
         index = planned + step if 0 <= planned + step < len(shapes) else planned - 2 * step
         config = shapes[index]
-        batches = choose_batches(config, plan.text.train_tokens)
+        batches = choose_batches(config, plan.text.train_tokens, plan.tokens)
         for factor in (0.5, 1, 2):
             yield Arm(f"{shape_name(config)}, rate x {factor}", config, batches, (rate_option(config, factor),))
     for factor in (0.5, 2, 3):
@@ -191,7 +191,9 @@ def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
     candidates = [Candidate.of(config, text) for config in shapes_for(text)[:5]]
-    return make_plan(text, [Rate(each, rate(each.config, text, each.batches)) for each in candidates], seconds)
+    plan = make_plan(text, [Rate(each, rate(each.config, text, each.batches)) for each in candidates], seconds)
+    larger = Candidate.of(plan.config, text, plan.tokens)
+    return make_plan(text, [Rate(larger, rate(larger.config, text, larger.batches))], seconds)
 
 
 def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:
@@ -202,8 +204,8 @@ def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPl
     config = shapes_by_name(text).get(trained["plan"]["shape"]) if "plan" in trained else None
     if config is None:
         return None
-    batches = choose_batches(config, text.train_tokens)
     tokens = int(trained["plan"]["tokens"])
+    batches = choose_batches(config, text.train_tokens, tokens)
     expected = expected_loss(config, text, tokens)
     return TrainingPlan(config, batches, tokens // batches.tokens, text, expected, LAW.spread)
 

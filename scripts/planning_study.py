@@ -93,7 +93,7 @@ def add_row(table: Path, folder: Path, shape: str, tokens: int, seed: int) -> No
         return
     text = describe_text(opened)
     config = shapes_by_name(text)[shape]
-    batches = choose_batches(config, text.train_tokens)
+    batches = choose_batches(config, text.train_tokens, tokens)
     plan = TrainingPlan(config, batches, max(1, tokens // batches.tokens), text, 0.0, 0.0)
     sizes = {
         "val_tokens": text.val_tokens,

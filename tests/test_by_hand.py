@@ -17,6 +17,7 @@ from mmrec.planning.by_hand import ByHand
 from mmrec.planning.machine import measure_rates
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import (
+    MANY_TOKENS,
     SHAPES,
     Batches,
     Candidate,
@@ -66,6 +67,11 @@ def test_batches_given_by_hand_take_the_place_of_the_plans() -> None:
     found = ByHand(["--data.batch_size", "3", "--data.seq_len=77"]).candidates(TEXT)
     assert found[0].batches == Batches(3, 77, planned.interleave)
     assert ByHand(["--data.interleave=2"]).candidates(TEXT)[0].batches == replace(planned, interleave=2)
+
+
+def test_rows_given_by_hand_stay_however_much_is_read() -> None:
+    found = [ByHand(options).candidate(SHAPES[0], TEXT, MANY_TOKENS) for options in ([], ["--data.batch_size=8"])]
+    assert [each.batches.rows for each in found] == [16, 8]
 
 
 @pytest.mark.parametrize(

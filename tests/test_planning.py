@@ -20,8 +20,10 @@ from mmrec.planning.machine import measure_rates, seconds_per_update, with_proce
 from mmrec.planning.ngrams import ngram_bits_per_token
 from mmrec.planning.options import split_arguments, value_of
 from mmrec.planning.plan import (
+    FEW_EPOCHS,
     FORWARD_SHARE,
     HALF_LIVES,
+    MANY_TOKENS,
     MOST_EPOCHS,
     SHAPES,
     VALIDATION_SECONDS,
@@ -126,6 +128,14 @@ def test_batches_leave_a_text_room(tokens: int) -> None:
         batches = choose_batches(config, tokens)
         assert batches.rows >= 1
         assert batches.tokens * 2 <= tokens or (batches.rows == 1 and batches.seq_len <= 16)
+
+
+def test_a_training_that_reads_much_has_more_rows() -> None:
+    few, many = (choose_batches(SHAPES[1], 10**6, tokens) for tokens in (MANY_TOKENS - 1, MANY_TOKENS))
+    assert (few.rows, many.rows) == (8, 16)
+    assert choose_batches(SHAPES[1], 10**6) == few
+    assert choose_batches(SHAPES[1], MANY_TOKENS // (FEW_EPOCHS + 1), MANY_TOKENS) == few
+    assert choose_batches(SHAPES[-1], 10**6, MANY_TOKENS) == choose_batches(SHAPES[-1], 10**6)
 
 
 def _dropout(config: ModelConfig, train_tokens: int, epochs: float, vocab_size: int = 65) -> float:

@@ -20,7 +20,7 @@ from mmrec.planning import half_way
 from mmrec.planning.half_way import END_OVER_HALF, HalfWayLine
 from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
-from mmrec.planning.plan import Candidate, Rate
+from mmrec.planning.plan import Candidate, Rate, Text
 from mmrec.planning.record import Record, read_record
 from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
@@ -163,6 +163,27 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert word in said[0]
     assert not Path("elsewhere").exists()
     assert not Path("../elsewhere").exists()
+
+
+def test_a_training_that_reads_much_is_tried_with_the_rows_that_it_has(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmrec.planning import command
+
+    tried: list[int] = []
+
+    def measure(_: Text, candidates: list[Candidate], *__: object) -> list[Rate]:
+        tried.append(candidates[0].batches.rows)
+        return [Rate(candidates[0], 3000.0 if len(tried) == 1 else 4000.0)]
+
+    monkeypatch.setattr(command, "measure_rates", measure)
+    monkeypatch.setattr("mmrec.planning.plan.MANY_TOKENS", 100)
+    monkeypatch.setattr("mmrec.planning.plan.FEW_EPOCHS", 100)
+    assert mmrec("train", novel, "--tokenizer=bytes", "--minutes=0.3", "--plan") == 0
+    assert tried == [8, 16]
+    said = re.search(r" updates of 16 x 128 tokens: ([\d.]+) M tokens", capsys.readouterr().out)
+    assert said is not None
+    assert 0 < float(said[1]) < 18 * 4000 / 1e6
 
 
 def test_a_text_that_is_not_there_is_refused(mmrec: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,16 @@ class ByHand:
         configs = [*shapes_for(text)]
         if self._has(MODEL):
             configs = self._changed(configs)
-        return [Candidate(config, self._batches(config, text)) for config in configs]
+        return [self.candidate(config, text) for config in configs]
+
+    def candidate(self, config: ModelConfig, text: Text, tokens: int = 0) -> Candidate:
+        """Return a model with its batches, for a training that reads so many ``tokens`` in all where that is planned.
+
+        Raises:
+            UserError: no batch can be what was given of it.
+        """
+        planned = choose_batches(config, text.train_tokens // self.copies, tokens)
+        return Candidate(config, self._batches(replace(planned, copies=self.copies), text))
 
     def most_steps(self, batches: Batches, text: Text) -> int | None:
         """Return the updates that were given as the most, or those of the epochs; None where neither was."""
@@ -121,11 +130,10 @@ class ByHand:
             raise refused
         return sorted(changed, key=layer_parameters)
 
-    def _batches(self, config: ModelConfig, text: Text) -> Batches:
-        batches = replace(choose_batches(config, text.train_tokens // self.copies), copies=self.copies)
+    def _batches(self, planned: Batches, text: Text) -> Batches:
         names = {ROWS: "rows", SEQ_LEN: "seq_len", INTERLEAVE: "interleave"}
         given = {field: self._config.data[name.partition(".")[2]] for name, field in names.items() if self._has(name)}
-        batches = replace(batches, **given)
+        batches = replace(planned, **given)
         if batches.seq_len >= text.train_tokens:
             raise UserError(f"{SEQ_LEN} is {batches.seq_len}; it must be less than the {text.train_tokens:,} tokens")
         if self.processes is not None and batches.rows % self.processes:

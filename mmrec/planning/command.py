@@ -164,6 +164,9 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
         others = ", ".join(f"{other.expected:.2f} by {each.tokenizer.name}" for other, each in plans[1:])
         print(f"tokens      by {folder.tokenizer.name}: {plan.expected:.2f} bits/byte are expected, {others}")
     rate = Rate(Candidate(plan.config, plan.batches), plan.rate, plan.processes)
+    larger = by_hand.candidate(plan.config, plan.text, plan.tokens)
+    if larger != by_hand.candidate(plan.config, plan.text):
+        (rate,) = measure_rates(plan.text, [larger], _seconds_left(deadline), accelerator, by_hand.processes)
     if by_hand.processes is None:
         rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
     # What comes after the training: the final score, by one process, and what stands beside it.

@@ -24,6 +24,9 @@ SHAPES = (
 are, as in ``tiny`` (docs/planning-study.md)."""
 MOST_PARAMETERS_OF_SMALL_BATCHES = 4_000_000
 """Of the layers."""
+MANY_TOKENS, FEW_EPOCHS = 4_000_000, 8
+"""Tokens of a training from which on small models have twice the rows, of a text that is read so often at most
+(docs/planning-study.md)."""
 HALF_LIVES = (256.0, 4096.0)
 """Tokens, of the counts of a model whose tokens are words and parts of words."""
 LARGEST_ALPHABET = 512
@@ -166,10 +169,17 @@ def shapes_for(text: Text) -> tuple[ModelConfig, ...]:
     return tuple(replace(config, count_half_lives=HALF_LIVES) for config in SHAPES)
 
 
-def choose_batches(config: ModelConfig, train_tokens: int) -> Batches:
-    """Return the batches of a model: small ones for small models, and such that a short text has several of them."""
+def choose_batches(config: ModelConfig, train_tokens: int, tokens: int = 0) -> Batches:
+    """Return the batches of a model: small ones for small models, and such that a short text has several of them.
+
+    Args:
+        config: of the model.
+        train_tokens: of the training text.
+        tokens: that are read in all, where that is planned.
+    """
     is_small = layer_parameters(config) <= MOST_PARAMETERS_OF_SMALL_BATCHES
-    wanted = Batches(8, 128, 8) if is_small else Batches(4 if config.dim < 512 else 8, 512, 1)
+    rows = 16 if MANY_TOKENS <= tokens <= FEW_EPOCHS * train_tokens else 8
+    wanted = Batches(rows, 128, 8) if is_small else Batches(4 if config.dim < 512 else 8, 512, 1)
     while wanted.tokens * 2 > train_tokens and wanted.seq_len > SHORTEST_ROW:
         wanted = replace(wanted, seq_len=wanted.seq_len // 2, interleave=1)
     while wanted.tokens * 2 > train_tokens and wanted.rows > 1:
@@ -190,9 +200,9 @@ class Candidate:
     batches: Batches
 
     @staticmethod
-    def of(config: ModelConfig, text: Text) -> Candidate:
-        """Return a model with the batches that are best for it."""
-        return Candidate(config, choose_batches(config, text.train_tokens))
+    def of(config: ModelConfig, text: Text, tokens: int = 0) -> Candidate:
+        """Return a model with the batches that :func:`choose_batches` gives it."""
+        return Candidate(config, choose_batches(config, text.train_tokens, tokens))
 
 
 @dataclass(frozen=True)
