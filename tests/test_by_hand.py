@@ -72,6 +72,8 @@ def test_batches_given_by_hand_take_the_place_of_the_plans() -> None:
 def test_rows_given_by_hand_stay_however_much_is_read() -> None:
     found = [ByHand(options).candidate(SHAPES[0], TEXT, MANY_TOKENS) for options in ([], ["--data.batch_size=8"])]
     assert [each.batches.rows for each in found] == [16, 8]
+    two = ByHand(["--trainer.devices=2", "--trainer.strategy=ddp"])  # each reads half of it, in as many updates
+    assert [two.candidate(SHAPES[0], TEXT, copies * MANY_TOKENS).batches.rows for copies in (1, 2)] == [8, 16]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class ByHand:
         Raises:
             UserError: no batch can be what was given of it.
         """
-        planned = choose_batches(config, text.train_tokens // self.copies, tokens)
+        planned = choose_batches(config, text.train_tokens // self.copies, tokens // self.copies)
         return Candidate(config, self._batches(replace(planned, copies=self.copies), text))
 
     def most_steps(self, batches: Batches, text: Text) -> int | None:
