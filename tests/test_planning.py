@@ -202,14 +202,17 @@ def test_a_trial_changes_no_random_numbers_and_gives_a_time() -> None:
     assert rates[0].tokens > 0
 
 
-@pytest.mark.parametrize(("pace", "waited", "count"), [(0.15, 1.0, 2), (0.11, 1.0, 1), (0.11, 2.0, 2)])
+@pytest.mark.parametrize(
+    ("pace", "waited", "threads", "count"),
+    [(0.15, 1.0, 1, 2), (0.11, 1.0, 1, 1), (0.11, 2.0, 1, 2), (0.11, 1.0, 2, 2), (0.09, 1.0, 2, 1)],
+)
 def test_several_processes_train_only_where_they_are_faster(
-    monkeypatch: pytest.MonkeyPatch, pace: float, waited: float, count: int
+    monkeypatch: pytest.MonkeyPatch, pace: float, waited: float, threads: int, count: int
 ) -> None:
     """Two make an update in 0.1 seconds; one in ``pace`` of its own, of which it waits for others so many times."""
     from mmrec.planning import machine
 
-    monkeypatch.setattr(machine, "_try_together", lambda *_: machine._Trial(pace, waited, 1.0))
+    monkeypatch.setattr(machine, "_try_together", lambda *_: machine._Trial(pace, waited, 1.0, threads))
     two = rate_of(1, 1024 / 0.1, 2)
     found = with_processes_that_pay(two, TEXT, 60.0, "cpu")
     assert found.processes == count

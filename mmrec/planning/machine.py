@@ -150,14 +150,16 @@ def measure_rates(
 def with_processes_that_pay(rate: Rate, text: Text, seconds: float, accelerator: str) -> Rate:
     """Return ``rate``, or that of one process where several are not :data:`WORTH_SEVERAL` times as fast.
 
-    They are not where another program keeps a core busy: all wait for the one that waits for it.
+    They are not where another program keeps a core busy: all wait for the one that waits for it. So do the threads of
+    one process, where it has several.
     """
     if rate.processes == 1:
         return rate
     alone = _try_together(rate.candidate, text, accelerator, seconds, 1)
     slower = _slowed_down(alone.waited, alone.worked)
     tokens = rate.candidate.batches.tokens / alone.pace / slower
-    return rate if rate.tokens > WORTH_SEVERAL * tokens else replace(rate, tokens=tokens, processes=1)
+    worth = WORTH_SEVERAL if alone.threads == 1 else 1.0
+    return rate if rate.tokens > worth * tokens else replace(rate, tokens=tokens, processes=1)
 
 
 def _try_together(candidate: Candidate, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
@@ -176,6 +178,7 @@ def _try_together(candidate: Candidate, text: Text, accelerator: str, seconds: f
         max(each.pace for each in trials) + (EXCHANGE_SECONDS if processes > 1 else 0.0),
         max(each.waited for each in trials),
         max(each.worked for each in trials),
+        trials[0].threads,
     )
 
 
@@ -186,11 +189,12 @@ def _slowed_down(waited: float, worked: float) -> float:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one process found: seconds of an update, and those that passed in all, and that it worked for."""
+    """What one process found: seconds of an update, those in all and those that it worked for, and its threads."""
 
     pace: float
     waited: float
     worked: float
+    threads: int = 1
 
 
 def _try(candidate: Candidate, text: Text, accelerator: str, seconds: float, processes: int) -> _Trial:
@@ -209,4 +213,4 @@ def _try(candidate: Candidate, text: Text, accelerator: str, seconds: float, pro
             ) from None
         raise
     threads = torch.get_num_threads() if is_cpu else 1
-    return _Trial(pace / threads, time.perf_counter() - begin, (clock() - begin_own) / threads)
+    return _Trial(pace / threads, time.perf_counter() - begin, (clock() - begin_own) / threads, threads)
