@@ -405,3 +405,13 @@ def test_of_several_revisions_the_last_one_is_read(tmp_path: Path) -> None:
 )
 def test_the_reader_of_a_name(name: str, reader: str | None) -> None:
     assert reader_of(f"folder.with.dots/{name}") == reader
+
+
+def test_a_file_that_is_named_twice_is_one_shard(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "folder" / f"{name}.txt").write_text(name)
+    first, other = str(tmp_path / "folder" / "a.txt"), str(tmp_path / "folder")
+    shards, provenance = find_shards(None, [first, other, first])
+    assert [Path(shard.path).name for shard in shards] == ["a.txt", "b.txt"]
+    assert [row["skipped"] for row in provenance.rows] == ["named before"] * 2

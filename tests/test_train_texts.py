@@ -43,6 +43,20 @@ def test_several_files_are_trained_on_together(mmrec: Command, text: str, capsys
     assert last("0")["global_step"] == last("0-and-3-more")["global_step"] == 2
 
 
+def test_a_file_that_is_named_twice_is_read_once(
+    mmrec: Command, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its copy would be what validates."""
+    Path("a.txt").write_text(text[:6000], encoding="utf-8")
+    Path("b.txt").symlink_to("a.txt")
+    assert mmrec("train", "a.txt", "./a.txt", "b.txt", *SMALL) == 0
+    assert "skipped     2 files (2 named before): a.txt, b.txt" in capsys.readouterr().out
+    manifest = read_manifest(Path("data/a-and-2-more"))
+    assert manifest is not None
+    assert manifest["corpus"]["documents"] == 1
+    assert sum(manifest["tokens"].values()) == 6000
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "code.PY", "notes.rst", "letter", "gz", ".diary"])
 def test_a_file_that_is_named_is_read_as_text(mmrec: Command, text: str, name: str) -> None:
     Path(name).write_text(text[:6000], encoding="utf-8")

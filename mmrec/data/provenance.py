@@ -11,6 +11,8 @@ from typing import Any
 
 SOURCES = "sources.jsonl"
 """Its name in a token folder."""
+NAMED_BEFORE = "named before"
+"""Why a file is not read a second time."""
 NAMED = 5
 """Skipped files that the summary names."""
 

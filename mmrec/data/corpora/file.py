@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from mmrec.core.errors import UserError
 from mmrec.core.text_files import is_blank, read_text
 from mmrec.data.corpora.base import Corpus, Document, Options
+from mmrec.data.provenance import NAMED_BEFORE
 
 
 class File(Corpus):
-    """The text of each file, as one document, in the order in which they are named; of several, no empty one."""
+    """The text of each file, as one document, in the order in which they are named; of several, no empty one.
+
+    One that is named again is read once: what validates would else have been trained on.
+    """
 
     def __init__(self, options: Options) -> None:
         if not options.files:
@@ -24,10 +29,17 @@ class File(Corpus):
         if len(self.paths) == 1:
             yield Document(self.paths[0].name, read_text(self.paths[0], self.encoding))
             return
-        blank = [path for path in self.paths if path.is_file() and is_blank(path)]
-        self.skipped = [(str(path), "empty") for path in blank]
-        if len(blank) == len(self.paths):
-            raise UserError(f"{self.title}: are all empty")
+        paths: dict[Path, Path] = {}
+        skipped: list[tuple[str, str]] = []
         for path in self.paths:
-            if path not in blank:
-                yield Document(str(path), read_text(path, self.encoding))
+            if (place := path.resolve()) in paths:
+                skipped.append((str(path), NAMED_BEFORE))
+            elif path.is_file() and is_blank(path):
+                skipped.append((str(path), "empty"))
+            else:
+                paths[place] = path
+        if not paths:
+            raise UserError(f"{self.title}: are all empty")
+        self.skipped = skipped
+        for path in paths.values():
+            yield Document(str(path), read_text(path, self.encoding))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mmrec.data.corpora.large import LARGE_CORPORA, LargeCorpus
 from mmrec.data.pipeline.formats import FORMATS, reader_of, why_skipped
 from mmrec.data.pipeline.mediawiki import is_multistream, split_dump
 from mmrec.data.pipeline.shards import Shard
-from mmrec.data.provenance import Provenance, skipped_line
+from mmrec.data.provenance import NAMED_BEFORE, Provenance, skipped_line
 from mmrec.data.store import written_by_prepare
 
 
@@ -42,17 +43,24 @@ def find_shards(corpus: str | None, paths: Sequence[str]) -> tuple[list[Shard], 
     source = LARGE_CORPORA.get(corpus or "")
     shards: list[Shard] = []
     provenance = Provenance()
+    seen: set[str] = set()
     for path in paths:
         skipped = Provenance()
         files = [str(path)] if not _is_folder(path) else _files_below(path, skipped)
         known: list[tuple[str, str]] = []
+        named_before = 0
         for file in files:
             kind = reader_of(file)
-            if kind is None or (source is not None and kind not in source.readers):
+            place = file if is_url(file) else os.path.realpath(file)
+            if place in seen:
+                named_before += 1
+                skipped.skip(file, NAMED_BEFORE)
+            elif kind is None or (source is not None and kind not in source.readers):
                 skipped.skip(file, why_skipped(file) if kind is None else f"no format of {corpus}")
             else:
+                seen.add(place)
                 known.append((file, kind))
-        if not known:
+        if not known and not named_before:
             formats = source.readers if source is not None else sorted({f".{name}" for name in FORMATS})
             there = skipped_line(skipped.rows, "")
             raise UserError(
