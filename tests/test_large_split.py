@@ -48,11 +48,13 @@ def test_one_distinct_text_is_split_by_its_last_part(
     """As a file, as a compressed one, in a folder, as the only record, and more than once."""
     text = "".join(f"{n} \u4e16\u754c d\u00e9j\u00e0 vu\n" for n in range(300))
     write_files(tmp_path / "mine", {f"{n}.txt": text for n in range(copies)})
-    (tmp_path / "novel.txt.gz").write_bytes(gzip.compress(text.encode()))
+    packed = [f"novel{n}.txt.gz" for n in range(copies)]
+    for name in packed:
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
     write_json_lines(tmp_path / "a.jsonl", [text] * copies)
-    for number, source in enumerate(["mine", "a.jsonl", "novel.txt.gz"]):
+    for number, sources in enumerate((["mine"], ["a.jsonl"], packed)):
         out = f"out{number}"
-        command = ["prepare", *[source] * (copies if source.endswith("gz") else 1), "--output_dir", out]
+        command = ["prepare", *sources, "--output_dir", out]
         assert mmrec(*command, "--workers", "1", "--val_split", "0.2", "--tokenizer", *tokenizer) == 0
         tokens = open_tokens(Path(out))
         (train,), (val,) = sides(tokens)
