@@ -107,7 +107,10 @@ found["trained"] = train(model)
 model.save_pretrained("again")
 fast.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
-assert torch.equal(again(**prompt).logits, model.eval()(**prompt).logits)
+weights = again.state_dict()
+assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+# Products may differ in the last digit by where a weight lies in memory.
+assert torch.allclose(again(**prompt).logits, model.eval()(**prompt).logits, atol=1e-5)
 print(json.dumps(found))
 """
 
