@@ -11,9 +11,9 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from mmrec.checkpoints.hub import check_repository, push_folder
-from mmrec.checkpoints.loading import LoadedModel
+from mmrec.checkpoints.loading import LoadedModel, load_chosen
 from mmrec.checkpoints.runs import CheckpointOptions
-from mmrec.checkpoints.state_file import load_memory, model_hash
+from mmrec.checkpoints.state_file import load_memory
 from mmrec.checkpoints.weights import save_weights
 from mmrec.core.errors import UserError
 from mmrec.core.files import staged_folder
@@ -93,9 +93,11 @@ def export(
         raise UserError(f"--runtime: it is of the page; --format {format} has none")
     _check_share(format, share)
     _check_target(output_dir, force)
-    checkpoint, trained = load_model_of(checkpoint, memory)
-    if memory is not None:
-        trained = learned_model(trained, memory)
+    if memory is None:
+        trained = load_chosen(checkpoint)
+    else:
+        checkpoint, trained, digest = load_model_of(checkpoint, memory)
+        trained = learned_model(trained, digest, memory)
     trained.net.cpu()  # the formats are written from there
     with staged_folder(output_dir) as folder:
         _write(format, folder, trained, weights, runtime)
@@ -117,9 +119,9 @@ def _check_share(format: Format, share: ShareOptions) -> None:
         check_repository(share.push)
 
 
-def learned_model(trained: LoadedModel, memory: Path) -> LoadedModel:
-    """Return the model with the weights that it learned by the file ``memory``; UserError where it learned none."""
-    learned = load_memory(memory, trained.net, model_hash(trained.net, trained.tokenizer)).learned
+def learned_model(trained: LoadedModel, digest: str, memory: Path) -> LoadedModel:
+    """Return the model of hash ``digest`` with what it learned by ``memory``; UserError where that is nothing."""
+    learned = load_memory(memory, trained.net, digest).learned
     if learned is None:
         raise UserError(f"{memory}: holds nothing that was learned; read the text with --learn")
     weights = LearningNet(trained.net, learned.form)

@@ -88,8 +88,7 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
     Raises:
         UserError: there is no such model, or the memory is of another, or it cannot be read.
     """
-    checkpoint, trained = load_model_of(checkpoint, memory)
-    digest = model_hash(trained.net, trained.tokenizer)
+    checkpoint, trained, digest = load_model_of(checkpoint, memory)
     if memory is None:
         return trained, digest, SavedState.empty(trained.net)
     try:
@@ -101,11 +100,12 @@ def load_model_and_state(checkpoint: CheckpointOptions, memory: Path | None) -> 
         ) from None
 
 
-def load_model_of(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[CheckpointOptions, LoadedModel]:
-    """Return which checkpoint :func:`load_model_and_state` takes, and its model; raises as that."""
+def load_model_of(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[CheckpointOptions, LoadedModel, str]:
+    """Return which checkpoint :func:`load_model_and_state` takes, its model, and the model's hash; raises as that."""
     known = runs.runs(checkpoint.root)[::-1]
     if memory is None or (checkpoint.ckpt, checkpoint.run) != (runs.BEST, None) or len(known) < 2:
-        return checkpoint, load_chosen(checkpoint)
+        trained = load_chosen(checkpoint)
+        return checkpoint, trained, model_hash(trained.net, trained.tokenizer)
     wanted = memory_header(memory).model
     for run in known:
         of_run = replace(checkpoint, run=run)
@@ -116,7 +116,7 @@ def load_model_of(checkpoint: CheckpointOptions, memory: Path | None) -> tuple[C
         if model_hash(trained.net, trained.tokenizer) == wanted:
             if run != known[0]:
                 print(f"{memory}: is the memory of {of_run.path()}, which is taken", file=sys.stderr)
-            return of_run, trained
+            return of_run, trained, wanted
     raise UserError(
         f"{memory}: is the memory of none of the best checkpoints of the {len(known)} runs in "
         f"{checkpoint.root / runs.LOGS}; name its model by --ckpt, or read the text with one of these"
