@@ -84,6 +84,15 @@ def processes_that_pay(dim: int, rows: int, seq_len: int, cores: int) -> int:
     return max((count for count in range(2, most + 1) if rows % count == 0), default=1)
 
 
+def share_out(costs: list[int], workers: int) -> list[int]:
+    """Return for each of ``costs`` the thread or process that bears it, so that all bear about as much."""
+    borne, owners = [0] * workers, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        owners[number] = borne.index(min(borne))
+        borne[owners[number]] += costs[number]
+    return owners
+
+
 def use_threads(dim: int, tokens: int = 1, processes: int = 1, before: int | None = None) -> int:
     """Make torch compute with as many threads as pay, unless the user has set a number; return how many they are.
 

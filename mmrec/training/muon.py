@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.optim import Muon
 
 from mmrec.core.runtime import MIXED, native_precision
+from mmrec.core.threads import share_out
 from mmrec.model.ops import dispatch
 from mmrec.training.exchange import gather_all
 
@@ -178,15 +179,6 @@ def _processes() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(), distributed.get_rank()
     return 1, 0
-
-
-def share_out(costs: list[int], processes: int) -> list[int]:
-    """Return for each of ``costs`` the process that bears it, so that all bear about as much."""
-    borne, owners = [0] * processes, [0] * len(costs)
-    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        owners[number] = borne.index(min(borne))
-        borne[owners[number]] += costs[number]
-    return owners
 
 
 def shared_out(count: int, function: Callable[[range], Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from ctypes import Structure, c_float, c_int64
 import torch
 from torch import Tensor
 
+from mmrec.core.threads import share_out
 from mmrec.model.ops.native.functions import (
     addresses,
     addresses_and_sizes,
@@ -52,16 +53,17 @@ def orthogonalize(
         starts: of each matrix: where in ``updates`` it is written; -1 where it is not orthogonalized.
         updates: [numbers], bfloat16; it is written.
     """
-    largest_first = sorted(range(len(gradients)), key=lambda n: -min(gradients[n].shape) * gradients[n].numel())
     threads = min(torch.get_num_threads(), len(gradients))
+    owners = share_out([min(each.shape) * each.numel() for each in gradients], threads)
 
-    def call(some: Sequence[int]) -> Callable[[], None]:
+    def call(thread: int) -> Callable[[], None]:
+        some = [n for n, owner in enumerate(owners) if owner == thread]
         grads, means = [gradients[n] for n in some], [averages[n] for n in some]
         heights, widths = (integers([each.shape[side] for each in grads]) for side in (0, 1))
         given = addresses(grads), addresses(means), integers([starts[n] for n in some])
         return prepared("muon_orthogonalize", torch.bfloat16, how, len(some), heights, widths, *given, updates)
 
-    call_by_threads([call(largest_first[first::threads]) for first in range(threads)])
+    call_by_threads([call(thread) for thread in range(threads)])
 
 
 def apply(
