@@ -21,7 +21,6 @@ from mmrec.data.store import (
     OTHER_TOKENS,
     FolderTakenError,
     TokenFolder,
-    open_tokens,
     read_manifest,
     verify_tokens,
     write_tokens,
@@ -90,12 +89,12 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
         if not _same(earlier, description):
             raise FolderTakenError(folder, OTHER_TOKENS, CHOOSE_OR_FORCE)
         try:
-            verify_tokens(folder)
+            tokens = verify_tokens(folder)
         except UserError as error:
             print(f"{error}: this is done now")
         else:
             print(f"{folder}: already prepared, nothing to do")
-            return open_tokens(folder)
+            return tokens
     chosen = given or make_tokenizer(kind, train, val, options.vocab_size)
     tokens = write_tokens(folder, {"train": train, "val": val}, chosen, description, sources)
     lines = [summary(tokens), skipped_line(sources.skipped()), f"written to  {folder}"]
@@ -104,9 +103,9 @@ def _prepare_small(options: PrepareOptions, source: ResolvedSource, earlier: dic
 
 
 def _verified(folder: Path) -> TokenFolder:
-    verify_tokens(folder)
+    tokens = verify_tokens(folder)
     print(f"{folder}: every file is as it was written")
-    return open_tokens(folder)
+    return tokens
 
 
 def _same(earlier: dict[str, Any], description: dict[str, Any]) -> bool:

@@ -296,9 +296,10 @@ def _described(manifest: dict[str, Any], folder: Path) -> tuple[np.dtype, dict[s
     raise UserError(f"{folder / MANIFEST}: is damaged; prepare the corpus again (--force)")
 
 
-def verify_tokens(folder: Path) -> None:
-    """Read every file of a token folder and compare its hash; UserError names the first that differs."""
-    manifest = open_tokens(folder).manifest
-    for name in manifest["files"]:
-        if _fingerprint(folder / name) != manifest["files"][name]:
+def verify_tokens(folder: Path) -> TokenFolder:
+    """Open a token folder, and compare the hash of every file; UserError names the first that differs."""
+    tokens = open_tokens(folder)
+    for name, written in tokens.manifest["files"].items():
+        if _fingerprint(folder / name) != written:
             raise UserError(f"{folder / name}: its content has changed (wrong sha256); prepare the corpus again")
+    return tokens
