@@ -193,6 +193,8 @@ def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     candidates = [Candidate.of(config, text) for config in shapes_for(text)[:5]]
     plan = make_plan(text, [Rate(each, rate(each.config, text, each.batches)) for each in candidates], seconds)
     larger = Candidate.of(plan.config, text, plan.tokens)
+    if larger.batches == plan.batches:
+        return plan
     return make_plan(text, [Rate(larger, rate(larger.config, text, larger.batches))], seconds)
 
 

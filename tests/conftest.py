@@ -201,9 +201,9 @@ def novel(tmp_path: Path, text: str) -> Path:
 def quick_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial of the machine by mmrec train gives two models without being made; it has tests of its own."""
     from mmrec.planning import command
-    from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
+    from mmrec.planning.plan import Candidate, Rate, Text
 
-    def measure(text: Text, *_: object) -> list[Rate]:
-        return [Rate(Candidate.of(SHAPES[0], text), 3000.0), Rate(Candidate.of(SHAPES[1], text), 0.01)]
+    def measure(_: Text, candidates: list[Candidate], *__: object) -> list[Rate]:
+        return [Rate(each, tokens) for each, tokens in zip(candidates, (3000.0, 0.01), strict=False)]
 
     monkeypatch.setattr(command, "measure_rates", measure)

@@ -165,7 +165,7 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
         print(f"tokens      by {folder.tokenizer.name}: {plan.expected:.2f} bits/byte are expected, {others}")
     rate = Rate(Candidate(plan.config, plan.batches), plan.rate, plan.processes)
     larger = by_hand.candidate(plan.config, plan.text, plan.tokens)
-    if larger != by_hand.candidate(plan.config, plan.text):
+    if larger != rate.candidate:
         (rate,) = measure_rates(plan.text, [larger], _seconds_left(deadline), accelerator, by_hand.processes)
     if by_hand.processes is None:
         rate = with_processes_that_pay(rate, plan.text, _seconds_left(deadline), accelerator)
