@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ QUICK = [
     f"--data.seq_len={BATCH[1]}",
 ]
 """A model of some thousand weights; the text of ``conftest`` has 21 batches of that size: three segments of seven."""
+SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+"""Of `mmrec train`, where neither is looked at."""
 
 
 def fit(prepared: Path, *more: object) -> list[str]:
@@ -39,6 +42,12 @@ def load(path: Path) -> dict[str, Any]:
 def last(run: str, root: Path = Path()) -> dict[str, Any]:
     """Return the last checkpoint of ``run``."""
     return load(checkpoints(run, root) / "last.ckpt")
+
+
+def record() -> dict[str, Any]:
+    """Return what `mmrec train` has written of the run on the fixture ``novel``."""
+    content: dict[str, Any] = json.loads(Path("lightning_logs/novel/plan.json").read_text(encoding="utf-8"))
+    return content
 
 
 def losses(run: str, tag: str = "train/loss", root: Path = Path()) -> dict[int, float]:

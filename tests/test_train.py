@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import last
+from helpers import SMALL, last, record
 
 from mmrec.checkpoints.runs import run_option, runs
 from mmrec.planning import half_way
@@ -26,12 +25,6 @@ from mmrec.training.callbacks.half_way import HalfWayScore
 from mmrec.training.options import OptimizerOptions
 
 pytestmark = pytest.mark.usefixtures("quick_trial")
-SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-
-
-def record() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path("lightning_logs/novel/plan.json").read_text(encoding="utf-8"))
-    return content
 
 
 def test_a_plan_is_said_and_nothing_trained(mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +114,7 @@ def test_rows_given_by_hand_are_shared_out_by_as_many_processes_as_can(
 
     given: list[list[str]] = []
     monkeypatch.setattr(command, "with_processes_that_pay", lambda rate, *_: replace(rate, processes=4))
-    monkeypatch.setattr(command, "report", lambda *_: "")
+    monkeypatch.setattr(command, "report", lambda *_: (2.0, ""))
     monkeypatch.setattr(command, "run_lightning", lambda _, options, *__: given.append(options))
     assert mmrec("train", novel, "--data.batch_size", rows) == 0
     assert value_of(given[0], "--trainer.devices") == processes

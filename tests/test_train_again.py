@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 from conftest import Command
-from helpers import last, load
+from helpers import BATCH, SMALL, checkpoints, fit, last, load, record
 
+from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import lock_run
+from mmrec.model import layer_parameters
+from mmrec.planning import longer
+from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
-from mmrec.planning.record import Record, read_record
+from mmrec.planning.record import Record, read_record, seconds_trained
 
 pytestmark = pytest.mark.usefixtures("quick_trial")
-SMALL = ["--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-
-
-def record() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path("lightning_logs/novel/plan.json").read_text(encoding="utf-8"))
-    return content
 
 
 def test_typed_again_it_trains_for_longer_and_keeps_its_best(
@@ -33,17 +31,61 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     best = Path("lightning_logs/novel/checkpoints/best.ckpt")
     assert load(best)["global_step"] == 8
-    assert "first training" not in capsys.readouterr().out
+    assert "shorter training" not in capsys.readouterr().out
     assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=9", "--model.min_lr_ratio=1") == 0
     said = capsys.readouterr().out
     assert "8 updates; it was the best before, too" in said
-    assert "were expected of the first training" in said
+    assert "were expected of a shorter training" in said
     config = "lightning_logs/novel/config.yaml"
     assert mmrec("fit", "--config", config, "--run=other", "--trainer.max_steps=2", *SMALL) == 0
     assert last("other")["global_step"] == 2  # from the begin, as what has not been trained for longer
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]
+
+
+def test_a_longer_training_says_what_is_expected_of_it(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    came = record()["came"]
+    assert f"validation  {came:.3f} bits/byte" in capsys.readouterr().out
+    assert mmrec(*line, "--plan", "--trainer.max_steps=16") == 0
+    assert "expected" not in capsys.readouterr().out  # too little was read for the law to know more
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 8 * 1024)
+    assert mmrec(*line, "--plan", "--trainer.max_steps=8") == 0  # of a shorter one no more than came
+    assert f"; no better model than that of {came:.2f} bits/byte is expected" in capsys.readouterr().out
+    assert mmrec(*line, "--trainer.max_steps=16") == 0
+    expected = record()["expected"]
+    assert expected < came
+    said = capsys.readouterr().out
+    assert f"; {expected:.2f} bits/byte are expected (" in said
+    assert f", {came:.2f} before\n" in said
+    assert f"; {expected:.3f} were expected\n" in said
+    assert record()["came"] != came
+
+
+def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_steps=6", "--run=short", "--time_limit.minutes=10")) == 0
+    best, length = checkpoints("short") / "last.ckpt", 10_000
+    seconds = seconds_trained(best)
+    assert longer.expected_of_longer(2.0, best, 9 * seconds, None, 1, length) is None
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
+    net, tokens = load_model(best).net, 6 * BATCH[0] * BATCH[1]
+
+    def loss(times: float) -> float:
+        return LAW.relative_loss(layer_parameters(net.config), length, times * tokens)
+
+    def expected(seconds: float, most: int | None = None, copies: int = 1) -> float | None:
+        return longer.expected_of_longer(2.0, best, seconds, most, copies, length)
+
+    assert expected(3 * seconds) == pytest.approx(2 * loss(3) / loss(1))
+    assert expected(9 * seconds, most=12) == pytest.approx(2 * loss(2) / loss(1))
+    assert expected(3 * seconds, copies=2) == pytest.approx(2 * loss(6) / loss(2))
+    assert expected(seconds / 2) == 2.0
 
 
 def test_a_longer_training_that_is_refused_leaves_all_checkpoints(

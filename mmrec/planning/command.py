@@ -21,6 +21,7 @@ from mmrec.data.store import TokenFolder
 from mmrec.planning.by_hand import PROCESSES, ROWS, STEPS, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
+from mmrec.planning.longer import describe, expected_of_longer
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import best_checkpoint, report
@@ -80,7 +81,7 @@ def train(args: Sequence[str]) -> None:
     begun = [(each, found) for each in folders if (found := _checked_record(options, each)) is not None]
     if begun:
         folder, before = begun[0]
-        record, start = _go_on(before, _place(options, folder.folder), options, by_hand)
+        record, start = _go_on(before, folder, options, by_hand)
         record = _move(record, options.on)
     else:
         (folder, record), start = _begin(options, folders, by_hand), None
@@ -91,7 +92,9 @@ def train(args: Sequence[str]) -> None:
     record = replace(_fit(record, where, run, forwarded, start), finished=True)
     record.write(where)
     try:
-        print("\n" + report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default)))
+        came, said = report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default))
+        replace(record, came=came).write(where)
+        print(f"\n{said}")
     except KeyboardInterrupt:
         replace(record, finished=False).write(where)  # the same line says what came of it, instead of training on
         raise
@@ -190,11 +193,12 @@ def _begin(options: TrainOptions, folders: Sequence[TokenFolder], by_hand: ByHan
     return folder, made
 
 
-def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) -> tuple[Record, Path | None]:
+def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: ByHand) -> tuple[Record, Path | None]:
     """Return what is left of a training that was stopped, or a longer one where it has ended, and its checkpoint.
 
     That is None where it is the last one.
     """
+    where = _place(options, folder.folder)
     if not before.finished:
         return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options, by_hand), None
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
@@ -208,10 +212,16 @@ def _go_on(before: Record, where: Path, options: TrainOptions, by_hand: ByHand) 
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
     told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
+    expected = None
+    if before.came is not None and options.on in (None, _device(before)):
+        tokens = len(folder.train)
+        expected = expected_of_longer(before.came, best, done + more, by_hand.max_steps, by_hand.copies, tokens)
+        told += describe(before.came, expected)
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
+    changed = replace(changed, expected=expected or before.expected, is_of_longer=expected is not None)
     return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
 
 
@@ -236,15 +246,20 @@ def _is_intact(checkpoint: Path) -> bool:
     return True
 
 
+def _device(record: Record) -> str:
+    """Return the device that ``record`` trains on, as ``--on`` names it."""
+    return value_of(record.options, ACCELERATOR.removesuffix("=")) or "auto"
+
+
 def _move(record: Record, on: str | None) -> Record:
     """Return ``record`` with the device ``on``, where that is another: its pace decides how far the training goes."""
-    before = next((option for option in record.options if option.startswith(ACCELERATOR)), f"{ACCELERATOR}auto")
-    if on is None or before == f"{ACCELERATOR}{on}":
+    earlier = _device(record)
+    if on in (None, earlier):
         return record
-    earlier = before.removeprefix(ACCELERATOR)
     print(f"on          {on} instead of {earlier}")
     if device_of_accelerator(on) == device_of_accelerator(earlier):  # by another name
-        return replace(record, options=[*(o for o in record.options if o != before), f"{ACCELERATOR}{on}"])
+        same = [option for option in record.options if not option.startswith(ACCELERATOR)]
+        return replace(record, options=[*same, f"{ACCELERATOR}{on}"])
     others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
     return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None)
 

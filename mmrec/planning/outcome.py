@@ -31,8 +31,8 @@ def sample(trained: LoadedModel) -> str:
     return MemoryLM(trained).generate(default_prompt(trained.tokenizer), SAMPLE).strip()
 
 
-def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str:
-    """Return what is said at the end of a run in the current folder.
+def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> tuple[float, str]:
+    """Return the bits per byte of the best checkpoint of a run in the current folder, and what is said at its end.
 
     Args:
         run: its name.
@@ -47,7 +47,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
     score, beside = bits_per_byte(nll, folder), compare(trained, folder, nll, seconds)
     option, path = run_option(run), f"{LOGS}/{run}"
     part = "" if len(folder.val) <= MOST_SCORED else f" of its first {MOST_SCORED:,} tokens"
-    return "\n".join(
+    return score, "\n".join(
         [
             f"validation  {score:.3f} bits/byte{part}, with the state carried; {_expected(record)}",
             *([] if beside is None else _with_memory(beside, len(nll))),
@@ -70,7 +70,8 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> str
 
 def _expected(record: Record) -> str:
     """Return what was expected, at first and half-way."""
-    first, now = ("", "") if record.reached is None else (" of the first training", " of this one")
+    is_of_another = record.reached is not None and not record.is_of_longer
+    first, now = (" of a shorter training", " of this one") if is_of_another else ("", "")
     told = f"{record.expected:.3f} were expected{first}"
     if record.half_way is None:
         return told

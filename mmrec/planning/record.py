@@ -24,12 +24,14 @@ class Record:
         steps: updates that are planned in them; None where its earlier pace decides.
         options: of ``mmrec fit``, but for the text and the limit of time.
         xz: bits per byte that xz makes of the validation text after the training text.
-        expected: bits per byte that the first plan expected.
+        expected: bits per byte that the plan expected: the first one where no other is known.
         finished: whether its time was used to the end.
         asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
         half_way: bits per byte that were expected half-way; None before, and where nothing can be said.
         reached: seconds of training before the best checkpoint when it was made longer; None where it was not.
         tokens: digest of those that it trains on; None in what was written before 0.2.0 was released.
+        came: bits per byte of the best checkpoint when the training last ended; None before.
+        is_of_longer: whether ``expected`` is what was expected of the training when it was made longer.
     """
 
     data_dir: str
@@ -43,6 +45,8 @@ class Record:
     half_way: float | None = None
     reached: float | None = None
     tokens: str | None = None
+    came: float | None = None
+    is_of_longer: bool = False
 
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""

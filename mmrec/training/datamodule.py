@@ -104,6 +104,11 @@ class TextDataModule(LightningDataModule):
         """Rows of a batch that this process has."""
         return rows_of_process(self.trainer, self.options.batch_size)
 
+    @property
+    def _text(self) -> str:
+        """What the text is known by in a checkpoint."""
+        return self.tokens.digest[:16]
+
     def _sampler(self) -> SegmentSampler:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
@@ -117,7 +122,7 @@ class TextDataModule(LightningDataModule):
             self.options.interleave,
             rank,
             world,
-            self.tokens.digest[:16],
+            self._text,
         )
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is compared when a run is resumed."""
-        return asdict(self.options) | {"text": self.tokens.digest[:16]}
+        return asdict(self.options) | {"text": self._text}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say what has changed since the checkpoint; the place in the text is the loader's."""
