@@ -105,8 +105,9 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
             yield Arm(f"{shape_name(config)}, rate x {factor}", config, batches, (rate_option(config, factor),))
     for factor in (0.5, 2, 3):
         yield Arm(f"rate x {factor}", plan.config, plan.batches, (rate_option(plan.config, factor),))
+    planned_share = regularization(plan.config, plan.tokens, plan.text.train_tokens, plan.text.vocab_size)["dropout"]
     for dropout in DROPOUTS:
-        share = INSTEAD_OF_PLAN if dropout == regularization(plan)["dropout"] else dropout
+        share = INSTEAD_OF_PLAN if dropout == planned_share else dropout
         decay = decay_beside(share)
         options = (f"--model.dropout={share}", f"--model.weight_decay={decay}")
         yield Arm(f"dropout {share:g}", plan.config, plan.batches, options)

@@ -32,7 +32,6 @@ from mmrec.planning.plan import (
     Candidate,
     Rate,
     Text,
-    TrainingPlan,
     choose_batches,
     expected_loss,
     fit_options,
@@ -140,10 +139,7 @@ def test_a_training_that_reads_much_has_more_rows() -> None:
 
 def _dropout(config: ModelConfig, train_tokens: int, epochs: float, vocab_size: int = 65) -> float:
     """Return the dropout of a plan for a model and a text that is read so often."""
-    batches = choose_batches(config, train_tokens)
-    text = dataclasses.replace(TEXT, train_tokens=train_tokens, vocab_size=vocab_size)
-    plan = TrainingPlan(config, batches, round(epochs * train_tokens / batches.tokens), text, 2.0, 0.05)
-    return regularization(plan)["dropout"]
+    return regularization(config, epochs * train_tokens, train_tokens, vocab_size)["dropout"]
 
 
 def test_more_epochs_are_regularized_more() -> None:

@@ -14,6 +14,7 @@ from helpers import BATCH, SMALL, checkpoints, fit, last, load, record
 
 from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import lock_run
+from mmrec.data.store import open_tokens
 from mmrec.model import layer_parameters
 from mmrec.planning import longer
 from mmrec.planning.law import LAW
@@ -70,22 +71,32 @@ def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
     mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert mmrec(*fit(prepared, "--trainer.max_steps=6", "--run=short", "--time_limit.minutes=10")) == 0
-    best, length = checkpoints("short") / "last.ckpt", 10_000
-    seconds = seconds_trained(best)
-    assert longer.expected_of_longer(2.0, best, 9 * seconds, None, 1, length) is None
-    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
-    net, tokens = load_model(best).net, 6 * BATCH[0] * BATCH[1]
+    checkpoint, folder = checkpoints("short") / "last.ckpt", open_tokens(prepared)
+    seconds, tokens, length = seconds_trained(checkpoint), 6 * BATCH[0] * BATCH[1], len(folder.train)
+    parameters = layer_parameters(load_model(checkpoint).net.config)
+
+    def made_longer(times: float, most: int | None = None, copies: int = 1) -> longer.Longer:
+        found = longer.Longer.of(checkpoint, times * seconds, most, copies, folder)
+        assert found is not None
+        return found
 
     def loss(times: float) -> float:
-        return LAW.relative_loss(layer_parameters(net.config), length, times * tokens)
+        return LAW.relative_loss(parameters, length, times * tokens)
 
-    def expected(seconds: float, most: int | None = None, copies: int = 1) -> float | None:
-        return longer.expected_of_longer(2.0, best, seconds, most, copies, length)
+    assert made_longer(9).expected(2.0) is None
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
+    assert made_longer(3).expected(2.0) == pytest.approx(2 * loss(3) / loss(1))
+    assert made_longer(9, most=12).expected(2.0) == pytest.approx(2 * loss(2) / loss(1))
+    assert made_longer(3, copies=2).expected(2.0) == pytest.approx(2 * loss(6) / loss(2))
+    assert made_longer(0.5).expected(2.0) == 2.0
 
-    assert expected(3 * seconds) == pytest.approx(2 * loss(3) / loss(1))
-    assert expected(9 * seconds, most=12) == pytest.approx(2 * loss(2) / loss(1))
-    assert expected(3 * seconds, copies=2) == pytest.approx(2 * loss(6) / loss(2))
-    assert expected(seconds / 2) == 2.0
+
+def test_a_longer_training_has_more_against_overfitting() -> None:
+    made = longer.Longer(SHAPES[1], 1e6, 4e6, 100_000, 1024)
+    before = ["--model.dropout=0.05", "--model.warmup_steps=9", "--model.weight_decay=0.3", "--data.batch_size=8"]
+    kept = ["--model.warmup_steps=9", "--data.batch_size=8"]
+    more = ["--model.dropout=0.3", "--model.weight_decay=0.5", "--model.confidence_penalty=0.1"]
+    assert made.options(before) == [*kept, *more]
 
 
 def test_a_longer_training_that_is_refused_leaves_all_checkpoints(
@@ -173,11 +184,13 @@ def test_other_minutes_than_before_count_where_it_was_stopped(
     assert mmrec(*line, "--minutes=3", "--plan") == 0
     assert "are done; 3 minutes instead of 0.2\n" in capsys.readouterr().out
     assert not record()["finished"]
-    assert mmrec(*line, "--minutes=3", "--trainer.max_steps=12") == 0
+    assert mmrec(*line, "--minutes=3", "--trainer.max_steps=40") == 0
     after = record()
+    dropouts = [value_of(each["options"], "--model.dropout") for each in (before, after)]
+    assert dropouts == ["0.0", "0.1"]  # as of a training that long
     assert (before["asked"], after["asked"]) == (0.2, 3)
     assert after["minutes"] == pytest.approx(before["minutes"] + 2.8)
-    assert last("novel")["global_step"] == 12
+    assert last("novel")["global_step"] == 40
 
 
 def test_another_device_than_before_counts_where_it_was_stopped(

@@ -21,7 +21,7 @@ from mmrec.data.store import TokenFolder
 from mmrec.planning.by_hand import PROCESSES, ROWS, STEPS, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
-from mmrec.planning.longer import describe, expected_of_longer
+from mmrec.planning.longer import Longer, describe
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import best_checkpoint, report
@@ -200,7 +200,7 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     """
     where = _place(options, folder.folder)
     if not before.finished:
-        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), options, by_hand), None
+        return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), folder, options, by_hand), None
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
     start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
     minutes = options.minutes_or_default
@@ -212,14 +212,17 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
     told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
-    expected = None
-    if before.came is not None and options.on in (None, _device(before)):
-        tokens = len(folder.train)
-        expected = expected_of_longer(before.came, best, done + more, by_hand.max_steps, by_hand.copies, tokens)
-        told += describe(before.came, expected)
-    print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
+    longer = expected = None
+    if options.on in (None, _device(before)):  # the pace of another device is not known
+        longer = Longer.of(best, done + more, by_hand.max_steps, by_hand.copies, folder)
+    if longer is not None:
+        unbounded = longer.options(unbounded)
+        if before.came is not None:
+            expected = longer.expected(before.came)
+            told += describe(before.came, expected)
+    print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
     changed = replace(changed, expected=expected or before.expected, is_of_longer=expected is not None)
     return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
@@ -277,7 +280,7 @@ def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> lis
     return _processes(math.gcd(int(devices), int(rows)))
 
 
-def _resume(before: Record, last: Path, options: TrainOptions, by_hand: ByHand) -> Record:
+def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptions, by_hand: ByHand) -> Record:
     """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
     done = seconds_trained(last)
     record, changed = before, ""
@@ -287,6 +290,11 @@ def _resume(before: Record, last: Path, options: TrainOptions, by_hand: ByHand) 
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
         record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
+        planned = int(value_of(before.options, STEPS) or -1)
+        most = by_hand.max_steps or (planned if planned > 0 else None)
+        longer = Longer.of(last, 60 * minutes, most, by_hand.copies, folder)
+        if longer is not None:
+            record = replace(record, options=longer.options(before.options))
     changed += _told_of_limit(by_hand, last)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record

@@ -258,14 +258,20 @@ def make_plan(
     return min(plans, key=lambda plan: plan.expected)
 
 
-def regularization(plan: TrainingPlan) -> dict[str, float]:
+def regularization(config: ModelConfig, tokens: float, text_tokens: int, vocab_size: int) -> dict[str, float]:
     """Return the options against overfitting of a training.
 
     By how often it reads its text, and by the root of the parameters for each token of that: a small model has little
     room to learn a text by heart.
+
+    Args:
+        config: of the model.
+        tokens: that are read in all.
+        text_tokens: of the training text.
+        vocab_size: of the tokenizer.
     """
-    room = plan.epochs * math.sqrt(layer_parameters(plan.config) / plan.text.train_tokens)
-    shares = DROPOUT_OF_WORDS if has_words(plan.text.vocab_size) else DROPOUT
+    room = tokens / text_tokens * math.sqrt(layer_parameters(config) / text_tokens)
+    shares = DROPOUT_OF_WORDS if has_words(vocab_size) else DROPOUT
     dropout = max((share for share, begin in shares if room > begin), default=0.0)
     return {"dropout": dropout, "weight_decay": decay_beside(dropout), "confidence_penalty": 0.1}
 
@@ -293,7 +299,7 @@ def learning_rate(config: ModelConfig) -> float:
 def fit_options(plan: TrainingPlan) -> list[str]:
     """Return the options of ``mmrec fit`` that carry a plan out, but for the text and for where it ends."""
     config, batches, steps = plan.config, plan.batches, plan.steps
-    model = regularization(plan) | {
+    model = regularization(config, plan.tokens, plan.text.train_tokens, plan.text.vocab_size) | {
         "learning_rate": learning_rate(config),
         "warmup_steps": max(1, min(100, steps // 20)),
         "mtp_loss_weight": 0.3 if has_second_token(plan.text) else 0.0,
@@ -314,6 +320,11 @@ def fit_options(plan: TrainingPlan) -> list[str]:
     options |= {f"data.{name}": value for name, value in data.items()}
     options |= {f"trainer.{name}": value for name, value in trainer.items()}
     options["early_stopping.patience"] = MOST_VALIDATIONS * 100
+    return as_arguments(options)
+
+
+def as_arguments(options: dict[str, object]) -> list[str]:
+    """Return options of ``mmrec fit`` as they are typed."""
     return [f"--{name}={value}" for name, value in options.items()]
 
 
