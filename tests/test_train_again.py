@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import Command
-from helpers import BATCH, SMALL, checkpoints, fit, last, load, record
+from helpers import SMALL, fit, last, load, record
 
-from mmrec.checkpoints.loading import load_model
 from mmrec.checkpoints.runs import lock_run
-from mmrec.data.store import open_tokens
-from mmrec.model import layer_parameters
-from mmrec.planning import longer
-from mmrec.planning.law import LAW
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
-from mmrec.planning.record import Record, read_record, seconds_trained
+from mmrec.planning.record import Record, read_record
 
 pytestmark = pytest.mark.usefixtures("quick_trial")
 
@@ -43,60 +38,6 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(
     assert last("novel")["global_step"] == 16  # after a rate that spoils it
     assert load(best)["global_step"] == 8
     assert record()["finished"]
-
-
-def test_a_longer_training_says_what_is_expected_of_it(
-    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
-    assert mmrec(*line, "--trainer.max_steps=8") == 0
-    came = record()["came"]
-    assert f"validation  {came:.3f} bits/byte" in capsys.readouterr().out
-    assert mmrec(*line, "--plan", "--trainer.max_steps=16") == 0
-    assert "expected" not in capsys.readouterr().out  # too little was read for the law to know more
-    monkeypatch.setattr(longer, "FEWEST_TOKENS", 8 * 1024)
-    assert mmrec(*line, "--plan", "--trainer.max_steps=8") == 0  # of a shorter one no more than came
-    assert f"; no better model than that of {came:.2f} bits/byte is expected" in capsys.readouterr().out
-    assert mmrec(*line, "--trainer.max_steps=16") == 0
-    expected = record()["expected"]
-    assert expected < came
-    said = capsys.readouterr().out
-    assert f"; {expected:.2f} bits/byte are expected (" in said
-    assert f", {came:.2f} before\n" in said
-    assert f"; {expected:.3f} were expected\n" in said
-    assert record()["came"] != came
-
-
-def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
-    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert mmrec(*fit(prepared, "--trainer.max_steps=6", "--run=short", "--time_limit.minutes=10")) == 0
-    checkpoint, folder = checkpoints("short") / "last.ckpt", open_tokens(prepared)
-    seconds, tokens, length = seconds_trained(checkpoint), 6 * BATCH[0] * BATCH[1], len(folder.train)
-    parameters = layer_parameters(load_model(checkpoint).net.config)
-
-    def made_longer(times: float, most: int | None = None, copies: int = 1) -> longer.Longer:
-        found = longer.Longer.of(checkpoint, times * seconds, most, copies, folder)
-        assert found is not None
-        return found
-
-    def loss(times: float) -> float:
-        return LAW.relative_loss(parameters, length, times * tokens)
-
-    assert made_longer(9).expected(2.0) is None
-    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
-    assert made_longer(3).expected(2.0) == pytest.approx(2 * loss(3) / loss(1))
-    assert made_longer(9, most=12).expected(2.0) == pytest.approx(2 * loss(2) / loss(1))
-    assert made_longer(3, copies=2).expected(2.0) == pytest.approx(2 * loss(6) / loss(2))
-    assert made_longer(0.5).expected(2.0) == 2.0
-
-
-def test_a_longer_training_has_more_against_overfitting() -> None:
-    made = longer.Longer(SHAPES[1], 1e6, 4e6, 100_000, 1024)
-    before = ["--model.dropout=0.05", "--model.warmup_steps=9", "--model.weight_decay=0.3", "--data.batch_size=8"]
-    kept = ["--model.warmup_steps=9", "--data.batch_size=8"]
-    more = ["--model.dropout=0.3", "--model.weight_decay=0.5", "--model.confidence_penalty=0.1"]
-    assert made.options(before) == [*kept, *more]
 
 
 def test_a_longer_training_that_is_refused_leaves_all_checkpoints(
@@ -398,7 +339,6 @@ def test_processes_are_kept_on_a_device_of_another_name(
 def test_another_run_of_that_name_is_left_alone(
     mmrec: Command, novel: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from helpers import fit
 
     assert mmrec(*fit(prepared, "--run=novel", "--trainer.max_steps=1", "--trainer.logger=false")) == 0
     before = last("novel")["global_step"]

@@ -21,7 +21,7 @@ from mmrec.data.store import TokenFolder
 from mmrec.planning.by_hand import PROCESSES, ROWS, STEPS, ByHand
 from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
-from mmrec.planning.longer import Longer, describe
+from mmrec.planning.longer import Earlier, describe
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
 from mmrec.planning.options import TrainOptions, split_arguments, value_of
 from mmrec.planning.outcome import best_checkpoint, report
@@ -203,24 +203,27 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
         return _resume(before, runs.find_checkpoint(Path(), where.name, runs.LAST), folder, options, by_hand), None
     stable = where / runs.CHECKPOINTS / f"{runs.STABLE}.ckpt"
     start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
-    minutes = options.minutes_or_default
-    done = seconds_trained(start)
-    more = _seconds_left(_deadline(options) - STARTING - comparison_seconds(minutes))
     best = best_checkpoint(Path(), where.name)
     try:
         reached = seconds_trained(best)
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
+    # The pace of another device is not known.
+    earlier = Earlier.of(best, by_hand.copies, folder) if options.on in (None, _device(before)) else None
+    minutes = options.minutes_or_default
+    ending = STARTING + comparison_seconds(minutes)
+    if earlier is not None:
+        ending += earlier.scoring_seconds(by_hand.processes or int(value_of(before.options, PROCESSES[0]) or 1))
+    done, more = seconds_trained(start), _seconds_left(_deadline(options) - ending)
     told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
     # Who asks for more gets it, however often the text was read.
     unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
-    longer = expected = None
-    if options.on in (None, _device(before)):  # the pace of another device is not known
-        longer = Longer.of(best, done + more, by_hand.max_steps, by_hand.copies, folder)
-    if longer is not None:
-        unbounded = longer.options(unbounded)
+    expected = None
+    if earlier is not None:
+        tokens = earlier.tokens_in(done + more, by_hand.max_steps)
+        unbounded = earlier.options(unbounded, tokens)
         if before.came is not None:
-            expected = longer.expected(before.came)
+            expected = earlier.expected(before.came, tokens)
             told += describe(before.came, expected)
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
     changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
@@ -292,9 +295,9 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
         planned = int(value_of(before.options, STEPS) or -1)
         most = by_hand.max_steps or (planned if planned > 0 else None)
-        longer = Longer.of(last, 60 * minutes, most, by_hand.copies, folder)
-        if longer is not None:
-            record = replace(record, options=longer.options(before.options))
+        earlier = Earlier.of(last, by_hand.copies, folder)
+        if earlier is not None:
+            record = replace(record, options=earlier.options(before.options, earlier.tokens_in(60 * minutes, most)))
     changed += _told_of_limit(by_hand, last)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.checkpoints.contents import MODEL_KEY
 from mmrec.data.store import TokenFolder
 from mmrec.model import ModelConfig, layer_parameters
+from mmrec.planning.comparison import MOST_SCORED
 from mmrec.planning.law import LAW, Law
-from mmrec.planning.plan import as_arguments, regularization
+from mmrec.planning.plan import FORWARD_SHARE, as_arguments, regularization
 from mmrec.planning.record import seconds_trained
 
 SPREAD = 0.023
@@ -21,64 +23,75 @@ FEWEST_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
-class Longer:
-    """A training that goes on after its end.
+class Earlier:
+    """A training that was ended or stopped, and goes on.
 
     Attributes:
         config: of the model.
-        tokens: that were read before the best checkpoint.
-        tokens_in_all: that will have been read at the end.
-        text_tokens: of the training text.
-        vocab_size: of its tokenizer.
+        steps: updates that were made before the checkpoint.
+        tokens: that were read before it.
+        seconds: of training before it, with its validations.
+        folder: what it is trained on.
     """
 
     config: ModelConfig
-    tokens: float
-    tokens_in_all: float
-    text_tokens: int
-    vocab_size: int
+    steps: int
+    tokens: int
+    seconds: float
+    folder: TokenFolder
 
     @staticmethod
-    def of(best: Path, seconds: float, most_steps: int | None, copies: int, folder: TokenFolder) -> Longer | None:
-        """Return a training that was shorter until now; None where its pace is not known.
+    def of(checkpoint: Path, copies: int, folder: TokenFolder) -> Earlier | None:
+        """Return what ``checkpoint`` says of it; None where its pace is not known.
 
         Args:
-            best: its best checkpoint.
-            seconds: of training in all, at the pace before.
-            most_steps: updates in all that are a limit beside the time; None for none.
+            checkpoint: of its end.
             copies: processes that have rows of their own.
             folder: what it is trained on.
         """
-        checkpoint = read_checkpoint(find_intact_checkpoint(best, says=False), mmap=True, verify=False)
-        data, steps, before = checkpoint["TextDataModule"], int(checkpoint["global_step"]), seconds_trained(best)
-        if not before or not steps:
+        states = read_checkpoint(find_intact_checkpoint(checkpoint, says=False), mmap=True, verify=False)
+        data, steps, seconds = states["TextDataModule"], int(states["global_step"]), seconds_trained(checkpoint)
+        if not seconds or not steps:
             return None
-        config = ModelConfig.from_dict(checkpoint[MODEL_KEY]["shape"])
-        tokens = float(copies * data["batch_size"] * data["seq_len"] * steps)
-        times = min(seconds / before, math.inf if most_steps is None else most_steps / steps)
-        return Longer(config, tokens, times * tokens, len(folder.train), folder.tokenizer.vocab_size)
+        config = ModelConfig.from_dict(states[MODEL_KEY]["shape"])
+        return Earlier(config, steps, copies * data["batch_size"] * data["seq_len"] * steps, seconds, folder)
 
-    def expected(self, came: float, law: Law = LAW) -> float | None:
-        """Return the bits per byte that it is expected to reach; None where too little was read before.
+    def tokens_in(self, seconds: float, most_steps: int | None) -> float:
+        """Return the tokens that are read in all.
+
+        Args:
+            seconds: of training in all, at the pace before.
+            most_steps: updates in all that are a limit beside the time; None for none.
+        """
+        times = min(seconds / self.seconds, math.inf if most_steps is None else most_steps / self.steps)
+        return times * self.tokens
+
+    def scoring_seconds(self, processes: int) -> float:
+        """Return about what the score at the end takes one process, where so many have trained."""
+        tokens = min(len(self.folder.val), MOST_SCORED)
+        return tokens * FORWARD_SHARE * processes * self.seconds / self.tokens
+
+    def expected(self, came: float, tokens: float, law: Law = LAW) -> float | None:
+        """Return the bits per byte that are expected of so many tokens in all; None where too few were read before.
 
         The law says what more tokens take from what came so far: what it is off by on a text is nearly the same
         however many tokens of it are read. No more are expected than came: the best model is kept.
 
         Args:
-            came: bits per byte of the best checkpoint.
-            law: how the loss falls by the tokens.
+            came: bits per byte of the checkpoint.
+            tokens: in all.
+            law: how the loss falls by them.
         """
         if self.tokens < FEWEST_TOKENS:
             return None
-        parameters = layer_parameters(self.config)
-        loss, longer = (
-            law.relative_loss(parameters, self.text_tokens, each) for each in (self.tokens, self.tokens_in_all)
-        )
+        parameters, text = layer_parameters(self.config), len(self.folder.train)
+        loss, longer = (law.relative_loss(parameters, text, each) for each in (self.tokens, tokens))
         return came * min(1.0, longer / loss)
 
-    def options(self, before: list[str]) -> list[str]:
-        """Return the options ``before`` with what is done against overfitting where a text is read so often."""
-        changed = regularization(self.config, self.tokens_in_all, self.text_tokens, self.vocab_size)
+    def options(self, before: Sequence[str], tokens: float) -> list[str]:
+        """Return ``before`` with what is done against overfitting where so many tokens are read in all."""
+        vocab_size = self.folder.tokenizer.vocab_size
+        changed = regularization(self.config, tokens, len(self.folder.train), vocab_size)
         ours = as_arguments({f"model.{name}": value for name, value in changed.items()})
         names = tuple(f"{option.partition('=')[0]}=" for option in ours)
         return [*(option for option in before if not option.startswith(names)), *ours]

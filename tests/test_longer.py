@@ -1,0 +1,76 @@
+"""What is expected of a training that is made longer, and what it has against overfitting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from helpers import BATCH, SMALL, checkpoints, fit, record
+
+from mmrec.checkpoints.loading import load_model
+from mmrec.data.store import open_tokens
+from mmrec.model import layer_parameters
+from mmrec.planning import longer
+from mmrec.planning.law import LAW
+from mmrec.planning.plan import SHAPES
+from mmrec.planning.record import seconds_trained
+
+pytestmark = pytest.mark.usefixtures("quick_trial")
+
+
+def test_a_longer_training_says_what_is_expected_of_it(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    came = record()["came"]
+    assert f"validation  {came:.3f} bits/byte" in capsys.readouterr().out
+    assert mmrec(*line, "--plan", "--trainer.max_steps=16") == 0
+    assert "expected" not in capsys.readouterr().out  # too little was read for the law to know more
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 8 * 1024)
+    assert mmrec(*line, "--plan", "--trainer.max_steps=8") == 0  # of a shorter one no more than came
+    assert f"; no better model than that of {came:.2f} bits/byte is expected" in capsys.readouterr().out
+    assert mmrec(*line, "--trainer.max_steps=16") == 0
+    expected = record()["expected"]
+    assert expected < came
+    said = capsys.readouterr().out
+    assert f"; {expected:.2f} bits/byte are expected (" in said
+    assert f", {came:.2f} before\n" in said
+    assert f"; {expected:.3f} were expected\n" in said
+    assert record()["came"] != came
+
+
+def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
+    mmrec: Command, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mmrec(*fit(prepared, "--trainer.max_steps=6", "--run=short", "--time_limit.minutes=10")) == 0
+    checkpoint, folder = checkpoints("short") / "last.ckpt", open_tokens(prepared)
+    seconds, tokens, length = seconds_trained(checkpoint), 6 * BATCH[0] * BATCH[1], len(folder.train)
+    config = load_model(checkpoint).net.config
+
+    def loss(times: float) -> float:
+        return LAW.relative_loss(layer_parameters(config), length, times * tokens)
+
+    earlier = longer.Earlier.of(checkpoint, 1, folder)
+    assert earlier is not None
+    assert earlier.expected(2.0, 9 * tokens) is None
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
+    assert earlier.expected(2.0, earlier.tokens_in(3 * seconds, None)) == pytest.approx(2 * loss(3) / loss(1))
+    assert earlier.expected(2.0, earlier.tokens_in(9 * seconds, 12)) == pytest.approx(2 * loss(2) / loss(1))
+    assert earlier.expected(2.0, tokens / 2) == 2.0
+    copies = longer.Earlier.of(checkpoint, 2, folder)
+    assert copies is not None
+    assert copies.tokens == 2 * earlier.tokens
+    seconds_of_all = seconds * len(folder.val) / tokens
+    assert 0.1 * seconds_of_all < earlier.scoring_seconds(1) < seconds_of_all  # no backward pass, no optimizer
+    assert earlier.scoring_seconds(2) == 2 * earlier.scoring_seconds(1)
+
+
+def test_a_longer_training_has_more_against_overfitting(prepared: Path) -> None:
+    folder = open_tokens(prepared)
+    earlier = longer.Earlier(SHAPES[1], 100, 100_000, 9.0, folder)
+    before = ["--model.dropout=0.05", "--model.warmup_steps=9", "--model.weight_decay=0.3", "--data.batch_size=8"]
+    kept = ["--model.warmup_steps=9", "--data.batch_size=8"]
+    more = ["--model.dropout=0.3", "--model.weight_decay=0.5", "--model.confidence_penalty=0.1"]
+    assert earlier.options(before, 40 * len(folder.train)) == [*kept, *more]
