@@ -209,7 +209,7 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
     # The pace of another device is not known.
-    earlier = Earlier.of(best, by_hand.copies, folder) if options.on in (None, _device(before)) else None
+    earlier = None if _is_moved(before, options.on) else Earlier.of(best, by_hand.copies, folder)
     minutes = options.minutes_or_default
     ending = STARTING + comparison_seconds(minutes)
     if earlier is not None:
@@ -257,13 +257,18 @@ def _device(record: Record) -> str:
     return value_of(record.options, ACCELERATOR.removesuffix("=")) or "auto"
 
 
+def _is_moved(record: Record, on: str | None) -> bool:
+    """Whether ``on`` is another device than the one that ``record`` trains on, not only another name of it."""
+    return on is not None and device_of_accelerator(on) != device_of_accelerator(_device(record))
+
+
 def _move(record: Record, on: str | None) -> Record:
     """Return ``record`` with the device ``on``, where that is another: its pace decides how far the training goes."""
     earlier = _device(record)
     if on in (None, earlier):
         return record
     print(f"on          {on} instead of {earlier}")
-    if device_of_accelerator(on) == device_of_accelerator(earlier):  # by another name
+    if not _is_moved(record, on):
         same = [option for option in record.options if not option.startswith(ACCELERATOR)]
         return replace(record, options=[*same, f"{ACCELERATOR}{on}"])
     others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
@@ -295,7 +300,7 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
         planned = int(value_of(before.options, STEPS) or -1)
         most = by_hand.max_steps or (planned if planned > 0 else None)
-        earlier = Earlier.of(last, by_hand.copies, folder)
+        earlier = None if _is_moved(before, options.on) else Earlier.of(last, by_hand.copies, folder)
         if earlier is not None:
             record = replace(record, options=earlier.options(before.options, earlier.tokens_in(60 * minutes, most)))
     changed += _told_of_limit(by_hand, last)
