@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from conftest import Command
 from helpers import BATCH, SMALL, checkpoints, fit, record
+from lightning.pytorch import Callback
 
 from mmrec.checkpoints.loading import load_model
 from mmrec.data.store import open_tokens
 from mmrec.model import layer_parameters
-from mmrec.planning import longer
+from mmrec.planning import command, longer
 from mmrec.planning.law import LAW
 from mmrec.planning.plan import SHAPES
 from mmrec.planning.record import seconds_trained
+from mmrec.training.callbacks.half_way import HalfWay
+from mmrec.training.cli import run_lightning
 
 pytestmark = pytest.mark.usefixtures("quick_trial")
 
@@ -22,6 +25,13 @@ pytestmark = pytest.mark.usefixtures("quick_trial")
 def test_a_longer_training_says_what_is_expected_of_it(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    added: list[list[type]] = []
+
+    def noted(subcommand: str, options: list[str], line: str, callbacks: list[Callback]) -> None:
+        added.append([type(each) for each in callbacks])
+        run_lightning(subcommand, options, line, callbacks)
+
+    monkeypatch.setattr(command, "run_lightning", noted)
     line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     came = record()["came"]
@@ -39,6 +49,7 @@ def test_a_longer_training_says_what_is_expected_of_it(
     assert f", {came:.2f} before\n" in said
     assert f"; {expected:.3f} were expected\n" in said
     assert record()["came"] != came
+    assert [HalfWay in each for each in added] == [True, False]  # at its begin more is known than half-way
 
 
 def test_more_is_expected_of_more_updates_and_nothing_of_a_few(

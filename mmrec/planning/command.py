@@ -324,6 +324,8 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str], start:
     if run in runs.runs(Path()):
         options.append(f"--ckpt_path={start or runs.LAST}")
     line = HalfWayLine(record, where)
-    added = [Beginning(begin), *([HalfWay(line)] if record.half_way is None else [])]
+    # Of a training that is made longer more is known at its begin than half-way.
+    says_half_way = record.half_way is None and not record.is_of_longer
+    added = [Beginning(begin), *([HalfWay(line)] if says_half_way else [])]
     run_lightning("fit", [*options, *forwarded], f"mmrec {' '.join(map(shlex.quote, sys.argv[1:]))}", added)
     return line.record
