@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mmrec.model import layer_parameters
 from mmrec.planning import command, longer
 from mmrec.planning.law import LAW
 from mmrec.planning.plan import SHAPES
-from mmrec.planning.record import seconds_trained
+from mmrec.planning.record import Record, read_record, seconds_trained
 from mmrec.training.callbacks.half_way import HalfWay
 from mmrec.training.cli import run_lightning
 
@@ -50,6 +51,59 @@ def test_a_longer_training_says_what_is_expected_of_it(
     assert f"; {expected:.3f} were expected\n" in said
     assert record()["came"] != came
     assert [HalfWay in each for each in added] == [True, False]  # at its begin more is known than half-way
+
+
+def test_what_came_before_is_not_taken_for_what_came_of_a_training_that_was_killed_at_its_end(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> tuple[float, str]:
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=4") == 0
+    assert record()["came"] is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "report", killed)
+        assert mmrec(*line, "--trainer.max_steps=8") == 2
+    assert record()["came"] is None
+    capsys.readouterr()
+    assert mmrec(*line, "--trainer.max_steps=12") == 0
+    assert "were expected of a training of another length" in capsys.readouterr().out
+    (checkpoints("novel") / "best.ckpt").unlink()
+    assert mmrec(*line, "--plan", "--trainer.max_steps=16") == 0
+    assert "expected" not in capsys.readouterr().out  # what came was of the one that is gone
+
+
+def test_what_is_expected_of_a_longer_training_is_not_that_of_one_with_other_minutes(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--minutes=0.2", "--trainer.max_steps=4") == 0
+    assert mmrec(*line, "--minutes=0.2", "--trainer.max_steps=8") == 0
+    assert record()["is_of_longer"]
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(record() | {"finished": False}))
+    capsys.readouterr()
+    assert mmrec(*line, "--minutes=3", "--trainer.max_steps=12") == 0
+    assert "were expected of a training of another length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"came": "x"}, {"minutes": None}, {"options": None}, {"options": [1]}, {"expected": float("nan")}]
+)
+def test_a_plan_with_wrong_values_is_refused(
+    mmrec: Command, novel: Path, change: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = checkpoints("novel")
+    run.mkdir(parents=True)
+    (run / "last.ckpt").write_bytes(b"")
+    right = Record("data/novel", 1, None, [], 2.0, 2.0)
+    right.write(run.parent)
+    assert read_record(run.parent) == right  # also with a whole number of minutes
+    (run.parent / "plan.json").write_text(json.dumps(record() | change))
+    assert mmrec("train", novel) == 2
+    assert "plan.json: is no plan of mmrec train" in capsys.readouterr().err
 
 
 def test_more_is_expected_of_more_updates_and_nothing_of_a_few(

@@ -27,11 +27,11 @@ def test_typed_again_it_trains_for_longer_and_keeps_its_best(
     assert mmrec(*line, "--trainer.max_steps=8") == 0
     best = Path("lightning_logs/novel/checkpoints/best.ckpt")
     assert load(best)["global_step"] == 8
-    assert "shorter training" not in capsys.readouterr().out
+    assert "another length" not in capsys.readouterr().out
     assert mmrec(*line, "--trainer.max_steps=16", "--model.learning_rate=9", "--model.min_lr_ratio=1") == 0
     said = capsys.readouterr().out
     assert "8 updates; it was the best before, too" in said
-    assert "were expected of a shorter training" in said
+    assert "were expected of a training of another length" in said
     config = "lightning_logs/novel/config.yaml"
     assert mmrec("fit", "--config", config, "--run=other", "--trainer.max_steps=2", *SMALL) == 0
     assert last("other")["global_step"] == 2  # from the begin, as what has not been trained for longer

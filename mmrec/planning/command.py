@@ -222,11 +222,14 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     if earlier is not None:
         tokens = earlier.tokens_in(done + more, by_hand.max_steps)
         unbounded = earlier.options(unbounded, tokens)
-        if before.came is not None:
+        if before.came is not None and best.stem == runs.BEST:  # not that of one that was lost
             expected = earlier.expected(before.came, tokens)
             told += describe(before.came, expected)
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
-    changed = replace(before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached)
+    # What came is not known again before its end: the best checkpoint may be another by then.
+    changed = replace(
+        before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached, came=None
+    )
     changed = replace(changed, expected=expected or before.expected, is_of_longer=expected is not None)
     return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
 
@@ -272,7 +275,7 @@ def _move(record: Record, on: str | None) -> Record:
         same = [option for option in record.options if not option.startswith(ACCELERATOR)]
         return replace(record, options=[*same, f"{ACCELERATOR}{on}"])
     others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
-    return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None)
+    return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None, is_of_longer=False)
 
 
 def _processes(count: int) -> list[str]:
@@ -297,6 +300,7 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
         assert before.asked is not None
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
         record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
+        record = replace(record, is_of_longer=False)  # that was one of other minutes
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
         planned = int(value_of(before.options, STEPS) or -1)
         most = by_hand.max_steps or (planned if planned > 0 else None)
@@ -312,9 +316,9 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str], start:
     """Train as ``record`` says, from ``start`` or the last checkpoint; return it with what was expected half-way."""
 
     def begin() -> None:
-        record.write(where)
         if start is not None:  # what was reached since is in the best checkpoint
             write_file(start.with_name(f"{runs.LAST}.ckpt"), start.read_bytes())
+        record.write(where)  # after it: or what is killed between the two would go on from the end of the shorter one
 
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]
     options += _processes_for_rows(record.options, forwarded)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.core.errors import UserError
@@ -53,6 +55,18 @@ class Record:
         run.mkdir(parents=True, exist_ok=True)
         write_file(run / NAME, json.dumps(asdict(self), indent=1).encode())
 
+    def check(self) -> None:
+        """Raise TypeError where a value is of another type than its field, or ValueError where it is not finite."""
+        kinds = get_type_hints(Record) | {"options": list}
+        for name, value in vars(self).items():
+            whole = type(value) is int  # is read of a number that was written by hand
+            if not isinstance(value, kinds[name]) and not (whole and isinstance(float(value), kinds[name])):
+                raise TypeError(name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(name)
+        if not all(isinstance(option, str) for option in self.options):
+            raise TypeError("options")
+
 
 def read_record(run: Path) -> Record | None:
     """Return what was written of a run, or None where it has not begun; UserError where it cannot be read."""
@@ -60,7 +74,9 @@ def read_record(run: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        record.check()
+        return record
     except (ValueError, TypeError):
         raise UserError(f"{path}: is no plan of mmrec train; choose another --run, or delete the run") from None
 
