@@ -16,7 +16,7 @@ from mmrec.model import layer_parameters
 from mmrec.planning import command, longer
 from mmrec.planning.law import LAW
 from mmrec.planning.plan import SHAPES
-from mmrec.planning.record import Record, read_record, seconds_trained
+from mmrec.planning.record import Record, read_intact, read_record, seconds_trained
 from mmrec.training.callbacks.half_way import HalfWay
 from mmrec.training.cli import run_lightning
 
@@ -117,14 +117,14 @@ def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
     def loss(times: float) -> float:
         return LAW.relative_loss(layer_parameters(config), length, times * tokens)
 
-    earlier = longer.Earlier.of(checkpoint, 1, folder)
+    earlier = longer.Earlier.of(read_intact(checkpoint), 1, folder)
     assert earlier is not None
     assert earlier.expected(2.0, 9 * tokens) is None
     monkeypatch.setattr(longer, "FEWEST_TOKENS", 1)
     assert earlier.expected(2.0, earlier.tokens_in(3 * seconds, None)) == pytest.approx(2 * loss(3) / loss(1))
     assert earlier.expected(2.0, earlier.tokens_in(9 * seconds, 12)) == pytest.approx(2 * loss(2) / loss(1))
     assert earlier.expected(2.0, tokens / 2) == 2.0
-    copies = longer.Earlier.of(checkpoint, 2, folder)
+    copies = longer.Earlier.of(read_intact(checkpoint), 2, folder)
     assert copies is not None
     assert copies.tokens == 2 * earlier.tokens
     seconds_of_all = seconds * len(folder.val) / tokens

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmrec.checkpoints import runs
-from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
+from mmrec.checkpoints.checkpoint import read_checkpoint
 from mmrec.core.devices import device_of_accelerator
 from mmrec.core.errors import UserError
 from mmrec.core.files import write_file
@@ -23,7 +23,7 @@ from mmrec.planning.comparison import MOST_SCORED, comparison_seconds
 from mmrec.planning.half_way import HalfWayLine
 from mmrec.planning.longer import Earlier, describe
 from mmrec.planning.machine import check_accelerator, measure_rates, with_processes_that_pay
-from mmrec.planning.options import TrainOptions, split_arguments, value_of
+from mmrec.planning.options import TrainOptions, in_place, split_arguments, value_of
 from mmrec.planning.outcome import best_checkpoint, report
 from mmrec.planning.plan import (
     FORWARD_SHARE,
@@ -35,7 +35,7 @@ from mmrec.planning.plan import (
     fit_options,
     make_plan,
 )
-from mmrec.planning.record import Record, read_record, seconds_trained
+from mmrec.planning.record import Record, read_intact, read_record, seconds_of, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.beginning import Beginning
@@ -205,11 +205,11 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     start = stable if _is_intact(stable) else runs.find_checkpoint(Path(), where.name, runs.LAST)
     best = best_checkpoint(Path(), where.name)
     try:
-        reached = seconds_trained(best)
+        ended = read_intact(best)
     except UserError as error:
         raise UserError(f"{error}; move that file away to go on without it") from None
     # The pace of another device is not known.
-    earlier = None if _is_moved(before, options.on) else Earlier.of(best, by_hand.copies, folder)
+    earlier = None if _is_moved(before, options.on) else Earlier.of(ended, by_hand.copies, folder)
     minutes = options.minutes_or_default
     ending = STARTING + comparison_seconds(minutes)
     if earlier is not None:
@@ -217,7 +217,7 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     done, more = seconds_trained(start), _seconds_left(_deadline(options) - ending)
     told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
     # Who asks for more gets it, however often the text was read.
-    unbounded = [*(option for option in before.options if not option.startswith(MOST_STEPS)), f"{MOST_STEPS}-1"]
+    unbounded = in_place(before.options, [f"{MOST_STEPS}-1"])
     expected = None
     if earlier is not None:
         tokens = earlier.tokens_in(done + more, by_hand.max_steps)
@@ -226,12 +226,20 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
             expected = earlier.expected(before.came, tokens)
             told += describe(before.came, expected)
     print(f"longer      {start}: {more:,.0f} more seconds of training after {done:,.0f}{told}")
-    # What came is not known again before its end: the best checkpoint may be another by then.
-    changed = replace(
-        before, options=unbounded, steps=None, finished=False, half_way=None, reached=reached, came=None
+    record = replace(
+        before,
+        minutes=(done + more) / 60,
+        steps=None,
+        options=unbounded,
+        expected=expected or before.expected,
+        finished=False,
+        asked=minutes,
+        half_way=None,
+        reached=seconds_of(ended),
+        came=None,  # until its end: the best checkpoint may be another by then
+        is_of_longer=expected is not None,
     )
-    changed = replace(changed, expected=expected or before.expected, is_of_longer=expected is not None)
-    return replace(changed, minutes=(done + more) / 60, asked=minutes), start if start == stable else None
+    return record, start if start == stable else None
 
 
 def _told_of_limit(by_hand: ByHand, last: Path) -> str:
@@ -239,7 +247,7 @@ def _told_of_limit(by_hand: ByHand, last: Path) -> str:
     most = by_hand.max_steps
     if most is None:
         return ""
-    made = read_checkpoint(find_intact_checkpoint(last, says=False), mmap=True, verify=False)["global_step"]
+    made = read_intact(last)["global_step"]
     return f"; {STEPS} {most} leaves no more updates than the {made:,} that were made" if most <= made else ""
 
 
@@ -272,10 +280,9 @@ def _move(record: Record, on: str | None) -> Record:
         return record
     print(f"on          {on} instead of {earlier}")
     if not _is_moved(record, on):
-        same = [option for option in record.options if not option.startswith(ACCELERATOR)]
-        return replace(record, options=[*same, f"{ACCELERATOR}{on}"])
-    others = [option for option in record.options if not option.startswith((ACCELERATOR, *PROCESSES))]
-    return replace(record, options=[*others, f"{ACCELERATOR}{on}", *_processes(1)], steps=None, is_of_longer=False)
+        return replace(record, options=in_place(record.options, [f"{ACCELERATOR}{on}"]))
+    options = in_place(record.options, [f"{ACCELERATOR}{on}", *_processes(1)])
+    return replace(record, options=options, steps=None, is_of_longer=False)
 
 
 def _processes(count: int) -> list[str]:
@@ -293,20 +300,29 @@ def _processes_for_rows(planned: Sequence[str], forwarded: Sequence[str]) -> lis
 
 def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptions, by_hand: ByHand) -> Record:
     """Return what is left of a training that was stopped: other minutes than before lengthen it, or shorten it."""
-    done = seconds_trained(last)
+    stopped = read_intact(last)
+    done = seconds_of(stopped)
     record, changed = before, ""
     if None not in (options.minutes, before.asked) and options.minutes != before.asked:
         assert options.minutes is not None
         assert before.asked is not None
         minutes = max(before.minutes + options.minutes - before.asked, (done + LEAST) / 60)
-        record = replace(before, minutes=minutes, steps=None, asked=options.minutes, half_way=None)
-        record = replace(record, is_of_longer=False)  # that was one of other minutes
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
         planned = int(value_of(before.options, STEPS) or -1)
         most = by_hand.max_steps or (planned if planned > 0 else None)
-        earlier = None if _is_moved(before, options.on) else Earlier.of(last, by_hand.copies, folder)
+        kept = before.options
+        earlier = None if _is_moved(before, options.on) else Earlier.of(stopped, by_hand.copies, folder)
         if earlier is not None:
-            record = replace(record, options=earlier.options(before.options, earlier.tokens_in(60 * minutes, most)))
+            kept = earlier.options(kept, earlier.tokens_in(60 * minutes, most))
+        record = replace(
+            before,
+            minutes=minutes,
+            steps=None,
+            options=kept,
+            asked=options.minutes,
+            half_way=None,
+            is_of_longer=False,  # what was expected of a longer one was that of other minutes
+        )
     changed += _told_of_limit(by_hand, last)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
+from mmrec.planning.law import likely_range
 from mmrec.planning.plan import has_words
 from mmrec.planning.record import Record
 from mmrec.training.callbacks.half_way import LATEST, HalfWayScore
@@ -51,7 +51,7 @@ class HalfWayLine:
         """Return the line; None where nothing is known of trainings like this one."""
         if not is_known(score):
             return None
-        expected, low, high = (score.bits_per_byte * END_OVER_HALF * math.exp(part * SPREAD) for part in (0, -1, 1))
+        expected = score.bits_per_byte * END_OVER_HALF
         self.record = replace(self.record, half_way=expected)
         self.record.write(self._run)
-        return f"half-way    {expected:.2f} bits/byte are expected now ({low:.2f} to {high:.2f} two times of three)"
+        return f"half-way    {expected:.2f} bits/byte are expected now {likely_range(expected, SPREAD)}"

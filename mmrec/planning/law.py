@@ -114,3 +114,15 @@ class Law:
 
 LAW = Law(0.6562, 0.0736, 0.4656, 0.1838, 0.5306, 12.1422, 0.0161, 0.29, 0.0767, 0.9434, 0.018, 0.0429)
 """Fitted to docs/planning.csv by scripts/planning_law.py."""
+
+
+def likely_range(expected: float, spread: float, most: float = math.inf) -> str:
+    """Return, for a person, what two of three outcomes lie between.
+
+    Args:
+        expected: bits per byte.
+        spread: of the logarithm of what comes over them.
+        most: more than that is not said.
+    """
+    low, high = (min(most, expected * math.exp(part * spread)) for part in (-1, 1))
+    return f"({low:.2f} to {high:.2f} two times of three)"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.checkpoints.contents import MODEL_KEY
 from mmrec.data.store import TokenFolder
 from mmrec.model import ModelConfig, layer_parameters
 from mmrec.planning.comparison import MOST_SCORED
-from mmrec.planning.law import LAW, Law
+from mmrec.planning.law import LAW, likely_range
+from mmrec.planning.options import in_place
 from mmrec.planning.plan import FORWARD_SHARE, as_arguments, regularization
-from mmrec.planning.record import seconds_trained
+from mmrec.planning.record import seconds_of
 
 SPREAD = 0.023
 """What the logarithm of the outcome is not off by in two of three pairs of trainings of docs/planning-study.md."""
@@ -41,19 +41,18 @@ class Earlier:
     folder: TokenFolder
 
     @staticmethod
-    def of(checkpoint: Path, copies: int, folder: TokenFolder) -> Earlier | None:
+    def of(checkpoint: dict[str, Any], copies: int, folder: TokenFolder) -> Earlier | None:
         """Return what ``checkpoint`` says of it; None where its pace is not known.
 
         Args:
-            checkpoint: of its end.
+            checkpoint: what was read of the one at its end.
             copies: processes that have rows of their own.
             folder: what it is trained on.
         """
-        states = read_checkpoint(find_intact_checkpoint(checkpoint, says=False), mmap=True, verify=False)
-        data, steps, seconds = states["TextDataModule"], int(states["global_step"]), seconds_trained(checkpoint)
+        data, steps, seconds = checkpoint["TextDataModule"], int(checkpoint["global_step"]), seconds_of(checkpoint)
         if not seconds or not steps:
             return None
-        config = ModelConfig.from_dict(states[MODEL_KEY]["shape"])
+        config = ModelConfig.from_dict(checkpoint[MODEL_KEY]["shape"])
         return Earlier(config, steps, copies * data["batch_size"] * data["seq_len"] * steps, seconds, folder)
 
     def tokens_in(self, seconds: float, most_steps: int | None) -> float:
@@ -71,7 +70,7 @@ class Earlier:
         tokens = min(len(self.folder.val), MOST_SCORED)
         return tokens * FORWARD_SHARE * processes * self.seconds / self.tokens
 
-    def expected(self, came: float, tokens: float, law: Law = LAW) -> float | None:
+    def expected(self, came: float, tokens: float) -> float | None:
         """Return the bits per byte that are expected of so many tokens in all; None where too few were read before.
 
         The law says what more tokens take from what came so far: what it is off by on a text is nearly the same
@@ -80,21 +79,18 @@ class Earlier:
         Args:
             came: bits per byte of the checkpoint.
             tokens: in all.
-            law: how the loss falls by them.
         """
         if self.tokens < FEWEST_TOKENS:
             return None
         parameters, text = layer_parameters(self.config), len(self.folder.train)
-        loss, longer = (law.relative_loss(parameters, text, each) for each in (self.tokens, tokens))
+        loss, longer = (LAW.relative_loss(parameters, text, each) for each in (self.tokens, tokens))
         return came * min(1.0, longer / loss)
 
     def options(self, before: Sequence[str], tokens: float) -> list[str]:
         """Return ``before`` with what is done against overfitting where so many tokens are read in all."""
         vocab_size = self.folder.tokenizer.vocab_size
         changed = regularization(self.config, tokens, len(self.folder.train), vocab_size)
-        ours = as_arguments({f"model.{name}": value for name, value in changed.items()})
-        names = tuple(f"{option.partition('=')[0]}=" for option in ours)
-        return [*(option for option in before if not option.startswith(names)), *ours]
+        return in_place(before, as_arguments({f"model.{name}": value for name, value in changed.items()}))
 
 
 def describe(came: float, expected: float | None) -> str:
@@ -103,5 +99,4 @@ def describe(came: float, expected: float | None) -> str:
         return ""
     if expected == came:
         return f"; no better model than that of {came:.2f} bits/byte is expected"
-    low, high = (expected * math.exp(part * SPREAD) for part in (-1, 1))
-    return f"; {expected:.2f} bits/byte are expected ({low:.2f} to {high:.2f} two times of three), {came:.2f} before"
+    return f"; {expected:.2f} bits/byte are expected {likely_range(expected, SPREAD)}, {came:.2f} before"

@@ -102,3 +102,9 @@ def value_of(arguments: Sequence[str], name: str) -> str | None:
         elif arg.startswith(f"{name}="):
             value = arg.partition("=")[2]
     return value
+
+
+def in_place(options: Sequence[str], changed: Sequence[str]) -> list[str]:
+    """Return ``options``, each with its value, with ``changed`` in the place of those of the same names."""
+    names = tuple(f"{option.partition('=')[0]}=" for option in changed)
+    return [*(option for option in options if not option.startswith(names)), *changed]

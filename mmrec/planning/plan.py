@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from mmrec.model import ModelConfig, layer_parameters
-from mmrec.planning.law import LAW, Law
+from mmrec.planning.law import LAW, Law, likely_range
 
 SHAPES = (
     ModelConfig(dim=64, layers=3, layer_types=("short", "long", "short"), heads=2, ffn_dim=128),
@@ -143,9 +143,7 @@ class TrainingPlan:
         if self.rate:
             seconds = min(seconds, self.tokens / self.rate / (1 - VALIDATION_SHARE))
         parameters = layer_parameters(self.config) + self.config.dim * self.text.vocab_size
-        expected, low, high = (
-            min(MOST_EXPECTED, self.expected * math.exp(part * self.spread)) for part in (0, -1, 1)
-        )
+        expected = min(MOST_EXPECTED, self.expected)
         shared = f", by {self.processes} processes" if self.processes > 1 else ""
         copies = f", for each of {self.batches.copies} processes" if self.batches.copies > 1 else ""
         enough = "; to read it more often would not help" if self.steps == most_steps(self.batches, self.text) else ""
@@ -156,7 +154,7 @@ class TrainingPlan:
                 f"training    {self.steps:,} updates of {self.batches.rows} x {self.batches.seq_len} tokens{copies}: "
                 f"{self.tokens / 1e6:.2f} M tokens, {self.epochs:.1f} epochs{shared}{enough}",
                 f"time        {seconds / 60:.1f} minutes of training, and {rest:.0f} seconds before and after it",
-                f"expected    {expected:.2f} bits/byte ({low:.2f} to {high:.2f} two times of three); "
+                f"expected    {expected:.2f} bits/byte {likely_range(self.expected, self.spread, MOST_EXPECTED)}; "
                 f"xz makes {self.text.xz:.2f}",
             ]
         )

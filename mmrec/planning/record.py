@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from mmrec.checkpoints.checkpoint import find_intact_checkpoint, read_checkpoint
 from mmrec.core.errors import UserError
@@ -81,12 +81,18 @@ def read_record(run: Path) -> Record | None:
         raise UserError(f"{path}: is no plan of mmrec train; choose another --run, or delete the run") from None
 
 
-def seconds_trained(checkpoint: Path) -> float:
-    """Return the seconds of training before ``checkpoint``, as its limit of time has counted them.
+def read_intact(checkpoint: Path) -> dict[str, Any]:
+    """Return what ``checkpoint`` holds; of a damaged ``last.ckpt`` the previous one, from which training goes on."""
+    return read_checkpoint(find_intact_checkpoint(checkpoint, says=False), mmap=True, verify=False)
 
-    Where it is a damaged ``last.ckpt``, they are those of the previous one, from which training goes on.
-    """
-    intact = find_intact_checkpoint(checkpoint, says=False)
-    states = read_checkpoint(intact, mmap=True, verify=False)["callbacks"]
-    found = [state for name, state in states.items() if name.startswith("TimeLimit") and state]
+
+def seconds_of(checkpoint: dict[str, Any]) -> float:
+    """Return the seconds of training before what was read of a checkpoint, as its limit of time has counted them."""
+    callbacks = checkpoint["callbacks"]
+    found = [state for name, state in callbacks.items() if name.startswith("TimeLimit") and state]
     return float(found[0]["seconds"]) if found else 0.0
+
+
+def seconds_trained(checkpoint: Path) -> float:
+    """Return the seconds of training before ``checkpoint``, as :func:`read_intact` reads it."""
+    return seconds_of(read_intact(checkpoint))
