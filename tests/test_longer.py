@@ -124,6 +124,7 @@ def test_more_is_expected_of_more_updates_and_nothing_of_a_few(
     assert earlier.expected(2.0, earlier.tokens_in(3 * seconds, None)) == pytest.approx(2 * loss(3) / loss(1))
     assert earlier.expected(2.0, earlier.tokens_in(9 * seconds, 12)) == pytest.approx(2 * loss(2) / loss(1))
     assert earlier.expected(2.0, tokens / 2) == 2.0
+    assert earlier.moved(2.0, tokens, tokens / 2) == pytest.approx(2 * loss(1 / 2) / loss(1))
     copies = longer.Earlier.of(read_intact(checkpoint), 2, folder)
     assert copies is not None
     assert copies.tokens == 2 * earlier.tokens

@@ -13,6 +13,7 @@ from conftest import Command
 from helpers import SMALL, fit, last, load, record
 
 from mmrec.checkpoints.runs import lock_run
+from mmrec.planning import command
 from mmrec.planning.options import value_of
 from mmrec.planning.plan import SHAPES, Candidate, Rate, Text
 from mmrec.planning.record import Record, read_record
@@ -73,7 +74,6 @@ def test_a_longer_training_that_ends_sooner_may_be_better(
 def test_what_came_of_a_training_is_said_after_a_stop_while_it_was_worked_out(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mmrec.planning import command
 
     def stopped(*_: object) -> str:
         raise KeyboardInterrupt
@@ -123,15 +123,32 @@ def test_other_minutes_than_before_count_where_it_was_stopped(
     assert mmrec(*line, "--plan") == 0  # without a number the earlier one holds
     assert "instead of" not in capsys.readouterr().out
     assert mmrec(*line, "--minutes=3", "--plan") == 0
-    assert "are done; 3 minutes instead of 0.2\n" in capsys.readouterr().out
+    assert "are done; 3 minutes instead of 0.2: " in capsys.readouterr().out
     assert not record()["finished"]
     assert mmrec(*line, "--minutes=3", "--trainer.max_steps=40") == 0
+    assert "3 minutes instead of 0.2\n" in capsys.readouterr().out  # how many updates it has by hand nobody knows
     after = record()
     dropouts = [value_of(each["options"], "--model.dropout") for each in (before, after)]
     assert dropouts == ["0.0", "0.1"]  # as of a training that long
     assert (before["asked"], after["asked"]) == (0.2, 3)
     assert after["minutes"] == pytest.approx(before["minutes"] + 2.8)
     assert last("novel")["global_step"] == 40
+
+
+def test_where_other_minutes_count_so_does_what_is_expected_of_them(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL]
+    assert mmrec(*line, "--minutes=0.2", "--trainer.max_steps=8") == 0
+    stopped = record() | {"finished": False, "expected": 4.0}
+    Path("lightning_logs/novel/plan.json").write_text(json.dumps(stopped))
+    capsys.readouterr()
+    monkeypatch.setattr(command, "run_lightning", lambda *_: None)
+    assert mmrec(*line, "--minutes=3") == 0
+    said, expected = capsys.readouterr().out, record()["expected"]
+    assert f"are done; 3 minutes instead of 0.2: {expected:.2f} bits/byte are expected\n" in said
+    assert f"; {expected:.3f} were expected\n" in said
+    assert expected != 4.0
 
 
 def test_another_device_than_before_counts_where_it_was_stopped(
@@ -307,7 +324,6 @@ def test_a_plan_of_which_nothing_came_is_made_anew(
 def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mmrec.planning import command
 
     first, held = Record("elsewhere", 1.0, 7, [], 1.0, 1.0), []
 
@@ -326,7 +342,6 @@ def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
 def test_processes_are_kept_on_a_device_of_another_name(
     monkeypatch: pytest.MonkeyPatch, on: str, processes: str, steps: int | None
 ) -> None:
-    from mmrec.planning import command
 
     monkeypatch.setattr(command, "device_of_accelerator", lambda name: name == "gpu")
     options = ["--trainer.accelerator=auto", "--trainer.devices=2", "--trainer.strategy=cores"]

@@ -310,18 +310,24 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
         changed = f"; {options.minutes:g} minutes instead of {before.asked:g}"
         planned = int(value_of(before.options, STEPS) or -1)
         most = by_hand.max_steps or (planned if planned > 0 else None)
-        kept = before.options
+        kept, expected, knows = before.options, before.expected, False
         earlier = None if _is_moved(before, options.on) else Earlier.of(stopped, by_hand.copies, folder)
         if earlier is not None:
-            kept = earlier.options(kept, earlier.tokens_in(60 * minutes, most))
+            planned_tokens, tokens = (earlier.tokens_in(60 * each, most) for each in (before.minutes, minutes))
+            kept = earlier.options(kept, tokens)
+            knows = by_hand.max_steps is None and (before.reached is None or before.is_of_longer)
+            if knows:
+                expected = min(MOST_EXPECTED, earlier.moved(expected, planned_tokens, tokens))
+                changed += f": {expected:.2f} bits/byte are expected"
         record = replace(
             before,
             minutes=minutes,
             steps=None,
             options=kept,
+            expected=expected,
             asked=options.minutes,
             half_way=None,
-            is_of_longer=False,  # what was expected of a longer one was that of other minutes
+            is_of_longer=before.is_of_longer and knows,  # else it is that of other minutes
         )
     changed += _told_of_limit(by_hand, last)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")

@@ -80,11 +80,13 @@ class Earlier:
             came: bits per byte of the checkpoint.
             tokens: in all.
         """
-        if self.tokens < FEWEST_TOKENS:
-            return None
+        return None if self.tokens < FEWEST_TOKENS else min(came, self.moved(came, self.tokens, tokens))
+
+    def moved(self, loss: float, before: float, now: float) -> float:
+        """Return what becomes of the ``loss`` of a training of ``before`` tokens in all where it reads ``now``."""
         parameters, text = layer_parameters(self.config), len(self.folder.train)
-        loss, longer = (LAW.relative_loss(parameters, text, each) for each in (self.tokens, tokens))
-        return came * min(1.0, longer / loss)
+        was, becomes = (LAW.relative_loss(parameters, text, tokens) for tokens in (before, now))
+        return loss * becomes / was
 
     def options(self, before: Sequence[str], tokens: float) -> list[str]:
         """Return ``before`` with what is done against overfitting where so many tokens are read in all."""
