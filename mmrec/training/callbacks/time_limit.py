@@ -20,7 +20,7 @@ CHECK_EVERY = 10
 WARM_UP = 3
 """First updates of a process, which are slower than those that follow."""
 MOST_MINUTES = 60 * 24 * 3650
-TOO_LATE, TOO_EARLY = 0.02, 0.05
+TOO_LATE, TOO_EARLY = 0.02, 0.03
 """Shares of the time by which a plan may miss its end before another takes its place."""
 UNSEEN = 0.06
 """Share of the time that a plan leaves to validations; before the first it only seems to end too early by that."""
