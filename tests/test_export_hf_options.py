@@ -1,21 +1,16 @@
 """Every option by which programs call a causal model of transformers: the right result, or one clear error."""
 
-# ruff: noqa: RUF001 -- the dotless letter is a letter
-
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from hf_exports import PROMPTS, close, exports, fast, folders, greedy, ids_of, model, no_gradients
 from models import made
-from test_export_hf import exported, folders
+from test_export_hf import exported
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel
@@ -24,45 +19,7 @@ from mmrec.export.hf import saving
 from mmrec.model import LAYER_TYPES, ModelConfig
 from mmrec.tokenizers import ByteTokenizer, CharacterTokenizer
 
-__all__ = ["folders"]  # a fixture that every test here takes
-
-PROMPTS = ["the the the, then", "ere", "Iğdır", "and"]
-
-
-@pytest.fixture
-def exports(tmp_path: Path) -> tuple[LoadedModel, Any, Any]:
-    trained = made(ByteTokenizer())
-    return trained, *exported(trained, tmp_path / "out")
-
-
-@pytest.fixture
-def model(exports: tuple[LoadedModel, Any, Any]) -> Any:
-    return exports[1]
-
-
-@pytest.fixture
-def fast(exports: tuple[LoadedModel, Any, Any]) -> Any:
-    return exports[2]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def ids_of(fast: Any, text: str) -> Tensor:
-    ids: Tensor = fast(text, return_tensors="pt").input_ids
-    return ids
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def greedy(model: Any, *args: Any, **options: Any) -> Tensor:
-    written: Tensor = model.generate(*args, max_new_tokens=12, do_sample=False, **options)[:, -12:]
-    return written
+__all__ = ["exports", "fast", "folders", "model", "no_gradients"]  # fixtures
 
 
 # Labels and padding
@@ -173,137 +130,6 @@ def test_the_character_that_the_alphabet_lacks_is_named(tmp_path: Path) -> None:
         fast("abç")
 
 
-# The state as a cache
-
-
-def test_a_loop_of_one_s_own_is_generate(model: Any, fast: Any) -> None:
-    from mmrec.export.hf import StateCache
-
-    ids = ids_of(fast, PROMPTS[0])
-    expected = greedy(model, ids)[0].tolist()
-    for cache in (None, StateCache()):
-        part, written, reached = ids, [], cache
-        for _ in range(12):
-            output = model(part, past_key_values=reached, use_cache=True)
-            assert cache is None or output.past_key_values is cache
-            reached, part = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            written.append(int(part))
-        assert written == expected
-
-
-def test_caches_of_keys_and_values_are_refused(model: Any) -> None:
-    from transformers import DynamicCache, StaticCache
-
-    ids = torch.tensor([[1, 2, 3]])
-    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=9), (), ((1, 2),)):
-        with pytest.raises(TypeError, match=f"past_key_values is a {type(cache).__name__}"):
-            model(ids, past_key_values=cache)
-    with pytest.raises(TypeError, match="DynamicCache"):
-        model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
-
-
-def test_a_prompt_is_read_once_for_many_continuations(model: Any, fast: Any) -> None:
-    from mmrec.export.hf import StateCache
-
-    prefix, ends = ids_of(fast, PROMPTS[0]), [ids_of(fast, end) for end in ("a", "bcd")]
-    kept = StateCache()
-    model(prefix, past_key_values=kept)
-    for end in ends:
-        whole = torch.cat([prefix, end], dim=1)
-        cache = copy.deepcopy(kept)
-        assert greedy(model, whole, past_key_values=cache).tolist() == greedy(model, whole).tolist()
-        assert cache.get_seq_length() == whole.shape[1] + 11
-        close(model(end, past_key_values=copy.deepcopy(kept)).logits, model(whole).logits[:, prefix.shape[1] :])
-    before = [part.clone() for layer in kept.state or [] for part in layer]
-    assert model(ends[0], past_key_values=kept, use_cache=False).past_key_values is None
-    assert all(map(torch.equal, before, (part for layer in kept.state or [] for part in layer)))
-
-
-def test_a_cache_of_other_rows_is_refused_and_can_be_repeated(model: Any, fast: Any) -> None:
-    from mmrec.export.hf import StateCache
-
-    cache, ids = StateCache(), ids_of(fast, PROMPTS[0])
-    model(ids, past_key_values=cache)
-    more = torch.tensor([[1], [2], [1]])
-    with pytest.raises(ValueError, match="past_key_values has 1 rows and the input 3"):
-        model(more, past_key_values=cache)
-    cache.batch_repeat_interleave(3)
-    logits = model(more, past_key_values=cache).logits
-    close(logits[0], logits[2])
-    close(logits[1, 0], model(torch.cat([ids, more[1:2]], dim=1)).logits[0, -1])
-    cache.batch_select_indices(torch.tensor([1]))
-    assert cache.rows == 1
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(3)
-    cache.reset()
-    close(model(ids, past_key_values=cache).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("keep", [0, 1, 5])
-def test_a_conversation_in_padded_turns_is_each_text_alone(model: Any, fast: Any, side: str, keep: int) -> None:
-    from mmrec.export.hf import StateCache
-
-    turns = [["the the", "e", "Iğ"], ["", "and then", "a"], ["t", "", "ılık"]]
-    cache, texts = StateCache(), [""] * 3
-    for turn in turns:
-        texts = [text + more for text, more in zip(texts, turn, strict=True)]
-        batch = fast(turn, padding=True, padding_side=side, return_tensors="pt")
-        output = model(**batch, past_key_values=cache, logits_to_keep=keep)
-        for row, text in enumerate(texts):
-            alone = model(ids_of(fast, text))
-            close(output.logits[row, -1], alone.logits[0, -1])
-            for mine, theirs in zip(cache.state or [], alone.past_key_values.state, strict=True):
-                for a, b in zip(mine, theirs, strict=True):
-                    close(a[row : row + 1], b)
-
-
-def test_long_padded_prompts_take_constant_memory(tmp_path: Path, exports: tuple[LoadedModel, Any, Any]) -> None:
-    """Two prompts of 40,000 and 39,999 tokens, against two of 4,000: not ten times the memory, but hardly more."""
-    program = """
-import resource, sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
-def read(length):
-    ids = torch.randint(256, (2, length))
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    with torch.no_grad():
-        output = model(ids, attention_mask=mask, logits_to_keep=1)
-        output = model(ids, attention_mask=mask, logits_to_keep=1, past_key_values=output.past_key_values)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-short = read(4000)
-print((read(40_000) - short) // 1024)
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 60
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_chunks_of_any_length_give_the_same(
-    model: Any, fast: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.double()  # the order of float32 sums depends on the chunks
-    batch = fast([prompt * 3 for prompt in PROMPTS], padding=True, return_tensors="pt")
-    whole = model(**batch, output_hidden_states=True)
-    on = model(**batch, past_key_values=copy.deepcopy(whole.past_key_values))
-    monkeypatch.setattr("mmrec.export.hf.padding.READ_CHUNK", chunk)
-    parts = model(**batch, output_hidden_states=True)
-    for one, other in zip((whole.logits, *whole.hidden_states), (parts.logits, *parts.hidden_states), strict=True):
-        close(one, other)
-    close(on.logits, model(**batch, past_key_values=parts.past_key_values).logits)
-    for keep in (1, 7):
-        close(model(**batch, logits_to_keep=keep).logits, whole.logits[:, -keep:])
-
-
 # Embeddings, hidden states, attention
 
 
@@ -383,128 +209,6 @@ def test_texts_packed_into_a_row_are_read_each_alone(model: Any, fast: Any) -> N
         at += ids.shape[1]
         total, count = total + float(alone.loss) * (ids.shape[1] - 1), count + ids.shape[1] - 1
     assert float(packed.loss) == pytest.approx(total / count, rel=1e-5)
-
-
-# generate, and the pipeline
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_beams_of_a_padded_batch_are_those_of_each_text(model: Any, fast: Any, side: str) -> None:
-    batch = fast(PROMPTS, padding=True, padding_side=side, return_tensors="pt")
-    together = greedy(model, **batch, num_beams=3, num_return_sequences=2)
-    for row, prompt in enumerate(PROMPTS):
-        alone = greedy(model, ids_of(fast, prompt), num_beams=3, num_return_sequences=2)
-        assert together[2 * row : 2 * row + 2].tolist() == alone.tolist()
-
-
-def test_several_sequences_of_one_prompt(model: Any, fast: Any) -> None:
-    torch.manual_seed(0)
-    written = model.generate(ids_of(fast, "the"), max_new_tokens=8, do_sample=True, num_return_sequences=5)
-    assert written.shape == (5, 11)
-    assert len({tuple(row) for row in written.tolist()}) > 1
-    for row in written:
-        scores = model(row[None]).logits
-        close(scores[0, :3], model(ids_of(fast, "the")).logits[0])
-
-
-def test_assistants_are_refused(model: Any, fast: Any) -> None:
-    ids = ids_of(fast, "the")
-    for options in ({"assistant_model": copy.deepcopy(model)}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="not supported with stateful models"):
-            model.generate(ids, max_new_tokens=4, **options)
-
-
-def test_a_prompt_read_in_the_library_s_chunks(model: Any, fast: Any) -> None:
-    from mmrec.export.hf import StateCache
-
-    batch = fast(PROMPTS, padding=True, return_tensors="pt")
-    with pytest.raises(ValueError, match="prefill chunking without a cache"):
-        greedy(model, **batch, prefill_chunk_size=4)
-    chunked = greedy(model, **batch, prefill_chunk_size=4, past_key_values=StateCache())
-    assert chunked.tolist() == greedy(model, **batch).tolist()
-
-
-def test_the_pipeline(model: Any, fast: Any) -> None:
-    from transformers import pipeline
-
-    writer = pipeline("text-generation", model=model, tokenizer=fast)
-    options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
-    alone = [writer(prompt, **options)[0]["generated_text"] for prompt in PROMPTS]
-    together = [one[0]["generated_text"] for one in writer(PROMPTS, batch_size=4, **options)]
-    assert together == alone
-    with pytest.raises(ValueError, match=r"empty text|bos_token_id"):
-        writer("", **options)
-
-
-@pytest.mark.slow
-def test_the_library_s_trainer_trains_evaluates_and_resumes(model: Any, fast: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-
-    texts = [fast(prompt) for prompt in PROMPTS * 3]
-    fast.padding_side = "right"
-
-    def vocabulary(scored: Any) -> dict[str, float]:
-        return {"vocabulary": float(scored.predictions.shape[-1])}
-
-    def trainer(epochs: int, accumulate: int = 2) -> Any:
-        options = TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=accumulate,
-            num_train_epochs=epochs,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        collator = DataCollatorForLanguageModeling(fast, mlm=False)
-        return Trainer(
-            model,
-            options,
-            train_dataset=texts,
-            eval_dataset=texts,
-            data_collator=collator,
-            compute_metrics=vocabulary,
-        )
-
-    with torch.enable_grad():
-        before = trainer(1).evaluate()["eval_loss"]
-        trainer(2).train()
-        resumed = trainer(4)
-        resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 12
-    after = resumed.evaluate()
-    assert after["eval_loss"] < before
-    assert after["eval_vocabulary"] == 256
-    assert resumed.predict(texts).predictions.shape == (12, max(len(text.input_ids) for text in texts), 256)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-12", trust_remote_code=True)
-    ids = ids_of(fast, "the")
-    assert torch.equal(saved(ids).logits, model.eval()(ids).logits)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_larger_vocabulary_is_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    trained = made(ByteTokenizer(), ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, tie_embeddings=tied))
-    model, fast = exported(trained, tmp_path / "out")
-    batch = fast(PROMPTS, padding=True, return_tensors="pt")
-    before, loss = model(**batch).logits, model(**batch, labels=batch.input_ids).loss
-    model.resize_token_embeddings(len(fast), mean_resizing=False)
-    assert model.config.vocab_size == len(fast) == 257
-    after = model(**batch)
-    close(after.logits[..., :256], before)
-    model.save_pretrained(tmp_path / "again")
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert torch.equal(again(**batch).logits, after.logits)
-    assert (again.net.head.weight is again.net.embedding.weight) == tied
-    # The padding token is now one of the model's: the mask still says what is padding.
-    more = float(model(**batch, labels=batch.input_ids).loss)
-    assert more == pytest.approx(float(loss), abs=0.2)
-    assert float(model(ids_of(fast, "the")).logits.std()) > 0
 
 
 def test_in_float64_the_state_is_too(model: Any) -> None:
