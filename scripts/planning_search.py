@@ -7,9 +7,9 @@ less.
     python scripts/planning_search.py data/plays data/manual --seconds 60
 
 Rows that the table holds already are not trained again. What is added to them reads as many tokens as they did; with
-another model or other batches as many more or fewer as these are faster or slower than the plan's, both tried one
-after the other, since what else runs on a machine changes its pace. The regret of the plan on a text is what it needs
-in bits per byte above the best of the search, as a share of that.
+another model, other batches or another loss as many more or fewer as these are faster or slower than the plan's, both
+tried one after the other, since what else runs on a machine changes its pace. The regret of the plan on a text is
+what it needs in bits per byte above the best of the search, as a share of that.
 """
 
 from __future__ import annotations
@@ -84,12 +84,26 @@ INSTEAD_OF_PLAN = 0.05
 
 @dataclass(frozen=True)
 class Arm:
-    """One training of the search: a name for what is changed, the model, its batches, options of ``mmrec fit``."""
+    """One training of the search.
+
+    Attributes:
+        change: name for what is changed.
+        config: of the model.
+        batches: of its updates.
+        options: of ``mmrec fit``.
+        second_token: whether the token after the next one is learned, too; None for as the plan has it.
+    """
 
     change: str
     config: ModelConfig
     batches: Batches
     options: tuple[str, ...] = ()
+    second_token: bool | None = None
+
+    @property
+    def paced(self) -> tuple[ModelConfig, Batches, bool | None]:
+        """What its pace depends on."""
+        return self.config, self.batches, self.second_token
 
 
 def arms(plan: TrainingPlan) -> Iterator[Arm]:
@@ -112,7 +126,7 @@ def arms(plan: TrainingPlan) -> Iterator[Arm]:
         options = (f"--model.dropout={share}", f"--model.weight_decay={decay}")
         yield Arm(f"dropout {share:g}", plan.config, plan.batches, options)
     second, weight = ("no second token", 0.0) if has_second_token(plan.text) else ("second token", 0.3)
-    yield Arm(second, plan.config, plan.batches, (f"--model.mtp_loss_weight={weight}",))
+    yield Arm(second, plan.config, plan.batches, (f"--model.mtp_loss_weight={weight}",), weight > 0)
     yield Arm("cosine", plan.config, plan.batches, ("--model.schedule=cosine",))
     for name, rows_of in (("half the rows", plan.batches.rows // 2), ("twice the rows", plan.batches.rows * 2)):
         batches = replace(
@@ -152,20 +166,20 @@ def search(
     text, name = describe_text(opened), digest(opened)
     trained = {row["change"]: row for row in rows(table) if (row["sha256"], row["seconds"]) == (name, f"{seconds:g}")}
     plan = planned_before(trained, text) or plan_by_trials(text, seconds)
-    steps = {(plan.config, plan.batches): plan.steps}
+    steps = {(plan.config, plan.batches, None): plan.steps}
     for arm in arms(plan):
         if arm.change in trained:
-            steps.setdefault((arm.config, arm.batches), int(trained[arm.change]["tokens"]) // arm.batches.tokens)
+            steps.setdefault(arm.paced, int(trained[arm.change]["tokens"]) // arm.batches.tokens)
     for arm in arms(plan):
         key = {"sha256": name, "seconds": f"{seconds:g}", "change": arm.change, "seed": str(seed)}
         if is_there(table, key) or (changes is not None and arm.change not in changes):
             continue
         curve = curves and curves / f"{folder.name}-{arm.change.replace(' ', '_')}-{seconds:g}-{seed}.csv"
-        if (arm.config, arm.batches) not in steps:
-            pace = rate(plan.config, text, plan.batches)  # now: that of the plan's own trial may have been another
-            tokens = plan.tokens * rate(arm.config, text, arm.batches) / pace
-            steps[arm.config, arm.batches] = max(1, int(tokens / arm.batches.tokens))
-        changed = replace(plan, config=arm.config, batches=arm.batches, steps=steps[arm.config, arm.batches])
+        if arm.paced not in steps:
+            pace = rate(text, plan.config, plan.batches)  # now: that of the plan's own trial may have been another
+            tokens = plan.tokens * rate(text, *arm.paced) / pace
+            steps[arm.paced] = max(1, int(tokens / arm.batches.tokens))
+        changed = replace(plan, config=arm.config, batches=arm.batches, steps=steps[arm.paced])
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         reached = bits_per_byte(folder, changed, seed, arm.options, curve)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -184,19 +198,21 @@ def search(
         )
 
 
-def rate(config: ModelConfig, text: Text, batches: Batches) -> float:
-    """Return the tokens that a second of the processor trains on."""
-    return batches.tokens / seconds_per_update(Candidate(config, batches), text, "cpu", 3.0, time.process_time)
+def rate(text: Text, config: ModelConfig, batches: Batches, second_token: bool | None = None) -> float:
+    """Return the tokens that a second of the processor trains on; of the second token see :class:`Arm`."""
+    return batches.tokens / seconds_per_update(
+        Candidate(config, batches), text, "cpu", 3.0, time.process_time, second_token=second_token
+    )
 
 
 def plan_by_trials(text: Text, seconds: float) -> TrainingPlan:
     """Return the plan of a text that has no row yet."""
     candidates = [Candidate.of(config, text) for config in shapes_for(text)[:5]]
-    plan = make_plan(text, [Rate(each, rate(each.config, text, each.batches)) for each in candidates], seconds)
+    plan = make_plan(text, [Rate(each, rate(text, each.config, each.batches)) for each in candidates], seconds)
     larger = Candidate.of(plan.config, text, plan.tokens)
     if larger.batches == plan.batches:
         return plan
-    return make_plan(text, [Rate(larger, rate(larger.config, text, larger.batches))], seconds)
+    return make_plan(text, [Rate(larger, rate(text, larger.config, larger.batches))], seconds)
 
 
 def planned_before(trained: dict[str, dict[str, str]], text: Text) -> TrainingPlan | None:

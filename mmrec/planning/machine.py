@@ -51,10 +51,11 @@ def seconds_per_update(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     processes: int = 1,
+    second_token: bool | None = None,
 ) -> float:
     """Return the seconds that an update takes: forward, backward and optimizer, the median of a few, and the loop.
 
-    The objective is the one that a plan has: with the confidence penalty, and the second token where it has that.
+    The objective is the one that a plan has, with the confidence penalty.
 
     Args:
         candidate: the model, and what a process has of its batches.
@@ -63,6 +64,7 @@ def seconds_per_update(
         seconds: that the trial may take, beyond the first updates.
         clock: of the seconds; that of the processor leaves out what other programs take.
         processes: that compute at once, each on such batches.
+        second_token: whether the token after the next one is learned, too; None for as a plan has it.
     """
     config, batches = candidate.config, candidate.batches
     use_threads(config.dim, batches.rows * batches.seq_len, processes)  # as the training will
@@ -70,7 +72,8 @@ def seconds_per_update(
     random = torch.random.get_rng_state()
     try:
         net = RecurrentLM(config, text.vocab_size).to(device)
-        second = MTPHead(config.dim).to(device) if has_second_token(text) else None
+        has_second = has_second_token(text) if second_token is None else second_token
+        second = MTPHead(config.dim).to(device) if has_second else None
         tokens = torch.randint(text.vocab_size, (batches.rows, batches.seq_len + 1)).to(device)
     finally:
         torch.random.set_rng_state(random)
