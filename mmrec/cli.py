@@ -172,7 +172,7 @@ def _dispatch(name: str, *typed: str) -> None:
         raise UserError("the current folder is no longer there; change to one that is") from None
     for arg in (name, *args):
         if not is_unicode(arg):
-            raise UserError(f"the argument {arg!a} is not UTF-8; rename what it names")
+            raise UserError(f"the argument {arg!a} is not UTF-8; give it in UTF-8, and rename a file that it names")
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     command = COMMANDS[name]

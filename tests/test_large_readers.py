@@ -407,6 +407,12 @@ def test_the_reader_of_a_name(name: str, reader: str | None) -> None:
     assert reader_of(f"folder.with.dots/{name}") == reader
 
 
+def test_a_packed_file_says_in_its_name_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(UserError, match=r"1 packed, and not named after what it holds, as NAME\.txt\.gz\): a\.gz"):
+        find_shards(None, [str(tmp_path / "a.gz")])
+
+
 def test_a_file_that_is_named_twice_is_one_shard(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("a", "b"):

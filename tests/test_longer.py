@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
-from helpers import BATCH, SMALL, checkpoints, fit, record
+from helpers import BATCH, SMALL, checkpoints, fit, last, record
 from lightning.pytorch import Callback
 
 from mmrec.checkpoints.loading import load_model
@@ -53,7 +53,7 @@ def test_a_longer_training_says_what_is_expected_of_it(
     assert [HalfWay in each for each in added] == [True, False]  # at its begin more is known than half-way
 
 
-def test_what_came_before_is_not_taken_for_what_came_of_a_training_that_was_killed_at_its_end(
+def test_a_training_that_was_killed_at_its_end_is_scored_and_not_taken_for_the_one_before(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def killed(*_: object) -> tuple[float, str]:
@@ -67,9 +67,15 @@ def test_what_came_before_is_not_taken_for_what_came_of_a_training_that_was_kill
         patched.setattr(command, "report", killed)
         assert mmrec(*line, "--trainer.max_steps=8") == 2
     assert record()["came"] is None
+    assert not record()["finished"]
+    expected = record()["expected"]
     capsys.readouterr()
-    assert mmrec(*line, "--trainer.max_steps=12") == 0
-    assert "were expected of a training of another length" in capsys.readouterr().out
+    assert mmrec(*line, "--trainer.max_steps=8") == 0  # says what came of it, before it trains for longer
+    said = capsys.readouterr().out
+    assert "resumed     " in said
+    assert f"; {expected:.3f} were expected\n" in said
+    assert record()["finished"]
+    assert last("novel")["global_step"] == 8
     (checkpoints("novel") / "best.ckpt").unlink()
     assert mmrec(*line, "--plan", "--trainer.max_steps=16") == 0
     assert "expected" not in capsys.readouterr().out  # what came was of the one that is gone

@@ -205,10 +205,21 @@ def test_the_api(trained: str, text: str, tmp_path: Path) -> None:
     assert other.generate(length=30, temperature=0) == written
     other.memory = SavedState.empty(other._trained.net)
     assert "".join(other.stream(text[:3000], 30, temperature=0)) == written
-    for wrong in ({"top_p": 0}, {"top_k": -1}, {"temperature": float("nan")}, {"length": -1}, {"seed": 1 << 64}):
+    for wrong in (
+        {"top_p": 0},
+        {"top_k": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"length": -1},
+        {"seed": 1 << 64},
+    ):
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name} is "):
             model.generate(**wrong)
+    with pytest.raises(
+        TypeError, match=r"the text is of type PosixPath; give a str, as Path\(\.\.\.\)\.read_text\(\)"
+    ):
+        model.read(tmp_path / "x.mem")  # type: ignore[arg-type]
 
 
 def test_a_byte_order_mark_is_not_read(mmrec: Command, trained: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +240,7 @@ def test_a_byte_order_mark_is_not_read(mmrec: Command, trained: str, capsys: pyt
         (["read", "greek.txt", "--save", "x.mem"], "is not in the alphabet"),
         (["score", "one.txt"], "a single token, which nothing predicts"),
         (["generate", "--memory", "nothing.mem"], "nothing.mem: no such file"),
+        (["generate", "--memory", "."], ".: is no file"),
         (["generate", "--memory", "one.txt"], "one.txt: is not a readable memory"),
         (["generate", "--memory", "other.mem"], "other.mem: is the memory of another model than lightning_logs/"),
         (["generate", "--prompt", ""], "--prompt is ''; it must not be empty"),

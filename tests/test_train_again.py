@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
-from helpers import SMALL, fit, last, load, record
+from helpers import SMALL, checkpoints, fit, last, load, record
 
 from mmrec.checkpoints.runs import lock_run
 from mmrec.planning import command
@@ -56,6 +57,44 @@ def test_a_longer_training_that_is_refused_leaves_all_checkpoints(
     assert mmrec(*line) == 2
     assert "move that file away to go on without it" in capsys.readouterr().err
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_longer_training_keeps_what_it_came_to_where_the_best_is_gone(mmrec: Command, novel: Path) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    ended = last("novel")["state_dict"]
+    checkpoints("novel").joinpath("best.ckpt").unlink()
+    spoiled = ["--trainer.max_steps=12", "--model.learning_rate=9", "--model.min_lr_ratio=1"]
+    assert mmrec(*line, *spoiled) == 0
+    kept = load(checkpoints("novel") / "best.ckpt")
+    assert kept["global_step"] == 8
+    assert all(torch.equal(kept["state_dict"][name], weight) for name, weight in ended.items())
+
+
+def test_a_longer_training_needs_no_last_checkpoint(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", novel, *SMALL, "--trainer.val_check_interval=4"]
+    assert mmrec(*line, "--trainer.max_steps=8") == 0
+    for name in ("last", "previous"):
+        checkpoints("novel").joinpath(f"{name}.ckpt").unlink(missing_ok=True)
+    assert mmrec(*line, "--plan") == 0
+    assert "longer      lightning_logs/novel/checkpoints/stable.ckpt" in capsys.readouterr().out
+    checkpoints("novel").joinpath("stable.ckpt").unlink()
+    assert mmrec(*line) == 2
+    assert "no last.ckpt in lightning_logs/novel/checkpoints; take best, or another --run" in capsys.readouterr().err
+
+
+def test_a_config_of_the_run_that_is_none_is_named(
+    mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mmrec("train", novel, *SMALL, "--trainer.max_steps=8") == 0
+    config = Path("lightning_logs/novel/config.yaml")
+    for content in ("", "[1", "a"):
+        config.write_text(content)
+        for line in (["train", novel], ["fit", "--run=novel", "--ckpt_path=last"], ["validate", "--ckpt_path=best"]):
+            assert mmrec(*line) == 2
+            assert f"{config}: is not the config of a run; put back" in capsys.readouterr().err
 
 
 def test_a_longer_training_that_ends_sooner_may_be_better(
@@ -197,6 +236,29 @@ def test_stopped_and_typed_again_it_ends_as_if_it_had_not_been(
     whole, stopped = last("whole"), last("novel")
     assert stopped["global_step"] == 8
     assert all(whole["state_dict"][name].equal(stopped["state_dict"][name]) for name in whole["state_dict"])
+
+
+def test_after_the_training_a_signal_ends_the_command_as_before_it(
+    mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+    before, while_scoring = handlers(), list[Any]()
+
+    def stopped(*_: object) -> tuple[float, str]:
+        while_scoring.extend(handlers())
+        raise KeyboardInterrupt
+
+    line = ["train", novel, *SMALL, "--trainer.max_steps=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "report", stopped)
+        assert mmrec(*line) == 130
+    assert while_scoring == before
+    assert not record()["finished"]  # the same line says what came of it
+    assert mmrec(*line) == 0
+    assert record()["finished"]
+    assert last("novel")["global_step"] == 2
 
 
 def test_a_text_that_has_changed_is_trained_on_by_a_run_of_its_own(

@@ -78,7 +78,7 @@ def read_metadata(path: Path, file_format: FileFormat) -> dict[str, str]:
 
 def _open(path: Path, file_format: FileFormat, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'is no file' if path.exists() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

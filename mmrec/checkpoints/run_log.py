@@ -10,11 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmrec.checkpoints.runs import BEST, CHECKPOINTS, CONFIG, HISTORY, LAST, PREVIOUS
-from mmrec.core.errors import UserError
+from mmrec.checkpoints.runs import BEST, CHECKPOINTS, CONFIG, HISTORY, LAST, PREVIOUS, read_config
 
 Curve = dict[int, float]
 """Values by the number of updates after which they were taken, in order."""
@@ -94,13 +92,7 @@ def read_run(folder: Path) -> Run:
     board.Reload()
     tags = board.Tags()
     times = [board.Scalars(tag)[-1].wall_time for tag in tags["scalars"]]
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: is not the config of a run")
+    config, text = read_config(folder / CONFIG)
     sample = "sample/text_summary"
     texts = _by_updates(board.Tensors, sample) if sample in tags["tensors"] else {}
     return Run(

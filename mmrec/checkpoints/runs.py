@@ -6,7 +6,9 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from mmrec.checkpoints.hub import EXPORTED, download_model, is_on_hub
@@ -100,9 +102,11 @@ def find_checkpoint(root: Path, run: str | None, which: str) -> Path:
         if which == LAST and not path.exists() and (folder / f"{PREVIOUS}.ckpt").exists():
             return folder / f"{PREVIOUS}.ckpt"
         if not path.exists():
-            why = "; no validation had a finite loss yet, or --best.save_top_k is 0: take last"
-            hint = why if which == BEST else ""
-            raise UserError(f"no {which}.ckpt in {folder}{hint}")
+            why = {
+                BEST: "no validation had a finite loss yet, or --best.save_top_k is 0: take last",
+                LAST: "take best, or another --run",
+            }
+            raise UserError(f"no {which}.ckpt in {folder}; {why[which]}")
         return path
     path = Path(which)
     if path.is_dir() and path.suffix != ".ckpt":  # such a folder is a checkpoint in shards
@@ -169,6 +173,18 @@ class CheckpointOptions:
     def path(self) -> Path:
         """Return its path; UserError where there is none."""
         return find_checkpoint(self.root, self.run, self.ckpt)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], str]:
+    """Return what the config of a run says, and its text; UserError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not the config of a run; put back the one that was written, or move it away")
+    return config, text
 
 
 def find_folder(root: Path, run: str) -> Path:

@@ -125,6 +125,8 @@ class MemoryLM:
 
 
 def _check_text(text: str) -> None:
-    """Raise UserError where ``text`` holds what no encoding has."""
+    """Raise TypeError where ``text`` is none, or UserError where it holds what no encoding has."""
+    if not isinstance(text, str):
+        raise TypeError(f"the text is of type {type(text).__name__}; give a str, as Path(...).read_text() returns")
     if not is_unicode(text):
         raise UserError("the text holds half a surrogate pair; decode it with errors='replace', or leave that out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, good, rule in (
             ("length", self.length >= 0, "it must be at least 0"),
-            ("temperature", self.temperature >= 0, "it must be at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "it must be at least 0, and finite"),
             ("top_k", self.top_k >= 0, "it must be at least 0"),
             ("top_p", 0 < self.top_p <= 1, "it must lie above 0 and be at most 1"),
             ("seed", -(2**63) <= self.seed < 2**64, "it must be a whole number of 64 bits"),

@@ -89,15 +89,11 @@ def train(args: Sequence[str]) -> None:
     run = where.name
     if options.plan:
         return
-    record = replace(_fit(record, where, run, forwarded, start), finished=True)
-    record.write(where)
-    try:
-        came, said = report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default))
-        replace(record, came=came).write(where)
-        print(f"\n{said}")
-    except KeyboardInterrupt:
-        replace(record, finished=False).write(where)  # the same line says what came of it, instead of training on
-        raise
+    record = _fit(record, where, run, forwarded, start)
+    came, said = report(run, folder, record, comparison_seconds(record.asked or options.minutes_or_default))
+    print(f"\n{said}")
+    # Not before: where this is stopped or killed, the same line says what came of it, instead of training on.
+    replace(record, finished=True, came=came).write(where)
 
 
 def _deadline(options: TrainOptions) -> float:
@@ -215,7 +211,7 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     if earlier is not None:
         ending += earlier.scoring_seconds(by_hand.processes or int(value_of(before.options, PROCESSES[0]) or 1))
     done, more = seconds_trained(start), _seconds_left(_deadline(options) - ending)
-    told = _told_of_limit(by_hand, runs.find_checkpoint(Path(), where.name, runs.LAST))
+    told = _told_of_limit(by_hand, where.name)
     # Who asks for more gets it, however often the text was read.
     unbounded = in_place(before.options, [f"{MOST_STEPS}-1"])
     expected = None
@@ -242,12 +238,12 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     return record, start if start == stable else None
 
 
-def _told_of_limit(by_hand: ByHand, last: Path) -> str:
-    """Return what is to be said of a limit of the updates that were made before the checkpoint ``last`` already."""
+def _told_of_limit(by_hand: ByHand, run: str) -> str:
+    """Return what is to be said of a limit of the updates that were made before the last checkpoint already."""
     most = by_hand.max_steps
     if most is None:
         return ""
-    made = read_intact(last)["global_step"]
+    made = read_intact(runs.find_checkpoint(Path(), run, runs.LAST))["global_step"]
     return f"; {STEPS} {most} leaves no more updates than the {made:,} that were made" if most <= made else ""
 
 
@@ -329,7 +325,7 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
             half_way=None,
             is_of_longer=before.is_of_longer and knows,  # else it is that of other minutes
         )
-    changed += _told_of_limit(by_hand, last)
+    changed += _told_of_limit(by_hand, _place(options, folder.folder).name)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record
 
@@ -338,8 +334,11 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str], start:
     """Train as ``record`` says, from ``start`` or the last checkpoint; return it with what was expected half-way."""
 
     def begin() -> None:
-        if start is not None:  # what was reached since is in the best checkpoint
-            write_file(start.with_name(f"{runs.LAST}.ckpt"), start.read_bytes())
+        last, best = (where / runs.CHECKPOINTS / f"{name}.ckpt" for name in (runs.LAST, runs.BEST))
+        if record.reached is not None and last.is_file() and not best.exists():
+            write_file(best, last.read_bytes())  # of a training that is made longer: what it came to is kept
+        if start is not None:
+            write_file(last, start.read_bytes())
         record.write(where)  # after it: or what is killed between the two would go on from the end of the shorter one
 
     options = [f"--run={run}", f"--data.data_dir={record.data_dir}", *record.options]

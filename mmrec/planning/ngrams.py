@@ -39,7 +39,7 @@ def ngram_bits_per_token(train: np.ndarray, val: np.ndarray, vocab_size: int) ->
         seen = total > 0
         found = _lookup(different, counts, asked_ngrams)
         probability[seen] = ((found + types * probability) / np.maximum(total + types, 1))[seen]
-        best = min(best, float(-np.log2(probability).mean()))
+        best = min(best, abs(float(np.log2(probability).mean())))  # 0.0, not -0.0, of a text that is certain
     return best
 
 

@@ -27,7 +27,7 @@ class Record:
         options: of ``mmrec fit``, but for the text and the limit of time.
         xz: bits per byte that xz makes of the validation text after the training text.
         expected: bits per byte that the plan expected: the first one where no other is known.
-        finished: whether its time was used to the end.
+        finished: whether its time was used to the end, and what came of it was said.
         asked: minutes that the command was given in all; None in what was written before 0.2.0 was released.
         half_way: bits per byte that were expected half-way; None before, and where nothing can be said.
         reached: seconds of training before the best checkpoint when it was made longer; None where it was not.

@@ -197,6 +197,8 @@ def _plan_from_checkpoint(
         _refuse_to_resume(checkpoint, content)
     config = found.parent.parent / runs.CONFIG
     in_run = found.parent.name == runs.CHECKPOINTS and config.is_file()
+    if in_run and not request.has_config:
+        runs.read_config(config)  # one that is none is refused by its name
     own = runs.run_of(root, found)
     if own is None and not (in_run or request.has_config or request.has_data):
         raise UserError(_unknown_text(checkpoint, content))

@@ -61,4 +61,6 @@ def why_skipped(path: str) -> str:
         return "hidden"
     if "multistream-index" in path:
         return "index of a dump"
+    if is_packed(path):
+        return "packed, and not named after what it holds, as NAME.txt.gz"
     return "no format that is read"

@@ -99,6 +99,8 @@ class StopOnSignal(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Lightning has given back what it replaced itself by now; its own handler would swallow the next signal.
+            if number == signal.SIGINT or signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
         self._before = {}
         self._group = None
