@@ -71,6 +71,14 @@ def test_a_longer_training_keeps_what_it_came_to_where_the_best_is_gone(mmrec: C
     assert all(torch.equal(kept["state_dict"][name], weight) for name, weight in ended.items())
 
 
+def test_a_longer_training_has_no_best_checkpoint_where_none_is_wanted(mmrec: Command, novel: Path) -> None:
+    line = ["train", novel, *SMALL]
+    assert mmrec(*line, "--trainer.max_steps=4", "--best.save_top_k=0") == 0
+    assert mmrec(*line, "--trainer.max_steps=6", "--best.save_top_k=0") == 0
+    assert not checkpoints("novel").joinpath("best.ckpt").exists()
+    assert last("novel")["global_step"] == 6
+
+
 def test_a_longer_training_needs_no_last_checkpoint(
     mmrec: Command, novel: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

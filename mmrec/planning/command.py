@@ -259,6 +259,15 @@ def _is_intact(checkpoint: Path) -> bool:
     return True
 
 
+def _had_best(last: Path) -> bool:
+    """Whether the training that the checkpoint ``last`` is of kept a best one; False where it is not readable."""
+    try:
+        callbacks = read_checkpoint(last, mmap=True)["callbacks"]
+    except UserError:
+        return False
+    return any(name.startswith("BestCheckpoint") and state["best_model_path"] for name, state in callbacks.items())
+
+
 def _device(record: Record) -> str:
     """Return the device that ``record`` trains on, as ``--on`` names it."""
     return value_of(record.options, ACCELERATOR.removesuffix("=")) or "auto"
@@ -335,7 +344,7 @@ def _fit(record: Record, where: Path, run: str, forwarded: Sequence[str], start:
 
     def begin() -> None:
         last, best = (where / runs.CHECKPOINTS / f"{name}.ckpt" for name in (runs.LAST, runs.BEST))
-        if record.reached is not None and last.is_file() and not best.exists():
+        if record.reached is not None and not best.exists() and _had_best(last):
             write_file(best, last.read_bytes())  # of a training that is made longer: what it came to is kept
         if start is not None:
             write_file(last, start.read_bytes())
