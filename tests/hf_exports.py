@@ -11,15 +11,29 @@ from typing import Any
 import pytest
 import torch
 from models import made
-from test_export_hf import exported, folders
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel
 from mmrec.tokenizers import ByteTokenizer
 
-__all__ = ["folders"]  # a fixture that every test with such an export takes
-
 PROMPTS = ["the the the, then", "ere", "Iğdır", "and"]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what the library copies of an export's code in the test's own folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def exported(trained: LoadedModel, folder: Path) -> tuple[Any, Any]:
+    """Return the model and the tokenizer as transformers loads them from an export."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mmrec.export import hf
+
+    hf.save(folder, trained)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

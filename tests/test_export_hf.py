@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_exports import exported, folders
 from models import SHAPE, TEXT, TOKENIZERS, made
 from torch import Tensor
 
@@ -19,29 +20,14 @@ from mmrec.inference.sampling import SamplingOptions
 from mmrec.model import ModelConfig
 from mmrec.tokenizers import ByteTokenizer, Tokenizer
 
+__all__ = ["folders"]  # a fixture that every test here takes
+
 PROMPT = "Iğdır the"
-
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what the library copies of an export's code in the test's own folder."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return TOKENIZERS[request.param]()
-
-
-def exported(trained: LoadedModel, folder: Path) -> tuple[Any, Any]:
-    """Return the model and the tokenizer as transformers loads them from an export."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from mmrec.export import hf
-
-    hf.save(folder, trained)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(params=[SHAPE, replace(SHAPE, count_half_lives=(20, 300))], ids=["", "counts"])

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from hf_exports import exported, folders
 from isolated import link_packages, run_isolated
 from models import made
-from test_export_hf import exported, folders, ours
+from test_export_hf import ours
 
 from mmrec.export import hf
 from mmrec.export.hf.bundle import bundled_code

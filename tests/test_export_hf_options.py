@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_exports import PROMPTS, close, exports, fast, folders, greedy, ids_of, model, no_gradients
+from hf_exports import PROMPTS, close, exported, exports, fast, folders, greedy, ids_of, model, no_gradients
 from models import made
-from test_export_hf import exported
 from torch import Tensor
 
 from mmrec.checkpoints.loading import LoadedModel

@@ -121,7 +121,6 @@ def test_a_longer_training_that_ends_sooner_may_be_better(
 def test_what_came_of_a_training_is_said_after_a_stop_while_it_was_worked_out(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     def stopped(*_: object) -> str:
         raise KeyboardInterrupt
 
@@ -394,7 +393,6 @@ def test_a_plan_of_which_nothing_came_is_made_anew(
 def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
     mmrec: Command, novel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     first, held = Record("elsewhere", 1.0, 7, [], 1.0, 1.0), []
 
     def measure(text: Text, *_: object) -> list[Rate]:
@@ -412,7 +410,6 @@ def test_a_second_command_for_the_same_text_leaves_the_plan_of_the_first(
 def test_processes_are_kept_on_a_device_of_another_name(
     monkeypatch: pytest.MonkeyPatch, on: str, processes: str, steps: int | None
 ) -> None:
-
     monkeypatch.setattr(command, "device_of_accelerator", lambda name: name == "gpu")
     options = ["--trainer.accelerator=auto", "--trainer.devices=2", "--trainer.strategy=cores"]
     moved = command._move(Record("data", 1.0, 7, options, 1.0, 1.0), on)

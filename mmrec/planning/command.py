@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmrec.checkpoints import runs
 from mmrec.checkpoints.checkpoint import read_checkpoint
@@ -35,7 +36,7 @@ from mmrec.planning.plan import (
     fit_options,
     make_plan,
 )
-from mmrec.planning.record import Record, read_intact, read_record, seconds_of, seconds_trained
+from mmrec.planning.record import Record, callback_state, read_intact, read_record, seconds_of, seconds_trained
 from mmrec.planning.source import check_tokenizer, prepare_texts
 from mmrec.planning.text import describe_text
 from mmrec.training.callbacks.beginning import Beginning
@@ -211,7 +212,9 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     if earlier is not None:
         ending += earlier.scoring_seconds(by_hand.processes or int(value_of(before.options, PROCESSES[0]) or 1))
     done, more = seconds_trained(start), _seconds_left(_deadline(options) - ending)
-    told = _told_of_limit(by_hand, where.name)
+    told = ""
+    if by_hand.max_steps is not None:
+        told = _told_of_limit(by_hand.max_steps, read_intact(runs.find_checkpoint(Path(), where.name, runs.LAST)))
     # Who asks for more gets it, however often the text was read.
     unbounded = in_place(before.options, [f"{MOST_STEPS}-1"])
     expected = None
@@ -238,12 +241,9 @@ def _go_on(before: Record, folder: TokenFolder, options: TrainOptions, by_hand: 
     return record, start if start == stable else None
 
 
-def _told_of_limit(by_hand: ByHand, run: str) -> str:
-    """Return what is to be said of a limit of the updates that were made before the last checkpoint already."""
-    most = by_hand.max_steps
-    if most is None:
-        return ""
-    made = read_intact(runs.find_checkpoint(Path(), run, runs.LAST))["global_step"]
+def _told_of_limit(most: int, last: dict[str, Any]) -> str:
+    """Return what is to be said where so many updates were made before the ``last`` checkpoint, as it was read."""
+    made = last["global_step"]
     return f"; {STEPS} {most} leaves no more updates than the {made:,} that were made" if most <= made else ""
 
 
@@ -262,10 +262,10 @@ def _is_intact(checkpoint: Path) -> bool:
 def _had_best(last: Path) -> bool:
     """Whether the training that the checkpoint ``last`` is of kept a best one; False where it is not readable."""
     try:
-        callbacks = read_checkpoint(last, mmap=True)["callbacks"]
+        state = callback_state(read_checkpoint(last, mmap=True), "BestCheckpoint")
     except UserError:
         return False
-    return any(name.startswith("BestCheckpoint") and state["best_model_path"] for name, state in callbacks.items())
+    return bool(state.get("best_model_path"))
 
 
 def _device(record: Record) -> str:
@@ -320,7 +320,7 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
         if earlier is not None:
             planned_tokens, tokens = (earlier.tokens_in(60 * each, most) for each in (before.minutes, minutes))
             kept = earlier.options(kept, tokens)
-            knows = by_hand.max_steps is None and (before.reached is None or before.is_of_longer)
+            knows = by_hand.max_steps is None and before.expected_is_own
             if knows:
                 expected = min(MOST_EXPECTED, earlier.moved(expected, planned_tokens, tokens))
                 changed += f": {expected:.2f} bits/byte are expected"
@@ -334,7 +334,8 @@ def _resume(before: Record, last: Path, folder: TokenFolder, options: TrainOptio
             half_way=None,
             is_of_longer=before.is_of_longer and knows,  # else it is that of other minutes
         )
-    changed += _told_of_limit(by_hand, _place(options, folder.folder).name)
+    if by_hand.max_steps is not None:
+        changed += _told_of_limit(by_hand.max_steps, stopped)
     print(f"resumed     {last}: {done:,.0f} seconds of training of {60 * record.minutes:,.0f} are done{changed}")
     return record
 

@@ -70,8 +70,7 @@ def report(run: str, folder: TokenFolder, record: Record, seconds: float) -> tup
 
 def _expected(record: Record) -> str:
     """Return what was expected, at first and half-way."""
-    is_of_another = record.reached is not None and not record.is_of_longer
-    first, now = (" of a training of another length", " of this one") if is_of_another else ("", "")
+    first, now = ("", "") if record.expected_is_own else (" of a training of another length", " of this one")
     told = f"{record.expected:.3f} were expected{first}"
     if record.half_way is None:
         return told

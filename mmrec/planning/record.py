@@ -50,6 +50,11 @@ class Record:
     came: float | None = None
     is_of_longer: bool = False
 
+    @property
+    def expected_is_own(self) -> bool:
+        """Whether ``expected`` is what was expected of this training, not of the one before it was made longer."""
+        return self.reached is None or self.is_of_longer
+
     def write(self, run: Path) -> None:
         """Write it into the folder of the run: whole, or not at all."""
         run.mkdir(parents=True, exist_ok=True)
@@ -86,11 +91,14 @@ def read_intact(checkpoint: Path) -> dict[str, Any]:
     return read_checkpoint(find_intact_checkpoint(checkpoint, says=False), mmap=True, verify=False)
 
 
+def callback_state(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what was read of a checkpoint about the callback of the class ``name``; empty where there is none."""
+    return next((state for key, state in checkpoint["callbacks"].items() if key.startswith(name) and state), {})
+
+
 def seconds_of(checkpoint: dict[str, Any]) -> float:
     """Return the seconds of training before what was read of a checkpoint, as its limit of time has counted them."""
-    callbacks = checkpoint["callbacks"]
-    found = [state for name, state in callbacks.items() if name.startswith("TimeLimit") and state]
-    return float(found[0]["seconds"]) if found else 0.0
+    return float(callback_state(checkpoint, "TimeLimit").get("seconds", 0.0))
 
 
 def seconds_trained(checkpoint: Path) -> float:

@@ -195,14 +195,15 @@ def _plan_from_checkpoint(
     content = read_checkpoint(checkpoint, mmap=True, verify=False)
     if request.command == "fit":
         _refuse_to_resume(checkpoint, content)
-    config = found.parent.parent / runs.CONFIG
-    in_run = found.parent.name == runs.CHECKPOINTS and config.is_file()
-    if in_run and not request.has_config:
+    beside = found.parent.parent / runs.CONFIG
+    in_run = found.parent.name == runs.CHECKPOINTS and beside.is_file()
+    config = beside if in_run and not request.has_config else None
+    if config is not None:
         runs.read_config(config)  # one that is none is refused by its name
     own = runs.run_of(root, found)
     if own is None and not (in_run or request.has_config or request.has_data):
         raise UserError(_unknown_text(checkpoint, content))
-    if own is None and in_run and request.root is None and not request.has_config:
+    if own is None and config is not None and request.root is None:
         root = runs.root_of(found) or root  # the run stays where it is, whatever folder its config names
         own = runs.run_of(root, found)
     run = request.run or own or name or _new_run(root, taken)
@@ -213,7 +214,7 @@ def _plan_from_checkpoint(
         run,
         checkpoint,
         damaged=found.absolute() if checkpoint != found else None,
-        config=config if in_run and not request.has_config else None,
+        config=config,
         architecture=None if in_run or request.has_architecture else _architecture(content),
         is_named=own is not None or name is not None,
     )
